@@ -1,0 +1,90 @@
+"""Exact gradients of every record of a batch from one backward pass.
+
+LoRA's A and B are linear maps without bias: with input X `[B, T, in]` and the gradient dY `[B, T, out]` of its output,
+`dY_b^T X_b` is record b's gradient of that matrix. The batch's loss is the sum of the records' own mean losses, so no
+record's gradient knows of the others. Each matrix's gradients are handed on as they come and never kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Consume = Callable[[str, Tensor], None]
+
+
+class RecordGradients:
+    """Hooks on the counted matrices that hand on each record's gradients during `backward`.
+
+    Args:
+        matrices: canonical name -> linear map without bias.
+        consume: is called once a batch with each matrix's name and its gradients `[B, out, in]`.
+    """
+
+    def __init__(self, matrices: dict[str, nn.Linear], consume: Consume) -> None:
+        self.consume = consume
+        self.uses: Counter[str] = Counter()
+        self.sums: dict[str, Tensor] = {}
+        self.in_backward = False
+        self.hooks = [matrix.register_forward_hook(self._forward_hook(name)) for name, matrix in matrices.items()]
+
+    def _forward_hook(self, name: str) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            # Gradient checkpointing runs the forward pass once more, during backward.
+            if not self.in_backward:
+                self.uses[name] += 1
+            if not output.requires_grad:
+                # No parameter is trainable, so the first counted matrix starts the graph: nothing below it is computed.
+                output = output.detach().requires_grad_()
+            return _Tap.apply(output, inputs[0].detach(), lambda x, dy: self._collect(name, x, dy))
+
+        return hook
+
+    def _collect(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
+        gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)
+        if name in self.sums:
+            gradients += self.sums.pop(name)
+        self.uses[name] -= 1
+        if self.uses[name]:
+            self.sums[name] = gradients  # the matrix was used again in this pass: its gradients add up
+        else:
+            self.consume(name, gradients)
+
+    def backward(self, losses: Tensor) -> None:
+        """Run the backward pass of the summed losses `[B]`."""
+        self.in_backward = True
+        try:
+            losses.sum().backward()
+        finally:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget a pass that broke off."""
+        self.in_backward = False
+        self.uses.clear()
+        self.sums.clear()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a linear map's output, which sees the map's input and its output's gradient.
+
+    The input is a saved tensor, so gradient checkpointing drops it and computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, inputs: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.collect = collect
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.collect(ctx.saved_tensors[0], output_gradient)
+        return output_gradient, None, None

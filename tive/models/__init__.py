@@ -1,0 +1,58 @@
+"""Model families. A family is one module with the same few functions; nothing outside it knows the family.
+
+load(model_path, model_base, ...)   a reference model, proven to be what is on disk
+encode(processor, record, ...)      one record as arrays, in a loader's worker process
+record_losses(reference, batch)     the mean loss of each record of a batch `[B]`
+counted_matrices(reference, ...)    the LoRA matrices that count, by canonical name
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from tive.errors import UserError
+from tive.files import read_json
+
+LORA_LAYERS_PREFIX = "layers."
+
+
+class LeftOut(Exception):
+    """Why a record has no gradient; the text is the reason that the manifest gives."""
+
+
+@dataclass
+class Encoded:
+    """One record, ready to be put in a batch.
+
+    Attributes:
+        input_ids: int64 `[t]`; an image stands as one token.
+        labels: int64 `[t]`; -100 where nothing is supervised.
+        pixels: float32 `[3, height, width]`, or None for a record without an image.
+        length: positions that the language model sees, image features spliced in and cut at the maximum length.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    pixels: np.ndarray | None
+    length: int
+
+
+def family_of(model_path: str) -> ModuleType:
+    """The module of the model family that `model_path/config.json` names (never guessed from the folder's name).
+
+    Raises:
+        UserError: there is no such folder or config, or no family is known for it.
+    """
+    config = Path(model_path) / "config.json"
+    if not config.is_file():
+        raise UserError(f"{model_path} holds no config.json; --model_path is the folder finetune_lora.sh wrote")
+    model_type = read_json(config).get("model_type")
+    if model_type in ("llava_llama", "llava"):
+        from tive.models import llava
+
+        return llava
+    raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama)")

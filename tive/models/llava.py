@@ -1,0 +1,362 @@
+"""LLaVA (1.5 and its kin): load a LoRA reference model, encode a record, the losses of a batch.
+
+The template, the masking and the splicing of image features are LLaVA's own functions, called, not rewritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tive.errors import UserError
+from tive.files import read_json, sha256_of
+from tive.images import BadImage, find_image, open_image
+from tive.models import Encoded, LeftOut
+from tive.records import image_of
+
+IGNORE = -100
+_SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass
+class Processor:
+    """What a loader's worker needs to encode records; holds no weights."""
+
+    tokenizer: Any
+    image_processor: Any
+    image_config: SimpleNamespace
+    image_features: int
+    max_length: int
+
+
+@dataclass
+class Reference:
+    """A reference model in evaluation form: dropout off, nothing trainable.
+
+    Attributes:
+        model: LLaVA's `LlavaLlamaForCausalLM` with peft's LoRA layers in it.
+        identity: SHA-256 over adapter, projector, and the names and sizes of base and vision tower.
+    """
+
+    model: nn.Module
+    processor: Processor
+    identity: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load(
+    model_path: str,
+    model_base: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    vision_tower: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Reference:
+    """Load base, projector and LoRA adapter, and prove that what was loaded is what is on disk.
+
+    Raises:
+        UserError: a part is missing or does not fit the others; the file is named.
+    """
+    check_files(model_path, model_base, vision_tower)
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    config = LlavaConfig.from_pretrained(model_path)
+    if vision_tower is not None:
+        config.mm_vision_tower = vision_tower
+    config.tokenizer_padding_side = "right"
+    tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
+    tokenizer.model_max_length = config.tokenizer_model_max_length
+    tokenizer.pad_token = tokenizer.unk_token
+
+    on_gpu = {"device_map": {"": device}} if device.type == "cuda" else {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
+    try:
+        model, found = LlavaLlamaForCausalLM.from_pretrained(
+            model_base,
+            config=config,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **on_gpu,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load --model_base {model_base}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(level)
+    missing = [key for key in found["missing_keys"] if not key.startswith("model.mm_projector.")]
+    if missing:
+        raise UserError(f"--model_base {model_base} lacks {len(missing)} weights, {missing[0]} among them")
+
+    _load_projector(model, Path(model_path) / "non_lora_trainables.bin")
+    # LoRA goes on before the vision tower is loaded, or the tower's q_proj, k_proj ... get adapters too.
+    _load_adapter(model, Path(model_path))
+    tower = model.get_vision_tower()
+    tower.load_model()
+    placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if placeholders:
+        raise UserError(f"no file of {model_path} or {model_base} holds {placeholders[0]}; train the model again")
+    model.to(device=device, dtype=dtype)
+
+    model.requires_grad_(False)
+    model.eval()
+    if gradient_checkpointing:
+        # eval() turns checkpointing off without a word; train mode with every dropout in eval mode is exact.
+        model.train()
+        tower.eval()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
+    features = tower.num_patches + (tower.select_feature == "cls_patch")
+    processor = Processor(tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length)
+    return Reference(model, processor, _identity(model_path, model_base, config.mm_vision_tower), device, dtype)
+
+
+def check_files(model_path: str, model_base: str, vision_tower: str | None = None) -> None:
+    """What can be known about the model without loading it, in milliseconds.
+
+    Raises:
+        UserError: a file is missing, or adapter, base and options do not fit together.
+    """
+    folder = Path(model_path)
+    config = read_json(folder / "config.json")
+    if not (folder / "adapter_config.json").is_file() or _adapter_file(folder) is None:
+        raise UserError(
+            f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); "
+            "train one with finetune_lora.sh"
+        )
+    if not (folder / "non_lora_trainables.bin").is_file():
+        raise UserError(
+            f"{folder} lacks non_lora_trainables.bin, the trained projector, which LLaVA writes only when training "
+            "ends; run finetune_lora.sh again with the same OUTPUT_DIR (LLaVA goes on from its last checkpoint) and "
+            "name that OUTPUT_DIR as --model_path, not a checkpoint-N in it"
+        )
+    if not Path(model_base, "config.json").is_file():
+        raise UserError(f"--model_base {model_base} is not a model folder (no config.json); download it first")
+    base = read_json(Path(model_base) / "config.json")
+    for key in _SHAPE_KEYS:
+        if key in base and key in config and base[key] != config[key]:
+            raise UserError(
+                f"--model_base {model_base} has {key} {base[key]}, the adapter in {folder} was trained on "
+                f"{config[key]}; name the base model that finetune_lora.sh used"
+            )
+    if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
+        raise UserError(f"{folder}/config.json: image start, end and patch tokens are not supported")
+    if config.get("image_aspect_ratio") == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
+        raise UserError(f"{folder}/config.json: images of several tiles (anyres) are not supported")
+    tower = vision_tower or config.get("mm_vision_tower")
+    if not tower or (not os.path.isdir(tower) and not tower.startswith(("openai/", "laion/"))):
+        raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
+
+
+def _adapter_file(folder: Path) -> Path | None:
+    files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a torch file that is allowed to hold nothing else."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling and safetensors raise many kinds
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; it is damaged or not trusted") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} is not a dictionary of tensors; train the reference model again")
+    return tensors
+
+
+def _load_projector(model: nn.Module, path: Path) -> None:
+    tensors = {}
+    for key, value in _read_tensors(path).items():
+        key = key.removeprefix("base_model.")
+        tensors[key.removeprefix("model.") if key.startswith("model.model.") else key] = value
+    if not any("mm_projector" in key for key in tensors):
+        raise UserError(f"{path} holds no mm_projector weights; train the reference model again")
+    _copy_into(model, tensors, path)
+
+
+def _load_adapter(model: nn.Module, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    path = _adapter_file(folder)
+    assert path is not None
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{folder}/adapter_config.json: {str(error).splitlines()[0]}") from error
+    tensors = {}
+    for key, value in _read_tensors(path).items():
+        for half in (".lora_A.", ".lora_B."):
+            key = key.replace(half + "weight", half + "default.weight")
+        tensors[key] = value
+    adapted = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    absent = sorted(adapted - set(tensors))
+    if absent:
+        raise UserError(f"{path} lacks {len(absent)} of the adapter's matrices, {absent[0]} among them")
+    _copy_into(wrapped, tensors, path)
+    if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
+        raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
+
+
+def _copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors to the parameters of the same names; each must find its place, in shape and in value."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        if key not in parameters:
+            raise UserError(f"{path}: {key} has no place in the model; base, adapter and projector do not match")
+        if parameters[key].shape != value.shape:
+            raise UserError(
+                f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[key].shape)}; "
+                "base, adapter and projector do not match"
+            )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
+        if parameters[key].is_meta:  # the base has no projector: transformers leaves a placeholder without memory
+            owner, _, name = key.rpartition(".")
+            setattr(model.get_submodule(owner), name, nn.Parameter(value.to(parameters[key].dtype)))
+        else:
+            with torch.no_grad():
+                parameters[key].copy_(value)
+
+
+def _identity(model_path: str, model_base: str, vision_tower: str) -> str:
+    digest = hashlib.sha256()
+    adapter = _adapter_file(Path(model_path))
+    for file in (adapter, Path(model_path) / "non_lora_trainables.bin", Path(model_base) / "config.json"):
+        digest.update(sha256_of(file).encode())
+    # Hashing 14 GB of base weights at each start would cost more than it tells.
+    for folder in (Path(model_base), Path(vision_tower)):
+        for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
+    """Encode one record as LLaVA's trainer does (v1 template, answers supervised).
+
+    Raises:
+        LeftOut: the record's image cannot be used, or nothing in it is supervised.
+    """
+    from llava import conversation
+    from llava.mm_utils import process_images
+    from llava.train.train import preprocess, preprocess_multimodal
+
+    conversation.default_conversation = conversation.conv_templates["v1"]
+    turns = [[dict(turn) for turn in record["conversations"]]]
+    image, pixels = image_of(record), None
+    if image is not None:
+        try:
+            picture = open_image(find_image(image_folder, image))
+            pixels = process_images([picture], processor.image_processor, processor.image_config)[0].numpy()
+        except BadImage as error:
+            raise LeftOut(str(error)) from error
+        except ValueError as error:  # LLaVA's image processor takes 1x1 and 3x3 pixels for a list of channels
+            raise LeftOut(f"unreadable image: {str(error).splitlines()[0]}") from error
+        turns = preprocess_multimodal(turns, SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        tokens = preprocess(turns, processor.tokenizer, has_image=image is not None)
+    input_ids, labels = tokens["input_ids"][0].numpy(), tokens["labels"][0].numpy()
+    spliced = _spliced_labels(input_ids, labels, processor)
+    if not (spliced[1:] != IGNORE).any():
+        mismatch = "tokenization mismatch" in printed.getvalue()
+        raise LeftOut("template mismatch" if mismatch else "no supervised token")
+    return Encoded(input_ids, labels, pixels, len(spliced))
+
+
+def _spliced_labels(input_ids: np.ndarray, labels: np.ndarray, processor: Processor) -> np.ndarray:
+    """The labels as the language model sees them: an image token becomes its features, then the cut."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    repeats = np.where(input_ids == IMAGE_TOKEN_INDEX, processor.image_features, 1)
+    return np.repeat(labels, repeats)[: processor.max_length]
+
+
+def record_losses(reference: Reference, records: list[Encoded]) -> Tensor:
+    """Mean cross-entropy of each record over its supervised tokens, float32 `[B]`.
+
+    The records all have an image, or none has one. They are padded on the right and attention is causal, so no
+    position of a record sees the padding and no mask is needed.
+    """
+    embeddings, labels = _embed(reference, records)
+    hidden = reference.model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+    logits = reference.model.lm_head(hidden[:, :-1][supervised]).float()
+    losses = nn.functional.cross_entropy(logits, targets[supervised], reduction="none")
+    counts = supervised.sum(dim=1)
+    owner = torch.repeat_interleave(counts)
+    return torch.zeros(len(records), device=losses.device).index_add(0, owner, losses) / counts
+
+
+@torch.no_grad()
+def _embed(reference: Reference, records: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Input embeddings `[B, T, hidden]` with image features in place, and labels `[B, T]`."""
+    device, model = reference.device, reference.model
+    width = max(len(record.input_ids) for record in records)
+    input_ids = torch.zeros(len(records), width, dtype=torch.long)
+    labels = torch.full((len(records), width), IGNORE)
+    mask = torch.zeros(len(records), width, dtype=torch.bool)
+    for row, record in enumerate(records):
+        size = len(record.input_ids)
+        input_ids[row, :size] = torch.from_numpy(record.input_ids)
+        labels[row, :size] = torch.from_numpy(record.labels)
+        mask[row, :size] = True
+    input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
+    if records[0].pixels is None:
+        return model.model.embed_tokens(input_ids), labels
+    pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(device, reference.dtype)
+    _, _, _, _, embeddings, labels = model.prepare_inputs_labels_for_multimodal(
+        input_ids, None, mask, None, labels, pixels
+    )
+    return embeddings, labels
+
+
+def counted_matrices(reference: Reference, grad_modules: str, last_layers: int | None = None) -> dict[str, nn.Linear]:
+    """The LoRA matrices whose gradients count, in the model's order, by canonical name.
+
+    Args:
+        grad_modules: comma-separated parts of a module's path in its layer (`self_attn`, `q_proj,v_proj`), or `all`.
+        last_layers: count the last N layers alone.
+
+    Raises:
+        UserError: nothing is counted, or there are fewer layers.
+    """
+    wanted = {part.strip() for part in grad_modules.split(",") if part.strip()}
+    layers = reference.model.model.layers
+    if last_layers is not None and not 1 <= last_layers <= len(layers):
+        raise UserError(f"--last_layers {last_layers} is not one of 1 .. {len(layers)}")
+    matrices: dict[str, nn.Linear] = {}
+    # Only what lies below the language model's layers: the vision tower has a self_attn and a q_proj too.
+    for number, layer in list(enumerate(layers))[-last_layers if last_layers else 0 :]:
+        for path, module in layer.named_modules():
+            if hasattr(module, "lora_A") and (wanted == {"all"} or wanted & set(path.split("."))):
+                matrices[f"layers.{number}.{path}.A"] = module.lora_A["default"]
+                matrices[f"layers.{number}.{path}.B"] = module.lora_B["default"]
+    if not matrices:
+        raise UserError(f"--grad_modules {grad_modules} names no LoRA matrix of this adapter (try self_attn)")
+    return matrices
