@@ -6,28 +6,22 @@ is kept in memory is where it lies, so 665K records cost megabytes and are writt
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from tive.errors import UserError
-from tive.files import whole_file
+from tive.json_stream import stream_records, write_raw
 
 IMAGE_TAG = "<image>"
 ROLES = ("human", "gpt")
-MAX_RECORD_BYTES = 64 << 20
-_READ_BYTES = 4 << 20
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True)
@@ -51,122 +45,6 @@ class RecordFile:
         return json.loads(self.raw(row))
 
 
-def stream_records(
-    path: str | os.PathLike[str], digest: hashlib._Hash | None = None
-) -> Iterator[tuple[int, bytes, Any]]:
-    """Yield `(byte offset, raw bytes, parsed record)` of each record of a JSON list or of JSON Lines.
-
-    Args:
-        digest: is fed with every byte of the file.
-
-    Raises:
-        UserError: the file is not there, is neither format, breaks off, or holds a record above 64 MiB.
-    """
-    path = Path(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, by the generator's own end
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    size = os.path.getsize(path)
-    with file, tqdm(total=size, desc=f"Reading {path.name}", unit="B", unit_scale=True, delay=2) as bar:
-        yield from _TextStream(path, file, digest, bar).records()
-
-
-class _TextStream:
-    """What is decoded but not parsed yet: `text[position:]`, which starts at byte `offset` of the file."""
-
-    def __init__(self, path: Path, file: Any, digest: hashlib._Hash | None, bar: tqdm) -> None:
-        self.path, self.file, self.digest, self.bar = path, file, digest, bar
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.parse = json.JSONDecoder().raw_decode
-        self.text, self.position, self.offset, self.row, self.at_end = "", 0, 0, 0, False
-
-    def fail(self, what: str) -> UserError:
-        where = f"record {self.row}, byte {self.offset}"
-        return UserError(f"{self.path}: {what} ({where}); repair or download the file again")
-
-    def read_more(self) -> None:
-        block = self.file.read(max(_READ_BYTES, len(self.text) - self.position))
-        self.at_end = not block
-        if self.digest is not None:
-            self.digest.update(block)
-        self.bar.update(len(block))
-        try:
-            self.text = self.text[self.position :] + self.decoder.decode(block, final=self.at_end)
-        except UnicodeDecodeError as error:
-            raise self.fail(f"not UTF-8 text ({error.reason})") from error
-        self.position = 0
-
-    def skip_space(self) -> str:
-        """Move to the next character that is not white space and return it; "" at the end of the file."""
-        while True:
-            end = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]
-            self.offset += end - self.position
-            self.position = end
-            if end < len(self.text):
-                return self.text[end]
-            if self.at_end:
-                return ""
-            self.read_more()
-
-    def step(self) -> None:
-        """Move past the one-byte character at hand."""
-        self.position += 1
-        self.offset += 1
-
-    def record(self) -> tuple[int, bytes, Any]:
-        while True:
-            try:
-                record, end = self.parse(self.text, self.position)
-                # A number or a word at the end of what was read may go on.
-                if end < len(self.text) or self.at_end:
-                    break
-            except RecursionError as error:
-                raise self.fail("a record is nested too deeply") from error
-            except ValueError as error:
-                if self.at_end:
-                    raise self.fail(f"not JSON: {getattr(error, 'msg', error)}, or the file breaks off") from error
-            if len(self.text) - self.position > MAX_RECORD_BYTES:
-                raise self.fail(f"not JSON, or one record above {MAX_RECORD_BYTES >> 20} MiB")
-            self.read_more()
-        raw = self.text[self.position : end].encode()
-        if len(raw) > MAX_RECORD_BYTES:
-            raise self.fail(f"one record above {MAX_RECORD_BYTES >> 20} MiB")
-        start, self.position = self.offset, end
-        self.offset += len(raw)
-        self.row += 1
-        return start, raw, record
-
-    def records(self) -> Iterator[tuple[int, bytes, Any]]:
-        first = self.skip_space()
-        if first == "\ufeff":
-            self.position, self.offset = self.position + 1, self.offset + 3
-            first = self.skip_space()
-        if first == "":
-            raise self.fail("the file is empty")
-        if first == "{":
-            while self.skip_space():
-                yield self.record()
-            return
-        if first != "[":
-            raise self.fail("neither a JSON list of records nor JSON Lines")
-        self.step()
-        if self.skip_space() == "]":
-            self.step()
-        else:
-            while True:
-                yield self.record()
-                separator = self.skip_space()
-                if separator not in (",", "]"):
-                    raise self.fail("not JSON: a comma or the closing bracket is missing, or the file breaks off")
-                self.step()
-                if separator == "]":
-                    break
-                self.skip_space()
-        if self.skip_space():
-            raise self.fail("text stands after the end of the list")
-
-
 def open_records(path: str | os.PathLike[str], visit: Callable[[int, Any], None] | None = None) -> RecordFile:
     """Find every record of a data file in one pass, calling `visit(row, record)` for each on the way.
 
@@ -186,11 +64,9 @@ def open_records(path: str | os.PathLike[str], visit: Callable[[int, Any], None]
 
 def write_records(path: str | os.PathLike[str], records: RecordFile, rows: Iterable[int]) -> None:
     """Write the records of `rows`, in that order, as a JSON list; each byte for byte as it came."""
-    with open(records.path, "rb") as source, whole_file(path) as file:
-        for number, row in enumerate(rows):
-            file.write(b",\n" if number else b"[\n")
-            file.write(os.pread(source.fileno(), int(records.lengths[row]), int(records.offsets[row])))
-        file.write(b"\n]\n" if len(rows) else b"[]\n")  # type: ignore[arg-type]
+    with open(records.path, "rb") as source:
+        places = ((int(records.lengths[row]), int(records.offsets[row])) for row in rows)
+        write_raw(path, (os.pread(source.fileno(), *place) for place in places))
 
 
 def problem_of(record: Any) -> str | None:
@@ -232,6 +108,8 @@ def problem_of(record: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return f"that is a {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -262,8 +140,13 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     Args:
         task_key: a key (`dataset`), a dotted path (`meta.source`), or `KEY:SEPARATOR`, the part of the value before
             the first separator (`image:/`, the first folder of the image; `id:_`).
+
+    Raises:
+        UserError: `task_key` ends in its colon.
     """
     key, colon, separator = task_key.partition(":")
+    if colon and not separator:
+        raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
     value: Any = record
     if key in record:
         value = record[key]
@@ -274,10 +157,13 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         return None
+    text = str(value)
+    if not text.isascii() and not _is_unicode(text):
+        return None
     if not colon:
-        return str(value)
-    before, found, _ = str(value).partition(separator)
-    return before if separator and found and before else None
+        return text
+    before, found, _ = text.partition(separator)
+    return before if found and before else None
 
 
 def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset") -> tuple[RecordFile, list[str]]:
