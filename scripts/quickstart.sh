@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Run the five steps of TIVE on a tiny LLaVA-1.5 and a small multi-task data set, on the CPU, in a few minutes.
+#
+#   bash scripts/quickstart.sh            into quickstart/
+#   bash scripts/quickstart.sh FOLDER     into another folder
+#
+# Sets up .venv first where it is missing. The steps are the README's, with the scripts and LLaVA's trainer that a 7B
+# model takes; only paths and sizes differ. What is there already is skipped: remove the folder to start anew.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit
+fi
+folder=$(realpath -m "${1:-$ROOT/quickstart}")
+cd "$ROOT"
+[[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
+# shellcheck source=scripts/python.sh
+source scripts/python.sh
+export PYTHON
+
+# The model is tiny: a second thread costs more than it brings.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+SECONDS=0
+
+# step TITLE RESULT COMMAND...: runs the command, unless the file that it writes last is there.
+step() {
+    local title=$1 result=$2
+    shift 2
+    echo
+    echo "== $title"
+    if [[ -e $result ]]; then
+        echo "skipped: ${result#"$ROOT"/} is there"
+        return
+    fi
+    show "$@"
+    "$@"
+}
+
+show() {
+    echo "\$ $*" | sed "s#$ROOT/##g"
+}
+
+step "Data: records of seven tasks and their images" "$folder/data.json" \
+    "$PYTHON" scripts/quickstart_data.py --folder "$folder"
+
+step "Model: a tiny Vicuna, CLIP and projector" "$folder/model" \
+    "$PYTHON" scripts/quickstart_model.py --data "$folder/data.json" --folder "$folder/model"
+
+# For all the trainings.
+settings=(MODEL="$folder/model/vicuna" VISION_TOWER="$folder/model/clip" PROJECTOR="$folder/model/mm_projector.bin"
+    IMAGE_FOLDER="$folder/images" GPUS=none WORKERS=0 BATCH_SIZE=8)
+export "${settings[@]}"
+show export "${settings[@]}"
+
+step "Step 1: sample the warm-up data" "$folder/warm_up.json" \
+    "$PYTHON" select_warm_up_data.py --source_path "$folder/data.json" --target_path "$folder/warm_up.json" \
+    --sample_ratio 0.25
+
+reference=$folder/reference
+# What a training that broke off left behind is no finished model.
+[[ -e $reference/non_lora_trainables.bin ]] || rm -rf "$reference"
+step "Step 2: train the LoRA reference model" "$reference/non_lora_trainables.bin" \
+    env DATA_PATH="$folder/warm_up.json" OUTPUT_DIR="$reference" LORA_R=8 LORA_ALPHA=16 EPOCHS=3 \
+    LEARNING_RATE=2e-3 PROJECTOR_LEARNING_RATE=2e-3 bash finetune_lora.sh
+
+for chunk in 0 1; do
+    step "Step 3: gradient features, chunk $chunk of 2" "$folder/gradients/manifest_$chunk.json" \
+        "$PYTHON" compute_gradient_features.py --input_file "$folder/data.json" --image_folder "$folder/images" \
+        --model_path "$reference" --model_base "$MODEL" --output_file "$folder/gradients" \
+        --num_chunks 2 --chunk_idx $chunk --proj_dim 1024
+done
+
+subset=$folder/selected/Tive_q_0.001_p_0.15
+step "Step 4: select 15% of the data" "${subset}_summary.json" \
+    "$PYTHON" select_data_TIVE.py --data_path "$folder/data.json" --gradient_path "$folder/gradients" \
+    --save_path "$folder/selected"
+
+tuned=$folder/tuned
+[[ -e $tuned/training_args.bin ]] || rm -rf "$tuned"
+step "Step 5: train on the selected subset" "$tuned/training_args.bin" \
+    env DATA_PATH="$subset.json" OUTPUT_DIR="$tuned" LEARNING_RATE=1e-3 bash finetune.sh
+
+step "Report: what was selected, and why, on one page" "$folder/selected/report.html" \
+    "$PYTHON" scripts/report.py "$folder/selected"
+
+echo
+echo "== Done in $SECONDS s"
+"$PYTHON" - "${subset}_summary.json" <<'PY'
+import json
+import sys
+
+print(f"{'task':<12}{'records':>9}{'mean gradient norm':>20}{'budget':>8}{'selected':>10}")
+for task in json.load(open(sys.argv[1]))["tasks"]:
+    value = "left out" if task["value"] is None else f"{task['value']:.3f}"
+    budget = "-" if task["budget"] is None else task["budget"]
+    print(f"{task['task']:<12}{task['records']:>9}{value:>20}{budget:>8}{task['selected']:>10}")
+PY
+cat <<END
+
+data              $folder/data.json, images in $folder/images
+warm-up sample    $folder/warm_up.json
+reference model   $reference
+gradient features $folder/gradients
+selected subset   $subset.json
+scores            ${subset}_scores.csv
+report            $folder/selected/report.html
+tuned model       $tuned
+END

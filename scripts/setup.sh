@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Set up what the project runs on.
+#
+#   bash scripts/setup.sh                          make .venv beside this project (Python 3.10 to 3.12), once
+#   PYTHON=$(which python) bash scripts/setup.sh   complete an environment of your own, for example LLaVA's: what is
+#                                                  missing is installed, what is there keeps its version
+#
+# A second call does nothing; a call after an interrupted one completes it. pip's own variables hold, so that
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the small CPU build of torch on Linux.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+WITHOUT_DEPENDENCIES=(llava-torch==1.2.2.post1 traker==0.3.2)
+export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Imports together what the five steps import, and prints the versions.
+check_imports() {
+    "$1" - <<'PY' || fail "the environment of $1 does not work: see the line above; for .venv, remove it and run this again"
+import importlib
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+warnings.filterwarnings("ignore")
+names = {"torch": "torch", "transformers": "transformers", "peft": "peft", "accelerate": "accelerate",
+         "deepspeed": "deepspeed", "trak": "traker", "llava.train.train": "llava-torch"}
+found = [f"python {sys.version.split()[0]}"]
+for module, package in names.items():
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        sys.exit(f"{module} does not import: {type(error).__name__}: {error}")
+    try:
+        found.append(f"{package} {version(package)}")
+    except PackageNotFoundError:
+        found.append(f"{package} (from {sys.modules[module].__file__})")
+print("ready:", ", ".join(found))
+PY
+}
+
+# Completes an environment that is not ours: adds what is missing, holding every installed version where it is.
+complete_existing() {
+    local python=$1 missing without_dependencies installed
+    command -v "$python" >/dev/null || fail "PYTHON=$python is not a program; name the interpreter of the environment"
+    "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; run \`$python -m ensurepip\` first"
+    { read -r missing; read -r without_dependencies; } < <("$python" - "${WITHOUT_DEPENDENCIES[@]}" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+needed, _, _ = Path("requirements.txt").read_text().partition("# Only the tests need these")
+pins = [line for line in needed.splitlines() if "==" in line]
+print(*[pin for pin in pins if not installed(pin.split("==")[0])])
+modules = {"llava-torch": "llava", "traker": "trak"}
+print(*[pin for pin in sys.argv[1:] if find_spec(modules[pin.split("==")[0]]) is None])
+PY
+    )
+    if [[ -n $missing$without_dependencies ]]; then
+        echo "installing into the environment of $python: $missing $without_dependencies"
+        installed=$(mktemp)
+        # shellcheck disable=SC2064 # the path is this call's
+        trap "rm -f '$installed'" EXIT
+        "$python" -m pip list --format=freeze | grep -E '^[A-Za-z0-9._-]+==[^ ]+$' >"$installed"
+        # shellcheck disable=SC2086 # lists of words
+        [[ -z $missing ]] || "$python" -m pip install --quiet --constraint "$installed" $missing
+        # shellcheck disable=SC2086
+        [[ -z $without_dependencies ]] || "$python" -m pip install --quiet --no-deps $without_dependencies
+    else
+        echo "nothing is missing in the environment of $python"
+    fi
+    check_imports "$python"
+}
+
+# The first Python on the path that the pinned versions have wheels for.
+supported_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.10 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+                echo "$candidate"
+                return
+            fi
+            echo "note: $candidate has no venv module (on Debian: apt install python3-venv)" >&2
+        fi
+    done
+    fail "no Python 3.10, 3.11 or 3.12 with its venv module is on the path; install one (tokenizers 0.15 has no wheels" \
+        "for other versions), or name an environment with PYTHON=/path/to/python"
+}
+
+make_venv() {
+    local python stamp=.venv/complete state
+    state=$(cat requirements.txt scripts/setup.sh | cksum)
+    if [[ -f $stamp && $(<"$stamp") == "$state" ]] && .venv/bin/python -c '' 2>/dev/null; then
+        echo ".venv is complete: nothing to do"
+        return
+    fi
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        python=$(supported_python)
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv
+    else
+        echo "completing .venv"
+    fi
+    rm -f "$stamp"
+    echo "installing requirements.txt (about 1.5 GB on disk with torch's CPU build, 7 GB with its CUDA build)"
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt
+    .venv/bin/python -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}"
+    check_imports .venv/bin/python
+    echo "$state" >"$stamp"
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+elif [[ -n ${PYTHON:-} ]]; then
+    complete_existing "$PYTHON"
+else
+    make_venv
+fi
