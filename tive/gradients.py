@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tive.timing import Stopwatch
+
 Consume = Callable[[str, Tensor], None]
 
 
@@ -24,8 +26,9 @@ class RecordGradients:
         consume: is called once a batch with each matrix's name and its gradients `[B, out, in]`.
     """
 
-    def __init__(self, matrices: dict[str, nn.Linear], consume: Consume) -> None:
+    def __init__(self, matrices: dict[str, nn.Linear], consume: Consume, stopwatch: Stopwatch | None = None) -> None:
         self.consume = consume
+        self.stopwatch = stopwatch or Stopwatch()
         self.uses: Counter[str] = Counter()
         self.sums: dict[str, Tensor] = {}
         self.in_backward = False
@@ -44,7 +47,8 @@ class RecordGradients:
         return hook
 
     def _collect(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
-        gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)
+        with self.stopwatch.measure("per-record gradients"):
+            gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)
         if name in self.sums:
             gradients += self.sums.pop(name)
         self.uses[name] -= 1

@@ -41,11 +41,17 @@ def find_image(folder: str, image: str) -> str:
     path = path_of(folder, image)
     if os.path.isfile(path):
         return path
-    stem = os.path.splitext(path)[0]
-    for extension in EXTENSIONS:
-        if os.path.isfile(stem + extension):
-            return stem + extension
+    for name in sorted(other_names(path)):
+        other = os.path.join(os.path.dirname(path), name)
+        if os.path.isfile(other):
+            return other
     raise BadImage("missing image")
+
+
+def other_names(path: str) -> frozenset[str]:
+    """File names that an image may have when its extension is not the one in the data."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return frozenset(stem + extension for extension in EXTENSIONS)
 
 
 def open_image(path: str) -> Image.Image:

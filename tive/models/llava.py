@@ -46,12 +46,10 @@ class Reference:
 
     Attributes:
         model: LLaVA's `LlavaLlamaForCausalLM` with peft's LoRA layers in it.
-        identity: SHA-256 over adapter, projector, and the names and sizes of base and vision tower.
     """
 
     model: nn.Module
     processor: Processor
-    identity: str
     device: torch.device
     dtype: torch.dtype
 
@@ -127,7 +125,7 @@ def load(
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = Processor(tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length)
-    return Reference(model, processor, _identity(model_path, model_base, config.mm_vision_tower), device, dtype)
+    return Reference(model, processor, device, dtype)
 
 
 def check_files(model_path: str, model_base: str, vision_tower: str | None = None) -> None:
@@ -243,14 +241,19 @@ def _copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
                 parameters[key].copy_(value)
 
 
-def _identity(model_path: str, model_base: str, vision_tower: str) -> str:
+def identity(model_path: str, model_base: str, vision_tower: str | None = None) -> str:
+    """What tells one reference model from another: SHA-256 over adapter, projector, and what is known of the base.
+
+    Hashing a base's 14 GB at each start would cost more than it tells: its config, and the names and sizes of its and
+    the vision tower's weight files, stand for it.
+    """
+    folder, base = Path(model_path), Path(model_base)
+    tower = vision_tower or read_json(folder / "config.json")["mm_vision_tower"]
     digest = hashlib.sha256()
-    adapter = _adapter_file(Path(model_path))
-    for file in (adapter, Path(model_path) / "non_lora_trainables.bin", Path(model_base) / "config.json"):
+    for file in (_adapter_file(folder), folder / "non_lora_trainables.bin", base / "config.json"):
         digest.update(sha256_of(file).encode())
-    # Hashing 14 GB of base weights at each start would cost more than it tells.
-    for folder in (Path(model_base), Path(vision_tower)):
-        for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
+    for weights in (base, Path(tower)):
+        for file in sorted(file for pattern in _WEIGHT_FILES for file in weights.glob(pattern)):
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()
 

@@ -1,0 +1,165 @@
+"""Step 3: the projected LoRA gradient of every record on the reference model, and its norm (paper section 3.2)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tive.errors import run
+
+EXAMPLES = """
+one GPU:
+  python compute_gradient_features.py --input_file data.json --image_folder images \\
+      --model_path checkpoints/reference-lora --model_base vicuna-7b-v1.5 --output_file features
+eight GPUs, one chunk each:
+  for k in 0 1 2 3 4 5 6 7; do
+    CUDA_VISIBLE_DEVICES=$k python compute_gradient_features.py ... --num_chunks 8 --chunk_idx $k &
+  done; wait
+or with torchrun, which tells each process its chunk:
+  torchrun --nproc_per_node 8 compute_gradient_features.py ...
+
+A run that stops, however it stops, is continued by the same command.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input_file", required=True, help="records: a JSON list or JSON Lines")
+    add("--model_path", required=True, help="reference model: the folder that finetune_lora.sh wrote")
+    add("--model_base", required=True, help="the base model that it was trained from")
+    add("--output_file", required=True, metavar="DIR", help="folder for the features, one set of files a chunk")
+    add("--image_folder", default="", help="folder that the records' image paths start from")
+    add("--num_chunks", type=int, help="cut the records into N chunks (default 1, or the number of processes)")
+    add("--chunk_idx", type=int, help="compute chunk K of 0 .. N-1 (default: from torchrun or SLURM, else 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:K")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: by the device")
+    add("--batch_size", type=int, default=16, help="most records in a batch (16)")
+    add("--max_batch_tokens", type=int, default=16384, help="most tokens in a batch, with padding (16384)")
+    add("--window", type=int, default=512, help="records computed and written as one; what a crash can cost (512)")
+    add("--gradient_checkpointing", action="store_true", help="less memory for a third more time, same gradients")
+    add("--grad_modules", default="self_attn", help="which LoRA matrices count: self_attn, mlp, q_proj,v_proj, all")
+    add("--last_layers", type=int, metavar="N", help="count the last N layers alone: cheaper, less faithful")
+    add("--projector", default="auto", choices=("auto", "rademacher", "trak_cuda", "trak_basic"), help="(auto)")
+    add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
+    add("--projection_memory", type=float, default=1.0, metavar="GIB", help="keep random signs if they fit in this (1)")
+    add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
+    add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
+    add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")
+    add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
+    add(
+        "--check_images", default="exist", choices=("exist", "full"), help="before the run: are they there, or open all"
+    )
+    add("--dry_run", type=int, metavar="N", help="compute N records, say what the whole run costs, write no features")
+    add("--overwrite", action="store_true", help="start afresh where another run's files are")
+    arguments = parser.parse_args()
+    for name in ("batch_size", "max_batch_tokens", "window", "proj_dim", "dry_run"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} is not a positive number")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive import preflight
+    from tive.dry_run import dry_run
+    from tive.engine import BatchLimits, GradientEngine
+    from tive.features import match_of, write_chunk
+    from tive.gradient_pass import describe, norms_of, run_pass
+    from tive.launch import device_of, dtype_of, place_of
+    from tive.loading import EncodedRecords
+    from tive.models import family_of
+    from tive.progress import Progress, is_complete
+    from tive.projection import make_projector
+
+    place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
+    device = device_of(arguments.device, place)
+    dtype = dtype_of(arguments.dtype, device)
+    folder = Path(arguments.output_file)
+    chunk = f"chunk {place.chunk_idx} of {place.num_chunks} ({place.source})"
+
+    family = family_of(arguments.model_path)
+    model_files = (arguments.model_path, arguments.model_base, arguments.vision_tower)
+    family.check_files(*model_files)
+    checked = preflight.check_data(
+        arguments.input_file,
+        place.num_chunks,
+        place.chunk_idx,
+        arguments.image_folder,
+        arguments.check_images == "full",
+    )
+    print(f"{chunk}: records {checked.rows.start} to {checked.rows.stop - 1} of {len(checked.records)}")
+
+    # Everything that the numbers depend on: a folder is continued by the same run alone.
+    this_run = {
+        "data_sha256": checked.records.sha256,
+        "data_records": len(checked.records),
+        "num_chunks": place.num_chunks,
+        "chunk_idx": place.chunk_idx,
+        "start": checked.rows.start,
+        "stop": checked.rows.stop,
+        "model": family.identity(*model_files),
+        "grad_modules": arguments.grad_modules,
+        "last_layers": arguments.last_layers,
+        "proj_seed": arguments.seed,
+        "proj_dim": arguments.proj_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": arguments.batch_size,
+        "max_batch_tokens": arguments.max_batch_tokens,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "window": arguments.window,
+    }
+    if not arguments.dry_run and is_complete(folder, this_run, arguments.overwrite):
+        print(f"{chunk} is complete in {folder}")
+        return
+    preflight.report_bad_records(checked, folder, place.chunk_idx, arguments.on_bad_record == "stop")
+    if not arguments.dry_run:
+        preflight.check_disk(folder, 2 * 2 * len(checked.rows) * arguments.proj_dim)
+
+    reference = family.load(*model_files[:2], device, dtype, arguments.vision_tower, arguments.gradient_checkpointing)
+    matrices = family.counted_matrices(reference, arguments.grad_modules, arguments.last_layers)
+    counted = sum(matrix.weight.numel() for matrix in matrices.values())
+    print(f"reference model {arguments.model_path}: {counted:,} parameters count, in {len(matrices)} LoRA matrices")
+    budget = int(arguments.projection_memory * 2**30)
+    projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, counted, budget)
+    print(f"projector {projector.kind}: {projector.about}")
+    this_run |= {"counted_parameters": counted, "projector": projector.kind}
+
+    engine = GradientEngine(family, reference, matrices, projector)
+    limits = BatchLimits(arguments.batch_size, arguments.max_batch_tokens)
+    dataset = EncodedRecords(family, reference.processor, checked.records, arguments.image_folder)
+    num_workers = arguments.num_workers
+    if num_workers is None:
+        num_workers = 4 if device.type == "cuda" else 1
+    if arguments.dry_run:
+        dry_run(arguments.dry_run, checked, dataset, engine, limits, folder)
+        return
+
+    progress = Progress(folder, this_run, checked.rows, arguments.overwrite)
+    result = run_pass(checked, dataset, num_workers, engine, limits, progress, arguments.on_bad_record == "stop")
+    if result is None:
+        print(f"{chunk} stopped; what is done is on disk, and the same command (without --overwrite) continues")
+        sys.exit(143)
+    tally, notes = result
+    manifest = describe(this_run, notes, engine, tally)
+    manifest |= {"data_path": os.path.abspath(arguments.input_file), "model_path": arguments.model_path}
+    manifest |= {"model_base": arguments.model_base, "image_folder": os.path.abspath(arguments.image_folder)}
+    write_chunk(folder, match_of(this_run), progress.features(), norms_of(notes), manifest)
+    progress.remove()
+    print(
+        f"{chunk} done: {len(checked.rows) - len(manifest['left_out'])} features, {len(manifest['left_out'])} records "
+        f"left out, {manifest['records_per_second']:.2f} records/s, padding efficiency "
+        f"{manifest['padding_efficiency']:.2f}, peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB\n"
+        f"written: {folder}/output_{place.chunk_idx}.pt, output_norm_{place.chunk_idx}.json, "
+        f"manifest_{place.chunk_idx}.json"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+"""Encoded records, window by window, read ahead by worker processes while the device computes."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from tive.models import Encoded, LeftOut
+from tive.records import RecordFile
+
+
+class EncodedRecords(Dataset):
+    """Row of the data file -> `(row, encoded record)`, or `(row, reason)` for one that cannot be encoded."""
+
+    def __init__(self, family: ModuleType, processor: Any, records: RecordFile, image_folder: str) -> None:
+        self.family, self.processor, self.records, self.image_folder = family, processor, records, image_folder
+
+    def __getitem__(self, row: int) -> tuple[int, Encoded | str]:
+        try:
+            return row, self.family.encode(self.processor, self.records[row], self.image_folder)
+        except LeftOut as reason:
+            return row, str(reason)
+
+
+def _as_it_is(item: Any) -> Any:
+    # Arrays travel to the main process by value: shared tensors would take a file descriptor each.
+    return item
+
+
+def _ignore_signals(_worker: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group; the main process finishes its window and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def encoded_windows(
+    dataset: EncodedRecords, windows: list[list[int]], num_workers: int
+) -> Iterator[dict[int, Encoded | str]]:
+    """Yield each window's encoded records by row. While one is used, the next is being filled."""
+    loader = DataLoader(
+        dataset,
+        sampler=[row for window in windows for row in window],
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=16 if num_workers else None,
+        worker_init_fn=_ignore_signals,
+    )
+
+    def fill() -> Iterator[dict[int, Encoded | str]]:
+        items = iter(loader)
+        for window in windows:
+            yield dict(next(items) for _ in window)
+
+    return fill() if num_workers == 0 else _one_ahead(fill())
+
+
+def _one_ahead(windows: Iterator[Any]) -> Iterator[Any]:
+    """Run an iterator in a thread, one item ahead of its consumer."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(kind: str, item: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, item), timeout=0.5)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in windows:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # handed to the consumer
+            put("error", error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=5)
