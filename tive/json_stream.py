@@ -143,11 +143,18 @@ class _TextStream:
 
 
 def is_json_lines(path: str | os.PathLike[str]) -> bool:
-    """Whether a data file that `stream_records` reads is JSON Lines; its first character tells."""
-    with open(path, "rb") as file:
-        head = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).strip()
-        while not head and (block := file.read(4096)):
-            head = block.strip()
+    """Whether a data file that `stream_records` reads is JSON Lines; its first character tells.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).strip()
+            while not head and (block := file.read(4096)):
+                head = block.strip()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     return head.startswith(b"{")
 
 

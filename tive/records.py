@@ -134,6 +134,16 @@ def image_of(record: dict[str, Any]) -> str | None:
     return image[0] if isinstance(image, list) else image
 
 
+def value_at(record: dict[str, Any], key: str) -> Any:
+    """The value under a key, or under a dotted path (`meta.source`); None when nothing is there."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
 def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     """The task that a record names; None when it names none.
 
@@ -147,12 +157,7 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     key, colon, separator = task_key.partition(":")
     if colon and not separator:
         raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
-    value: Any = record
-    if key in record:
-        value = record[key]
-    else:
-        for step in key.split("."):
-            value = value.get(step) if isinstance(value, dict) else None
+    value = value_at(record, key)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
