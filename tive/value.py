@@ -1,0 +1,91 @@
+"""The formulas of TIVE (arXiv 2403.09559, section 3) as pure functions on arrays, one a formula.
+
+Symbols: N records, `p` the share of them to select, `V_t` the value of task t, `n_t` its records, `I_s` the influence
+of record s, `q` the sharpness of the instance weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+
+def task_value(norms: np.ndarray) -> float:
+    """Task difficulty `V_t = mean over s in t of ||g_s||`, from the gradient norms `[n_t]` of its records."""
+    return float(np.mean(norms, dtype=np.float64))
+
+
+def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
+    """Records each task is given, `p * N * V_t / sum over t' of V_t'`, before rounding down.
+
+    Args:
+        values: `[T]`, positive: `V_t`; or `n_t` for budgets by size, or ones for equal budgets.
+        records: N, every record of the data file, those of excluded tasks too.
+    """
+    values = np.asarray(values, np.float64)
+    return p * records * values / values.sum()
+
+
+def rounded_down(amount: float) -> int:
+    """The whole records in an amount; 0.29 * 100 is 29 although floating point puts it a hair below."""
+    return math.floor(amount + 1e-9)
+
+
+def instance_weights(scores: np.ndarray, q: float) -> np.ndarray:
+    """Instance weights `softmax(q * I)` over the records of one task, `[n_t]`; they sum to 1."""
+    weights = np.exp(_logits(scores, q))
+    return weights / weights.sum()
+
+
+def effective_sample_size(weights: np.ndarray) -> float:
+    """`(sum w)^2 / sum w^2`: as many records, equally weighted, would leave as much choice. From 1 to `n_t`."""
+    weights = np.asarray(weights, np.float64)
+    return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
+def draw(scores: np.ndarray, q: float, number: int, seed: int, task: str) -> np.ndarray:
+    """Draw `number` of a task's records without replacement with weights `softmax(q * score)`; their indices, sorted.
+
+    Each record gets the key `q * score + Gumbel noise`, and the largest keys win: the same distribution as drawing
+    one by one and taking the drawn record out (Efraimidis and Spirakis, 2006, in logarithms), and right even where
+    the softmax itself underflows. Ties go to the earlier record. The noise is made from the raw output of PCG64,
+    seeded with the seed and the task's name: the same on every machine and NumPy, whatever the other tasks hold.
+
+    Args:
+        scores: `[n_t]`, finite.
+    """
+    noise = -np.log(-np.log(_uniform(len(scores), seed, task)))
+    return draw_top(_logits(scores, q) + noise, number)
+
+
+def draw_top(scores: np.ndarray, number: int) -> np.ndarray:
+    """The indices of the `number` largest of `scores` `[n_t]`, sorted; ties go to the earlier record."""
+    return np.sort(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:number])
+
+
+def equal_shares(sizes: list[int], total: int) -> list[int]:
+    """`total` spread equally over tasks of `sizes`; a small task gives all it has and the rest goes to the others.
+
+    What does not divide goes one each to the largest tasks (the earlier ones, where sizes are equal).
+    """
+    shares = [0] * len(sizes)
+    for place, task in enumerate(order := sorted(range(len(sizes)), key=lambda task: (sizes[task], -task))):
+        shares[task] = min(sizes[task], total // (len(order) - place))
+        total -= shares[task]
+    return shares
+
+
+def _logits(scores: np.ndarray, q: float) -> np.ndarray:
+    """`q * score`, shifted so that the largest is 0, which changes no weight and cannot overflow."""
+    scores = np.asarray(scores, np.float64)
+    with np.errstate(over="ignore"):
+        return q * (scores - scores.max(initial=-np.inf))
+
+
+def _uniform(count: int, seed: int, task: str) -> np.ndarray:
+    """`count` random numbers strictly between 0 and 1. NumPy keeps PCG64's raw output fixed, not its distributions."""
+    name = np.frombuffer(hashlib.sha256(task.encode("utf-8", "surrogatepass")).digest(), "<u4").tolist()
+    raw = np.random.PCG64(np.random.SeedSequence([seed, *name])).random_raw(count)
+    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
