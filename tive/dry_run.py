@@ -40,7 +40,7 @@ def dry_run(
     engine.compute([records[min(records)]])
     engine.real_tokens = engine.padded_tokens = 0
     stopwatch = Stopwatch(engine.reference.device)
-    engine.stopwatch = engine.gradients.stopwatch = stopwatch
+    engine.stopwatch = stopwatch
     begin = time.perf_counter()
     engine.compute_all(records, limits)
     seconds = time.perf_counter() - begin

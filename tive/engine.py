@@ -47,9 +47,8 @@ class GradientEngine:
         projector: Projector,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.family, self.reference, self.projector = family, reference, projector
+        self.family, self.reference, self.matrices, self.projector = family, reference, matrices, projector
         self.stopwatch = stopwatch or Stopwatch()
-        self.gradients = RecordGradients(matrices, self._consume, self.stopwatch)
         self.real_tokens = self.padded_tokens = 0
 
     def _consume(self, matrix: str, gradients: Tensor) -> None:
@@ -73,14 +72,11 @@ class GradientEngine:
             device = self.reference.device
             self.sketch = torch.zeros(len(records), self.projector.proj_dim, device=device)
             self.squared_norms = torch.zeros(len(records), device=device)
-            try:
+            with RecordGradients(self.matrices, self._consume, self.stopwatch) as gradients:
                 with self.stopwatch.measure("forward"):
                     losses = self.family.record_losses(self.reference, records)
                 with self.stopwatch.measure("backward"):
-                    self.gradients.backward(losses * scale)
-            except BaseException:
-                self.gradients.reset()
-                raise
+                    gradients.backward(losses * scale)
             overflow = torch.isfinite(losses.detach()) & ~torch.isfinite(self.squared_norms)
             if scale == 1.0 or not overflow.any():
                 break

@@ -19,7 +19,7 @@ Consume = Callable[[str, Tensor], None]
 
 
 class RecordGradients:
-    """Hooks on the counted matrices that hand on each record's gradients during `backward`.
+    """Hooks on the counted matrices, for one forward and one backward pass.
 
     Args:
         matrices: canonical name -> linear map without bias.
@@ -29,10 +29,18 @@ class RecordGradients:
     def __init__(self, matrices: dict[str, nn.Linear], consume: Consume, stopwatch: Stopwatch | None = None) -> None:
         self.consume = consume
         self.stopwatch = stopwatch or Stopwatch()
+        self.matrices = matrices
         self.uses: Counter[str] = Counter()
         self.sums: dict[str, Tensor] = {}
         self.in_backward = False
-        self.hooks = [matrix.register_forward_hook(self._forward_hook(name)) for name, matrix in matrices.items()]
+
+    def __enter__(self) -> RecordGradients:
+        self.hooks = [matrix.register_forward_hook(self._forward_hook(name)) for name, matrix in self.matrices.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _forward_hook(self, name: str) -> Callable[..., Tensor]:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -60,20 +68,7 @@ class RecordGradients:
     def backward(self, losses: Tensor) -> None:
         """Run the backward pass of the summed losses `[B]`."""
         self.in_backward = True
-        try:
-            losses.sum().backward()
-        finally:
-            self.reset()
-
-    def reset(self) -> None:
-        """Forget a pass that broke off."""
-        self.in_backward = False
-        self.uses.clear()
-        self.sums.clear()
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        losses.sum().backward()
 
 
 class _Tap(torch.autograd.Function):
