@@ -82,7 +82,7 @@ def example(task: str, random_: random.Random) -> dict[str, Any]:
         return record(image, asked, ["[0.42, 0.61, 0.78, 0.95]"] * len(asked))
     if task == "ShareGPT":
         asked = questions(2, 8)
-        return record(None, asked, [text(150, 400) for _ in asked])
+        return record(None, asked, [text(200, 520) for _ in asked])
     form = random_.choice(("conversation", "detail", "reasoning"))
     if form == "detail":
         return record(COCO, ["What do you see happening in this image?"], [text(80, 160)])
