@@ -73,7 +73,8 @@ class TorchSigns:
         self.seed, self.proj_dim, self.device = seed, proj_dim, device
         self.keep = total_rows * proj_dim <= budget_bytes
         self.kept: dict[str, Tensor] = {}
-        self.block_rows = max(1, _BLOCK_SIGNS // proj_dim)
+        # At most 4096 rows: their sum cannot overflow in half precision.
+        self.block_rows = min(4096, max(1, _BLOCK_SIGNS // proj_dim))
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
         self.buffer = torch.empty(self.block_rows, proj_dim, dtype=self.dtype, device=device)
         self.about = "torch, signs kept between batches" if self.keep else "torch, signs drawn for each batch"
@@ -104,12 +105,12 @@ class TorchSigns:
 def scaled(gradients: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients `[B, P]` in `dtype`, and the float32 factor `[B, 1]` that undoes their scaling.
 
-    Before half precision each record's largest entry becomes 1/64, so that neither it nor a sum of its neighbours
-    overflows and entries 2^-18 as large are still exact.
+    Before half precision each record's largest entry becomes 1, so nothing overflows and entries 2^-14 as large keep
+    their full precision.
     """
     gradients = gradients.float()
     if dtype == torch.float32:
         return gradients, gradients.new_ones(len(gradients), 1)
     largest = gradients.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest * 64, torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     return (gradients / scale).to(dtype), scale
