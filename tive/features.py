@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tive.errors import UserError
-from tive.files import read_json, sha256_of, whole_file, write_json
+from tive.files import HashingFile, read_json, whole_file, write_json
 from tive.records import RecordFile
 
 OWN_KEYS = {"chunk_idx": int, "start": int, "stop": int}
@@ -35,7 +35,6 @@ COMMON_KEYS = {
     "proj_seed": int,
     "proj_dim": int,
 }
-_DATA_KEYS = ("data_sha256", "data_records")
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
 _DAMAGED = "it may be damaged or unfinished: make this chunk again"
 
@@ -57,7 +56,7 @@ class Chunk:
 
 
 def match_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What a chunk's files carry of the run that made them: the keys that decide whether chunks fit together."""
+    """What must agree before chunks are used together: the keys of `OWN_KEYS` and `COMMON_KEYS` among a run's."""
     return {key: run[key] for key in (*OWN_KEYS, *COMMON_KEYS)}
 
 
@@ -70,8 +69,10 @@ def write_chunk(
 ) -> None:
     """Write the three files of chunk `match["chunk_idx"]`, each whole, the manifest last.
 
+    The manifest is given the SHA-256 of `output_{k}.pt`.
+
     Args:
-        match: the keys of `OWN_KEYS` and `COMMON_KEYS`: what must agree before chunks are used together.
+        match: see `match_of`.
         features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
             be memory-mapped and larger than memory. The row of a record that was left out is zero.
         norms: `[n]`, written as float32; NaN for a record that was left out.
@@ -83,14 +84,14 @@ def write_chunk(
     folder, chunk = Path(folder), match["chunk_idx"]
     features, norms = _own_storage(features.half()), _own_storage(norms.float())
     with whole_file(folder / f"output_{chunk}.pt") as file:
-        torch.save({"features": features, "norms": norms, "match": match}, file)
+        hashing = HashingFile(file)
+        torch.save({"features": features, "norms": norms, "match": match}, hashing)
     write_json(
         folder / f"output_norm_{chunk}.json",
         [norm if math.isfinite(norm) else None for norm in norms.tolist()],
         indent=None,
     )
-    digest = sha256_of(folder / f"output_{chunk}.pt")
-    write_json(folder / f"manifest_{chunk}.json", {"match": match, "sha256": digest, **manifest})
+    write_json(folder / f"manifest_{chunk}.json", {"match": match, "sha256": hashing.sha256, **manifest})
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:

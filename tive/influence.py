@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -142,7 +143,7 @@ def _by_task(span: Span, tasks: np.ndarray, device: str) -> Iterator[tuple[np.nd
         rows, found = order[start : start + BLOCK_ROWS], codes[start : start + BLOCK_ROWS]
         features = buffer[: len(rows)].copy_(block[torch.from_numpy(rows).to(device)])
         edges = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in pairwise(edges):
             yield span.start + rows[first:last], int(found[first]), features[first:last]
 
 

@@ -171,28 +171,34 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     return before if found and before else None
 
 
+def checked_task(path: str | os.PathLike[str], row: int, record: Any, task_key: str = "dataset") -> str:
+    """The task of a record that can be trained on.
+
+    Raises:
+        UserError: the record has a problem or names no task; it is named.
+    """
+    problem = problem_of(record)
+    if problem:
+        raise UserError(f"{name_of(path, row, record)} {problem}; repair or remove it")
+    task = task_of(record, task_key)
+    if task is None:
+        raise UserError(
+            f"{name_of(path, row, record)} names no task under `{task_key}`; add it with "
+            f"`python scripts/label_tasks.py --source_path {path} --target_path labelled.json`, "
+            "or name another key with --task_key"
+        )
+    return task
+
+
 def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset") -> tuple[RecordFile, list[str]]:
     """A data file, and the task of each of its records `[n]`.
 
     Raises:
-        UserError: as `open_records`, or a record has a problem or names no task; the record is named.
+        UserError: as `open_records` and `checked_task`.
     """
     tasks: list[str] = []
-
-    def visit(row: int, record: Any) -> None:
-        problem = problem_of(record)
-        if problem:
-            raise UserError(f"{name_of(path, row, record)} {problem}; repair or remove it")
-        task = task_of(record, task_key)
-        if task is None:
-            raise UserError(
-                f"{name_of(path, row, record)} names no task under `{task_key}`; add it with "
-                f"`python scripts/label_tasks.py --source_path {path} --target_path labelled.json`, "
-                "or name another key with --task_key"
-            )
-        tasks.append(task)
-
-    return open_records(path, visit), tasks
+    records = open_records(path, lambda row, record: tasks.append(checked_task(path, row, record, task_key)))
+    return records, tasks
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:
