@@ -1,0 +1,106 @@
+"""One page about a selection: what was drawn, and why; with the same plots as PNG files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tive.errors import UserError, run
+from tive.files import whole_file
+from tive.report import sections, tables
+from tive.report.choice import choice_of
+from tive.report.page import page
+from tive.report.samples import Sample, extremes, open_checked, read_samples
+from tive.report.selection import Selection, find_summary, read_selection
+
+EXAMPLE = """\
+example:
+  python scripts/report.py selected --image_folder playground/data
+  writes selected/report.html (one file: send it, print it, open it offline) and selected/report_plots/*.png
+"""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    summary = find_summary(arguments.out, arguments.name)
+    selection = read_selection(summary)
+    choice = choice_of(selection)
+
+    chosen = extremes(selection, arguments.samples)
+    samples, trouble = samples_of(selection, [int(row) for pair in chosen for part in pair for row in part], arguments)
+
+    pictures = sections.Pictures()
+    html = page(
+        selection,
+        choice,
+        [
+            ("mixture", "The mixture, before and after", sections.mixture(selection, pictures)),
+            ("values", "Task values", sections.task_values(selection, pictures)),
+            ("norms", "Gradient norms", sections.distribution(selection, pictures, "norm")),
+            ("influence", "Influence", sections.distribution(selection, pictures, "influence")),
+            ("choice", "How much choice the weights make", sections.choice(selection, choice, pictures)),
+            ("records", "Most and least influential records", tables.records(selection, chosen, samples, trouble)),
+            ("left-out", "Records left out", tables.left_out(selection)),
+            ("cost", "What the gradient pass cost", tables.cost(selection)),
+            ("origin", "Arguments, versions, hashes", tables.origin(selection)),
+        ],
+    )
+    output = arguments.output or summary.with_name("report.html")
+    plots = output.with_name(f"{output.stem}_plots")
+    for name, content in pictures.files.items():
+        with whole_file(plots / name) as file:
+            file.write(content)
+    with whole_file(output) as file:
+        file.write(html)
+    print(f"{output} ({len(html) / 2**20:.1f} MiB) and {len(pictures.files)} plots in {plots}")
+
+
+def samples_of(selection: Selection, rows: list[int], arguments: argparse.Namespace) -> tuple[dict[int, Sample], str]:
+    """What to show of the records of `rows`, and why none could be read."""
+    if not rows:
+        return {}, ""
+    try:
+        records = open_checked(selection, arguments.data_path)
+    except UserError as error:
+        if arguments.data_path:
+            raise
+        print(f"without images and conversations: {error}", file=sys.stderr)
+        return {}, str(error)
+    return read_samples(records, rows, arguments.image_folder or selection.summary["inputs"].get("image_folder")), ""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="--save_path of select_data_TIVE.py, or one _summary.json in it"
+    )
+    parser.add_argument("--name", metavar="STEM", help="which selection, when OUT holds several: Tive_q_0.001_p_0.15")
+    parser.add_argument("--image_folder", metavar="DIR", help="where the images lie (default: as in the gradient step)")
+    parser.add_argument("--data_path", metavar="FILE", help="where the data file lies, if it was moved")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page (default: report.html beside the selection)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="most, and least, influential records shown a task (default: 3)",
+    )
+    arguments = parser.parse_args()
+    if arguments.samples < 0:
+        raise UserError(f"--samples {arguments.samples} is negative; give 0 for none")
+    if arguments.image_folder is not None and not Path(arguments.image_folder).is_dir():
+        raise UserError(
+            f"--image_folder {arguments.image_folder} is not a folder; name the one that record images lie in"
+        )
+    return arguments
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""The page that shows what a selection took, and why: read, compute, draw, write."""
