@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,6 +92,30 @@ def test_the_triton_kernel_draws_the_same_signs_and_gives_the_same_sums(monkeypa
         expected = reference.project("m", gradients)
         error = (kernel.project("m", gradients) - expected).norm(dim=1) / expected.norm(dim=1)
         assert error.max() < 1e-3
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tive.signs_triton import _project_kernel
+arguments = dict(gradients="*fp16", partial="*fp32", batch="i32", rows="i32", columns="i32", rows_per_part="i32",
+                 key0="i64", key1="i64", BATCH="constexpr", BLOCK="constexpr")
+source = ASTSource(_project_kernel, arguments, constexprs=dict(BATCH=16, BLOCK=64))
+print(triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"].count("mma.sync"))
+"""
+
+
+def test_the_triton_kernel_compiles_for_a_gpu_and_uses_its_matrix_units(tmp_path):
+    pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
 
 
 def test_gradients_are_scaled_before_they_are_rounded_to_half():

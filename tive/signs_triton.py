@@ -30,7 +30,8 @@ def _signs(word):
     return ((bits << 15) | 0x3C00).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
-@triton.jit
+# Keys are never specialised: Triton would turn a key of 1 into a constant, which has no bits to cast.
+@triton.jit(do_not_specialize=["key0", "key1"])
 def _project_kernel(
     gradients, partial, batch, rows, columns, rows_per_part, key0, key1, BATCH: tl.constexpr, BLOCK: tl.constexpr
 ):
