@@ -116,7 +116,7 @@ def main() -> None:
         print(f"{tally.with_system:,} have a system prompt under `system`: LLaVA does not train on it.")
     if tally.uneven_tags and arguments.to != "llava":
         print(
-            f"{tally.uneven_tags:,} have more or fewer <image> tags than images, which LLaMA-Factory refuses; "
+            f"{tally.uneven_tags:,} have more or fewer <image> tags than images; LLaMA-Factory asks for as many; "
             f"the first: {tally.first_uneven}"
         )
 
