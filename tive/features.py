@@ -44,7 +44,8 @@ class Chunk:
     """Features of the records `start .. stop - 1` of the data file.
 
     `blocks` are the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
-    `norms` is float64 `[n]`, the L2 norms of the unprojected gradients. `manifest` is empty for the release's files.
+    `norms` is float64 `[n]`, the L2 norms of the unprojected gradients. `match` and `manifest` are empty for the
+    release's files.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Chunk:
     stop: int
     blocks: list[torch.Tensor]
     norms: np.ndarray
+    match: dict[str, Any]
     manifest: dict[str, Any]
 
 
@@ -219,7 +221,7 @@ def _open_chunk(folder: Path, number: int, match: dict[str, Any], manifest: dict
             f"{path} holds features {list(content['features'].shape)} and {len(norms)} norms where "
             f"{[records, match['proj_dim']]} was announced; {_DAMAGED}"
         )
-    return Chunk(path, match["start"], match["stop"], [content["features"]], norms.double().numpy(), manifest)
+    return Chunk(path, match["start"], match["stop"], [content["features"]], norms.double().numpy(), match, manifest)
 
 
 def _same(other: Any, match: dict[str, Any], key: str) -> bool:
@@ -245,7 +247,7 @@ def _open_release_chunk(folder: Path, number: int, start: int) -> Chunk:
         values = np.array([math.nan if norm is None else norm for norm in norms], np.float64)
     except OverflowError as error:
         raise UserError(f"{norm_path} holds a number beyond floating point; {_DAMAGED}") from error
-    return Chunk(path, start, start + records, blocks, values, {})
+    return Chunk(path, start, start + records, blocks, values, {}, {})
 
 
 def _load(path: Path) -> Any:

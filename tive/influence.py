@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tive.features import Chunk
 
+CPU = torch.device("cpu")
 SPAN_ROWS = 4096
 BLOCK_ROWS = 128
 _ADVICE_BYTES = 1 << 20
@@ -42,7 +43,7 @@ class Span:
     place: tuple[float, float]
 
 
-def influences(chunks: list[Chunk], tasks: np.ndarray, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+def influences(chunks: list[Chunk], tasks: np.ndarray, device: torch.device = CPU) -> tuple[np.ndarray, np.ndarray]:
     """Influence of every record on its task, and the length of its features, both float64 `[N]`.
 
     A record whose length is zero or not finite counts in no mean; its influence is NaN. So are both numbers of a
@@ -108,9 +109,11 @@ def _spans(chunks: list[Chunk]) -> list[Span]:
     return spans
 
 
-def _in_threads(function: Callable[[Span], _Result], spans: list[Span], device: str, title: str) -> Iterator[_Result]:
+def _in_threads(
+    function: Callable[[Span], _Result], spans: list[Span], device: torch.device, title: str
+) -> Iterator[_Result]:
     """`function` of every span, in order. A thread has a span to itself: small shared operations would only wait."""
-    threads = torch.get_num_threads() if device == "cpu" else 1
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         with tqdm(total=sum(map(_rows_of, spans)), desc=title, unit=" records", unit_scale=True, delay=1) as bar:
@@ -126,7 +129,7 @@ def _rows_of(span: Span) -> int:
     return sum(len(piece) for piece in span.pieces)
 
 
-def _by_task(span: Span, tasks: np.ndarray, device: str) -> Iterator[tuple[np.ndarray, int, torch.Tensor]]:
+def _by_task(span: Span, tasks: np.ndarray, device: torch.device) -> Iterator[tuple[np.ndarray, int, torch.Tensor]]:
     """Yield `(rows [k], their task, their features float64 [k, d])`: the span's rows, gathered by task.
 
     The features are overwritten by the next ones: a block stays in the processor's cache.

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -161,14 +161,19 @@ def is_json_lines(path: str | os.PathLike[str]) -> bool:
 def write_raw(path: str | os.PathLike[str], texts: Iterable[bytes], lines: bool = False) -> None:
     """Write the raw text of records as a JSON list, or as JSON Lines; whole or not at all."""
     with whole_file(path) as file:
-        empty = True
-        for text in texts:
-            if lines:
-                # JSON strings hold no bare line break: those that stand here are white space between tokens.
-                file.write(text.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
-            else:
-                file.write(b"[\n" if empty else b",\n")
-                file.write(text)
-            empty = False
-        if not lines:
-            file.write(b"[]\n" if empty else b"\n]\n")
+        append_raw(file, texts, lines)
+
+
+def append_raw(file: BinaryIO, texts: Iterable[bytes], lines: bool = False) -> None:
+    """`write_raw` into an open file."""
+    empty = True
+    for text in texts:
+        if lines:
+            # JSON strings hold no bare line break: those that stand here are white space between tokens.
+            file.write(text.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
+        else:
+            file.write(b"[\n" if empty else b",\n")
+            file.write(text)
+        empty = False
+    if not lines:
+        file.write(b"[]\n" if empty else b"\n]\n")

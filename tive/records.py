@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tive.errors import UserError
-from tive.json_stream import stream_records, write_raw
+from tive.files import whole_file
+from tive.json_stream import append_raw, stream_records
 
 IMAGE_TAG = "<image>"
 ROLES = ("human", "gpt")
@@ -64,9 +65,15 @@ def open_records(path: str | os.PathLike[str], visit: Callable[[int, Any], None]
 
 def write_records(path: str | os.PathLike[str], records: RecordFile, rows: Iterable[int]) -> None:
     """Write the records of `rows`, in that order, as a JSON list; each byte for byte as it came."""
+    with whole_file(path) as file:
+        copy_records(file, records, rows)
+
+
+def copy_records(file: BinaryIO, records: RecordFile, rows: Iterable[int]) -> None:
+    """`write_records` into an open file."""
     with open(records.path, "rb") as source:
         places = ((int(records.lengths[row]), int(records.offsets[row])) for row in rows)
-        write_raw(path, (os.pread(source.fileno(), *place) for place in places))
+        append_raw(file, (os.pread(source.fileno(), *place) for place in places))
 
 
 def problem_of(record: Any) -> str | None:

@@ -1,0 +1,76 @@
+"""Step 1: a warm-up sample with equal numbers from every task, to train the reference model on (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from tive.errors import UserError, run
+
+EXAMPLE = """
+example:
+  python select_warm_up_data.py --source_path data.json --target_path warm_up.json
+
+Every task gives the same number of records, chosen at random. A task with fewer gives all it has and the others make
+up for it, so that the sample has --sample_ratio of all records. Records are written as they came, in their order.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--source_path", required=True, help="records: a JSON list or JSON Lines")
+    add("--target_path", required=True, help="file for the sample, a JSON list")
+    add("--sample_ratio", type=float, default=0.08, help="share of all records to draw, above 0 and up to 1 (0.08)")
+    add("--seed", type=int, default=0, help="the same seed draws the same sample on every machine (0)")
+    add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
+    arguments = parser.parse_args()
+    if not 0 < arguments.sample_ratio <= 1:
+        raise UserError(f"--sample_ratio {arguments.sample_ratio} is not a share; give a number above 0 and up to 1")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
+    if os.path.realpath(arguments.source_path) == os.path.realpath(arguments.target_path):
+        raise UserError(f"--target_path {arguments.target_path} is the source file; name another")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import numpy as np
+
+    from tive.records import read_tasks, write_records
+    from tive.table import print_table
+    from tive.value import draw, equal_shares, rounded_down
+
+    records, tasks = read_tasks(arguments.source_path, arguments.task_key)
+    total = rounded_down(arguments.sample_ratio * len(records))
+    if total == 0:
+        raise UserError(
+            f"--sample_ratio {arguments.sample_ratio} of {len(records)} records is less than one record; raise it"
+        )
+    names = list(dict.fromkeys(tasks))
+    numbers = {name: number for number, name in enumerate(names)}
+    task_of_row = np.array([numbers[task] for task in tasks])
+    rows_of_task = [np.flatnonzero(task_of_row == number) for number in range(len(names))]
+    shares = equal_shares([len(rows) for rows in rows_of_task], total)
+
+    drawn = [
+        rows[draw(np.zeros(len(rows)), 0.0, share, arguments.seed, name)]
+        for name, rows, share in zip(names, rows_of_task, shares, strict=True)
+    ]
+    write_records(arguments.target_path, records, np.sort(np.concatenate(drawn)))
+
+    print_table(
+        [
+            ("task", "records", "drawn"),
+            *((name, f"{len(rows):,}", f"{n:,}") for name, rows, n in zip(names, rows_of_task, shares, strict=True)),
+            ("total", f"{len(records):,}", f"{total:,}"),
+        ]
+    )
+    print(f"written: {arguments.target_path}")
+
+
+if __name__ == "__main__":
+    run(main)
