@@ -14,7 +14,7 @@ from tive.report import sections, tables
 from tive.report.choice import choice_of
 from tive.report.page import page
 from tive.report.samples import Sample, extremes, open_checked, read_samples
-from tive.report.selection import Selection, find_summary, read_selection
+from tive.report.selection import SUMMARY_END, Selection, find_summary, read_selection
 
 EXAMPLE = """\
 example:
@@ -48,7 +48,7 @@ def main() -> None:
             ("origin", "Arguments, versions, hashes", tables.origin(selection)),
         ],
     )
-    output = arguments.output or summary.with_name("report.html")
+    output = arguments.output or default_output(summary)
     plots = output.with_name(f"{output.stem}_plots")
     for name, content in pictures.files.items():
         with whole_file(plots / name) as file:
@@ -56,6 +56,12 @@ def main() -> None:
     with whole_file(output) as file:
         file.write(html)
     print(f"{output} ({len(html) / 2**20:.1f} MiB) and {len(pictures.files)} plots in {plots}")
+
+
+def default_output(summary: Path) -> Path:
+    """report.html beside the selection; where several selections lie together, each has its own."""
+    several = len(list(summary.parent.glob(f"*{SUMMARY_END}"))) > 1
+    return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}_report.html" if several else "report.html")
 
 
 def samples_of(selection: Selection, rows: list[int], arguments: argparse.Namespace) -> tuple[dict[int, Sample], str]:

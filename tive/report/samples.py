@@ -55,7 +55,11 @@ def open_checked(selection: Selection, data_path: str | None) -> RecordFile:
         UserError: it is not there, or it has changed since.
     """
     inputs = selection.summary["inputs"]
-    records = open_records(data_path or inputs["data_path"])
+    path = data_path or inputs["data_path"]
+    try:
+        records = open_records(path)
+    except ValueError as error:
+        raise UserError(f"{path!r} is no file name ({error}); name the data file with --data_path") from error
     if records.sha256 != inputs["data_sha256"] or len(records) != len(selection.ids):
         raise UserError(
             f"{records.path} is not the file the selection was made from (SHA-256); name it with --data_path"
