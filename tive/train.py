@@ -1,13 +1,16 @@
 """Run LLaVA's own trainer; `finetune_lora.sh` and `finetune.sh` start it as `python -m tive.train <LLaVA's arguments>`.
 
 The training is `llava.train.train.train`, untouched. This entry stands in for `llava.train.train_mem`, which demands
-flash-attn, and for `llava.train.train`, to keep four things from costing anybody a run:
+flash-attn, and for `llava.train.train`, to keep five things from costing anybody a run:
 
 - A base whose generation config has sampling values without `do_sample`, as Vicuna-v1.5's has, cannot be saved by
   transformers 4.37: a full fine-tuning fails at its very end (LLaVA issues 1144, 1252). It is put right in memory.
 - A LoRA checkpoint lacks the projector that is trained beside the adapter: who goes on from it silently starts with
   the projector's first weights, and it is of no use as a reference model. It is saved and loaded with the rest.
-- From torch 2.6 on, `torch.load` refuses the random state that transformers 4.37 keeps in a checkpoint.
+- From torch 2.6 on, `torch.load` refuses the random state that transformers 4.37 keeps in a checkpoint; and a LoRA
+  checkpoint under DeepSpeed, which lacks the frozen base, is refused for that.
+- With LoRA one of LLaVA's four parameter groups is empty. DeepSpeed drops it, the schedule of the learning rates does
+  not: a new torch stops at the first step, an old one gives the groups each other's learning rate.
 - A relative path of the base or the vision tower is written into the model, which then loads from one folder only.
 
 LLaVA's modality-grouped sampler takes records that all have images, or none, since its version 1.2 (issues 609, 715).
@@ -21,10 +24,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import llava.train.train as llava_train
 import numpy as np
 import torch
+import transformers.trainer
 from llava.train.llava_trainer import LLaVATrainer
 from transformers import GenerationConfig, HfArgumentParser, PretrainedConfig
 from transformers.utils import is_flash_attn_2_available
@@ -40,6 +45,11 @@ class ReferenceTrainer(LLaVATrainer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         make_savable(self.model)
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer()
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -79,6 +89,13 @@ def _numpy_state_allowed() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     reconstruct = np.core.multiarray._reconstruct
     return torch.serialization.safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
+
+
+def load_deepspeed_checkpoint(engine: Any, checkpoint_path: str, **_: Any) -> None:
+    """Go on from a DeepSpeed checkpoint, which for LoRA holds the trained weights alone: the base is loaded already."""
+    loaded, _ = engine.load_checkpoint(checkpoint_path, load_module_strict=False)
+    if loaded is None:
+        raise UserError(f"{checkpoint_path} holds no DeepSpeed checkpoint; remove it to start anew")
 
 
 def make_savable(model: torch.nn.Module) -> None:
@@ -140,6 +157,8 @@ def main() -> None:
             sys.argv += [f"--{name}", os.path.abspath(path)]
 
     llava_train.LLaVATrainer = ReferenceTrainer
+    if arguments.lora_enable:
+        transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     llava_train.train(attn_implementation=attention)
 
