@@ -24,7 +24,7 @@ COUNTS = {
     "OKVQA": 8_998,
     "OCR-VQA": 80_000,
     "A-OKVQA": 66_160,
-    "TextCaps": 21_953,
+    "textcaps": 21_953,
     "RefCOCO": 48_447,
     "VisualGenome": 86_417,
 }
@@ -73,7 +73,7 @@ def example(task: str, random_: random.Random) -> dict[str, Any]:
         options = "\n".join(f"{letter}. {random_.choice(WORDS.split())}" for letter in "ABCD")
         asked = [f"{question}\n{options}\n{OPTION_LETTER}" for question in questions(1, 2)]
         return record(COCO, asked, ["C"] * len(asked))
-    if task == "TextCaps":
+    if task == "textcaps":
         asked = "Provide a one-sentence caption for the provided image.\nReference OCR token: EXIT, 24, ROUTE"
         return record("textvqa/train_images/011e7e629fb9ae7b.jpg", [asked], [text(8, 14)])
     if task in ("RefCOCO", "VisualGenome"):

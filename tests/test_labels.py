@@ -52,7 +52,7 @@ def assert_refused(done, *said):
 SHAPES = {
     "ShareGPT": record(None, ["Write a poem about <image> tags.", "Shorter."]),
     "OCR-VQA": record("ocr_vqa/images/1878883.jpg", [f"Who wrote this book?\n{SHORT_ANSWER}", "What is its title?"]),
-    "TextCaps": record(
+    "textcaps": record(
         "textvqa/train_images/011e7e629fb9ae7b.jpg",
         ["Provide a one-sentence caption for the provided image.\nReference OCR token: EXIT, 24"],
     ),
@@ -217,6 +217,11 @@ def test_mini_gemini_is_told_by_folder(image, task):
 def test_vision_flan_is_consolidated_by_its_own_names(name, task):
     made = {**record("1.jpg", ["What is it?"]), "task_name": name}
     assert rules_of("vision_flan").task_of(made, split=False) == task
+
+
+@pytest.mark.parametrize("name", ["llava_v1_5", "svit_mix", "mini_gemini"])
+def test_the_captions_bear_the_name_that_selection_leaves_out_by_default(name):
+    assert rules_of(name).task_of(SHAPES["textcaps"], split=False) == "textcaps"
 
 
 # Rule files
