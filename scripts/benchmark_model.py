@@ -1,0 +1,101 @@
+"""A LLaVA of any shape with random weights, made on the device itself, and records of random tokens for it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from tive.models import Encoded
+from tive.models.llava import IGNORE, Processor, Reference
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaVA; the defaults are LLaVA-1.5-7B's with the reference model's LoRA."""
+
+    hidden: int = 4096
+    intermediate: int = 11008
+    layers: int = 32
+    heads: int = 32
+    vocabulary: int = 32000
+    vision_hidden: int = 1024
+    vision_intermediate: int = 4096
+    vision_layers: int = 24
+    vision_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    lora_rank: int = 128
+
+
+def random_llava(shape: Shape, device: torch.device, dtype: torch.dtype) -> Reference:
+    """A reference model with random weights; its LoRA B matrices are not zero, so every counted gradient is there."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_hidden,
+        intermediate_size=shape.vision_intermediate,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=shape.vision_heads,
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vision.save_pretrained(folder)  # LLaVA reads the tower's config from a folder
+        config = LlavaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            vocab_size=shape.vocabulary,
+            mm_vision_tower=folder,
+            mm_hidden_size=shape.vision_hidden,
+            mm_projector_type="mlp2x_gelu",
+            mm_vision_select_layer=-2,
+            tokenizer_model_max_length=2048,
+            use_cache=False,
+        )
+        config._attn_implementation = "sdpa"
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                model = LlavaLlamaForCausalLM(config)
+                linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+                lora = LoraConfig(r=shape.lora_rank, lora_alpha=2 * shape.lora_rank, target_modules=list(linear))
+                get_peft_model(model, lora)
+                tower = model.get_vision_tower()
+                tower.vision_tower = CLIPVisionModel(vision)
+        finally:
+            torch.set_default_dtype(default)
+    tower.is_loaded = True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    processor = Processor(None, None, SimpleNamespace(), tower.num_patches, 2048)
+    return Reference(model, processor, device, dtype)
+
+
+def random_records(count: int, shape: Shape, seed: int = 0) -> list[Encoded]:
+    """Records of lengths like LLaVA-1.5's: 15 of 16 with an image, texts of 40 to 1000 tokens, half of them answers."""
+    generator = np.random.default_rng(seed)
+    patches = (shape.image_size // shape.patch_size) ** 2
+    records = []
+    for number in range(count):
+        size = int(np.clip(generator.lognormal(5.0, 0.6), 40, 1000))
+        tokens = generator.integers(3, shape.vocabulary, size)
+        labels = np.where(np.arange(size) < size // 2, IGNORE, tokens)
+        if number % 16 == 15:
+            records.append(Encoded(tokens, labels, None, size))
+            continue
+        tokens[35], labels[35] = -200, IGNORE
+        pixels = generator.standard_normal((3, shape.image_size, shape.image_size), dtype=np.float32)
+        records.append(Encoded(tokens, labels, pixels, size - 1 + patches))
+    return records
