@@ -1,9 +1,11 @@
 """Model families. A family is one module with the same few functions; nothing outside it knows the family.
 
-load(model_path, model_base, ...)   a reference model, proven to be what is on disk
-encode(processor, record, ...)      one record as arrays, in a loader's worker process
-record_losses(reference, batch)     the mean loss of each record of a batch `[B]`
-counted_matrices(reference, ...)    the LoRA matrices that count, by canonical name
+- `check_files(model_path, ...)`: what can be known of a reference model without loading it
+- `identity(model_path, ...)`: what tells it from another one
+- `load(model_path, ...)`: the reference model, proven to be what is on disk
+- `encode(processor, record, ...)`: one record as arrays, in a loader's worker process
+- `record_losses(reference, records)`: the mean loss of each record of a batch `[B]`
+- `counted_matrices(reference, ...)`: the LoRA matrices that count, by canonical name
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import numpy as np
 
 from tive.errors import UserError
 from tive.files import read_json
-
-LORA_LAYERS_PREFIX = "layers."
 
 
 class LeftOut(Exception):

@@ -22,6 +22,7 @@ from tive.errors import UserError
 from tive.files import read_json, sha256_of
 from tive.images import BadImage, find_image, open_image
 from tive.models import Encoded, LeftOut
+from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
 from tive.records import image_of
 
 IGNORE = -100
@@ -103,7 +104,7 @@ def load(
 
     _load_projector(model, Path(model_path) / "non_lora_trainables.bin")
     # LoRA goes on before the vision tower is loaded, or the tower's q_proj, k_proj ... get adapters too.
-    _load_adapter(model, Path(model_path))
+    load_adapter(model, Path(model_path))
     tower = model.get_vision_tower()
     tower.load_model()
     placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -136,7 +137,7 @@ def check_files(model_path: str, model_base: str, vision_tower: str | None = Non
     """
     folder = Path(model_path)
     config = read_json(folder / "config.json")
-    if not (folder / "adapter_config.json").is_file() or _adapter_file(folder) is None:
+    if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:
         raise UserError(
             f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); "
             "train one with finetune_lora.sh"
@@ -165,80 +166,14 @@ def check_files(model_path: str, model_base: str, vision_tower: str | None = Non
         raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
 
 
-def _adapter_file(folder: Path) -> Path | None:
-    files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-    return next((file for file in files if file.is_file()), None)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a torch file that is allowed to hold nothing else."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and safetensors raise many kinds
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; it is damaged or not trusted") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is not a dictionary of tensors; train the reference model again")
-    return tensors
-
-
 def _load_projector(model: nn.Module, path: Path) -> None:
     tensors = {}
-    for key, value in _read_tensors(path).items():
+    for key, value in read_tensors(path).items():
         key = key.removeprefix("base_model.")
         tensors[key.removeprefix("model.") if key.startswith("model.model.") else key] = value
     if not any("mm_projector" in key for key in tensors):
         raise UserError(f"{path} holds no mm_projector weights; train the reference model again")
-    _copy_into(model, tensors, path)
-
-
-def _load_adapter(model: nn.Module, folder: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    path = _adapter_file(folder)
-    assert path is not None
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        wrapped = get_peft_model(model, config)
-    except (TypeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}/adapter_config.json: {str(error).splitlines()[0]}") from error
-    tensors = {}
-    for key, value in _read_tensors(path).items():
-        for half in (".lora_A.", ".lora_B."):
-            key = key.replace(half + "weight", half + "default.weight")
-        tensors[key] = value
-    adapted = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-    absent = sorted(adapted - set(tensors))
-    if absent:
-        raise UserError(f"{path} lacks {len(absent)} of the adapter's matrices, {absent[0]} among them")
-    _copy_into(wrapped, tensors, path)
-    if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
-        raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
-
-
-def _copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors to the parameters of the same names; each must find its place, in shape and in value."""
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        if key not in parameters:
-            raise UserError(f"{path}: {key} has no place in the model; base, adapter and projector do not match")
-        if parameters[key].shape != value.shape:
-            raise UserError(
-                f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[key].shape)}; "
-                "base, adapter and projector do not match"
-            )
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
-        if parameters[key].is_meta:  # the base has no projector: transformers leaves a placeholder without memory
-            owner, _, name = key.rpartition(".")
-            setattr(model.get_submodule(owner), name, nn.Parameter(value.to(parameters[key].dtype)))
-        else:
-            with torch.no_grad():
-                parameters[key].copy_(value)
+    copy_into(model, tensors, path)
 
 
 def identity(model_path: str, model_base: str, vision_tower: str | None = None) -> str:
@@ -250,7 +185,7 @@ def identity(model_path: str, model_base: str, vision_tower: str | None = None) 
     folder, base = Path(model_path), Path(model_base)
     tower = vision_tower or read_json(folder / "config.json")["mm_vision_tower"]
     digest = hashlib.sha256()
-    for file in (_adapter_file(folder), folder / "non_lora_trainables.bin", base / "config.json"):
+    for file in (adapter_file(folder), folder / "non_lora_trainables.bin", base / "config.json"):
         digest.update(sha256_of(file).encode())
     for weights in (base, Path(tower)):
         for file in sorted(file for pattern in _WEIGHT_FILES for file in weights.glob(pattern)):
