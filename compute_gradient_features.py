@@ -75,7 +75,7 @@ def main() -> None:
     from tive.launch import device_of, dtype_of, place_of
     from tive.loading import EncodedRecords
     from tive.models import family_of
-    from tive.progress import Progress, is_complete
+    from tive.progress import Progress, hold_chunk, is_complete, refuse_other_runs, remove_progress
     from tive.projection import make_projector
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
@@ -94,7 +94,7 @@ def main() -> None:
         arguments.image_folder,
         arguments.check_images == "full",
     )
-    print(f"{chunk}: records {checked.rows.start} to {checked.rows.stop - 1} of {len(checked.records)}")
+    print(f"{chunk}: {len(checked.rows)} of {len(checked.records)} records, from record {checked.rows.start} on")
 
     # Everything that the numbers depend on: a folder is continued by the same run alone.
     this_run = {
@@ -115,12 +115,17 @@ def main() -> None:
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "window": arguments.window,
     }
-    if not arguments.dry_run and is_complete(folder, this_run, arguments.overwrite):
-        print(f"{chunk} is complete in {folder}")
-        return
-    preflight.report_bad_records(checked, folder, place.chunk_idx, arguments.on_bad_record == "stop")
+    stop_on_bad_record = arguments.on_bad_record == "stop"
     if not arguments.dry_run:
-        preflight.check_disk(folder, 2 * 2 * len(checked.rows) * arguments.proj_dim)
+        lock = hold_chunk(folder, place.chunk_idx)
+        if not arguments.overwrite:
+            if is_complete(folder, this_run, arguments.projector):
+                remove_progress(folder, place.chunk_idx)
+                print(f"{chunk} is complete in {folder}")
+                return
+            refuse_other_runs(folder, this_run)
+        preflight.check_disk(folder, place.chunk_idx, 2 * len(checked.rows) * arguments.proj_dim)
+    preflight.report_bad_records(checked, folder, place.chunk_idx, stop_on_bad_record)
 
     reference = family.load(*model_files[:2], device, dtype, arguments.vision_tower, arguments.gradient_checkpointing)
     matrices = family.counted_matrices(reference, arguments.grad_modules, arguments.last_layers)
@@ -142,16 +147,16 @@ def main() -> None:
         return
 
     progress = Progress(folder, this_run, checked.rows, arguments.overwrite)
-    result = run_pass(checked, dataset, num_workers, engine, limits, progress, arguments.on_bad_record == "stop")
-    if result is None:
+    tally, notes, signal_number = run_pass(checked, dataset, num_workers, engine, limits, progress, stop_on_bad_record)
+    if signal_number is not None:
         print(f"{chunk} stopped; what is done is on disk, and the same command (without --overwrite) continues")
-        sys.exit(143)
-    tally, notes = result
+        sys.exit(128 + signal_number)
     manifest = describe(this_run, notes, engine, tally)
     manifest |= {"data_path": os.path.abspath(arguments.input_file), "model_path": arguments.model_path}
     manifest |= {"model_base": arguments.model_base, "image_folder": os.path.abspath(arguments.image_folder)}
     write_chunk(folder, match_of(this_run), progress.features(), norms_of(notes), manifest)
-    progress.remove()
+    remove_progress(folder, place.chunk_idx)
+    lock.close()
     print(
         f"{chunk} done: {len(checked.rows) - len(manifest['left_out'])} features, {len(manifest['left_out'])} records "
         f"left out, {manifest['records_per_second']:.2f} records/s, padding efficiency "

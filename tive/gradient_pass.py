@@ -6,6 +6,7 @@ finite.
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import signal
@@ -25,11 +26,13 @@ from tive.errors import UserError
 from tive.loading import EncodedRecords, encoded_windows
 from tive.models import Encoded
 from tive.preflight import Checked, left_out_entry
-from tive.progress import Note, Progress
+from tive.progress import LeftOutRecord, Note, Progress
 
 UNSUPERVISED = ("no supervised token", "template mismatch")
-_MOST_UNSUPERVISED = 0.02
-_FEW = 10
+NOT_FINITE = "not finite"
+# Above this share of the chunk, and above a few, what is wrong is not the records.
+_MOST_LEFT_OUT = 0.02
+_FEW = 2
 
 
 @dataclass
@@ -52,7 +55,8 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-        print("\nfinishing the records at hand, then stopping ...", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of another one.
+        os.write(2, b"\nfinishing the records at hand, then stopping ...\n")
 
 
 @dataclass
@@ -61,22 +65,21 @@ class Tally:
 
     started: str = field(default_factory=lambda: _now())
     begun: float = field(default_factory=time.perf_counter)
-    seen: int = 0
-    unsupervised: int = 0
     computed: int = 0
     waited: float = 0.0
 
     def seconds(self) -> float:
         return time.perf_counter() - self.begun
 
-    def check_supervision(self, at_end: bool) -> None:
-        """Raise a `UserError` when so many records have no supervised token that the template must be wrong."""
-        many = self.unsupervised > max(_MOST_UNSUPERVISED * self.seen, _FEW)
-        if many or (at_end and self.seen and self.unsupervised == self.seen):
-            raise UserError(
-                f"{self.unsupervised} of the first {self.seen} records have no supervised token; the tokenizer or the "
-                "template is not the reference model's (v1): name the base model that it was trained from"
-            )
+
+def refuse_many(left_out: list[LeftOutRecord], reasons: tuple[str, ...], checked: Checked, hint: str) -> None:
+    """Raise a `UserError` when so many of the chunk's records are left out for `reasons` that they are not to blame."""
+    entries = [entry for entry in left_out if entry["reason"] in reasons]
+    if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
+        raise UserError(
+            f"{len(entries)} records up to record {entries[-1]['row']} are left out ({' or '.join(reasons)}; the "
+            f"first: record {entries[0]['row']}), above {_MOST_LEFT_OUT:.0%} of the chunk: {hint}"
+        )
 
 
 def compute_window(
@@ -85,26 +88,36 @@ def compute_window(
     engine: GradientEngine,
     limits: BatchLimits,
     checked: Checked,
-    tally: Tally,
-    stop_on_bad_image: bool,
+    earlier: list[LeftOutRecord],
+    stop_on_bad_record: bool,
 ) -> tuple[np.ndarray, Note]:
     """Features (float16 `[n, d]`) and note of one window, in record order.
 
+    Args:
+        earlier: the records that earlier windows left out.
+
     Raises:
-        UserError: too many records are unsupervised, or an image turned out bad and that is to stop the run.
+        UserError: too many records are left out, or a record turned out bad and that is to stop the run.
     """
-    reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
-    reasons |= {row: item for row, item in encoded.items() if isinstance(item, str)}
-    tally.seen += len(rows)
-    tally.unsupervised += sum(reason in UNSUPERVISED for reason in reasons.values())
-    tally.check_supervision(at_end=rows.stop == checked.rows.stop)
-    for row, reason in sorted(reasons.items()):
-        if stop_on_bad_image and row not in checked.reasons and reason not in UNSUPERVISED:
+    found = {row: item for row, item in encoded.items() if isinstance(item, str)}
+    for row, reason in sorted(found.items()):
+        if stop_on_bad_record and reason not in UNSUPERVISED:
             raise UserError(
-                f"record {row}: {reason}; repair it, or leave such records out with --on_bad_record skip; the run "
-                "continues where it stopped"
+                f"record {row}: {reason}; repair it (--check_images full finds all such images before the run), or "
+                "leave such records out with --on_bad_record skip; the run continues where it stopped"
             )
 
+    def left_out(reasons: dict[int, str]) -> list[LeftOutRecord]:
+        return [left_out_entry(row, checked.records[row], reason) for row, reason in sorted(reasons.items())]
+
+    reasons = found | {row: checked.reasons[row] for row in rows if row in checked.reasons}
+    refuse_many(
+        earlier + left_out(reasons),
+        UNSUPERVISED,
+        checked,
+        "the tokenizer or the template is not the reference model's (v1), so name the base model that it was trained "
+        "from; or these records have no answer within the model's length, so remove them from the data file",
+    )
     features = np.zeros((len(rows), engine.projector.proj_dim), np.float16)
     norms = np.full(len(rows), np.nan, np.float32)
     items = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
@@ -112,10 +125,16 @@ def compute_window(
         if torch.isfinite(norm) and torch.isfinite(feature).all():
             features[row - rows.start], norms[row - rows.start] = feature.numpy(), float(norm)
         else:
-            reasons[row] = "not finite"
-    tally.computed += len(items)
-    left_out = [left_out_entry(checked, row, reason) for row, reason in sorted(reasons.items())]
-    return features, Note(norms, left_out, (limits.records, limits.tokens))
+            reasons[row] = NOT_FINITE
+    entries = left_out(reasons)
+    refuse_many(
+        earlier + entries,
+        (NOT_FINITE,),
+        checked,
+        "their loss or gradient overflows, so try --dtype bfloat16 or float32; if it stays, the reference model "
+        "diverged in training",
+    )
+    return features, Note(norms, entries, (limits.records, limits.tokens))
 
 
 def run_pass(
@@ -125,32 +144,42 @@ def run_pass(
     engine: GradientEngine,
     limits: BatchLimits,
     progress: Progress,
-    stop_on_bad_image: bool,
-) -> tuple[Tally, list[Note]] | None:
-    """Compute every window that is not on disk yet; None when a signal stopped the run between two windows."""
-    notes = {rows: progress.note(rows) for rows in progress.windows()}
-    waiting = [rows for rows, note in notes.items() if note is None]
-    for note in notes.values():
-        if note is not None:  # memory ran out before: start from the size that went well
+    stop_on_bad_record: bool,
+) -> tuple[Tally, list[Note], int | None]:
+    """Compute every window that is not on disk yet.
+
+    Returns:
+        What was done, the windows' notes in order, and the number of the signal that stopped the run, if one did.
+    """
+    windows = progress.windows()
+    notes: dict[range, Note] = {}
+    for rows in tqdm(windows, desc="Verifying what is on disk", unit=" windows", delay=2):
+        if note := progress.note(rows):
+            notes[rows] = note
+            # Memory ran out before: start from the size that went well.
             limits.records, limits.tokens = min(limits.records, note.limits[0]), min(limits.tokens, note.limits[1])
-    done = sum(len(rows) for rows, note in notes.items() if note is not None)
+    waiting = [rows for rows in windows if rows not in notes]
+    done = sum(map(len, notes))
     if done:
         print(f"continuing: {done} of {len(checked.rows)} records are on disk")
-    usable = [[row for row in rows if row not in checked.reasons] for rows in waiting]
-    windows = encoded_windows(dataset, usable, num_workers)
     tally = Tally()
+    left_out = [entry for note in notes.values() for entry in note.left_out]
+    usable = [[row for row in rows if row not in checked.reasons] for rows in waiting]
+    encoded_ahead = encoded_windows(dataset, usable, num_workers)
     with StopRequest() as stop, tqdm(total=len(checked.rows), initial=done, desc="Gradients", unit=" records") as bar:
         for rows in waiting:
+            if stop.signal_number is not None:
+                break
             start = time.perf_counter()
-            encoded = next(windows)
+            encoded = next(encoded_ahead)
             tally.waited += time.perf_counter() - start
-            features, note = compute_window(rows, encoded, engine, limits, checked, tally, stop_on_bad_image)
+            features, note = compute_window(rows, encoded, engine, limits, checked, left_out, stop_on_bad_record)
             progress.write(rows, features, note)
             notes[rows] = note
+            left_out += note.left_out
+            tally.computed += sum(isinstance(item, Encoded) for item in encoded.values())
             bar.update(len(rows))
-            if stop.signal_number is not None:
-                return None
-    return tally, list(notes.values())
+    return tally, [notes[rows] for rows in windows if rows in notes], stop.signal_number
 
 
 def describe(run: dict[str, Any], notes: list[Note], engine: GradientEngine, tally: Tally) -> dict[str, Any]:

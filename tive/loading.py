@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import queue
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from tive.errors import UserError
 from tive.models import Encoded, LeftOut
 from tive.records import RecordFile
 
@@ -26,6 +28,8 @@ class EncodedRecords(Dataset):
             return row, self.family.encode(self.processor, self.records[row], self.image_folder)
         except LeftOut as reason:
             return row, str(reason)
+        except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
+            return row, f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _as_it_is(item: Any) -> Any:
@@ -53,18 +57,33 @@ def encoded_windows(
         worker_init_fn=_ignore_signals,
     )
 
-    def fill() -> Iterator[dict[int, Encoded | str]]:
-        items = iter(loader)
-        for window in windows:
-            yield dict(next(items) for _ in window)
-
-    return fill() if num_workers == 0 else _one_ahead(fill())
-
-
-def _one_ahead(windows: Iterator[Any]) -> Iterator[Any]:
-    """Run an iterator in a thread, one item ahead of its consumer."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
+
+    def fill() -> Iterator[dict[int, Encoded | str]]:
+        try:
+            items = iter(loader)
+            for window in windows:
+                encoded = {}
+                for _ in window:
+                    if stopped.is_set():
+                        return
+                    row, item = next(items)
+                    encoded[row] = item
+                yield encoded
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads records ended ({str(error).splitlines()[0]}), most often because memory ran "
+                "out; free memory or lower --num_workers; the same command continues"
+            ) from error
+
+    return fill() if num_workers == 0 else _one_ahead(fill(), stopped)
+
+
+def _one_ahead(windows: Iterator[Any], stopped: threading.Event) -> Iterator[Any]:
+    """Run an iterator in a thread, one item ahead of its consumer; it ends early when `stopped` is set."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
 
     def put(kind: str, item: Any) -> bool:
         while not stopped.is_set():
@@ -96,4 +115,6 @@ def _one_ahead(windows: Iterator[Any]) -> Iterator[Any]:
             yield item
     finally:
         stopped.set()
-        thread.join(timeout=5)
+        thread.join(timeout=10)
+        for process in multiprocessing.active_children():  # one that is stuck, and deaf to SIGTERM as all of them are
+            process.kill()

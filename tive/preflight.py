@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from tqdm import tqdm
 
 from tive.errors import UserError
 from tive.files import write_json
-from tive.images import BadImage, find_image, names_in, open_image, other_names, path_of
+from tive.images import BadImage, find_image, open_image, path_of
 from tive.records import RecordFile, chunk_range, image_of, open_records, problem_of
 
 SHOWN = 10
+# Asking for one file after the other would wait for a network's answer each time.
 _THREADS = 16
 
 
@@ -47,23 +47,20 @@ def check_data(path: str, num_chunks: int, chunk_idx: int, image_folder: str, op
     Raises:
         UserError: the data file cannot be read, or the image folder is not there.
     """
-    found: dict[int, tuple[str | None, str | None]] = {}
+    problems: dict[int, str] = {}
+    images: dict[int, str] = {}
 
     def visit(row: int, record: Any) -> None:
         problem = problem_of(record)
-        image = None if problem else image_of(record)
-        if problem or image:
-            found[row] = (problem, image)
+        if problem:
+            problems[row] = problem
+        elif image := image_of(record):
+            images[row] = image
 
     records = open_records(path, visit)
-    checked = Checked(records, chunk_range(len(records), num_chunks, chunk_idx))
-    images: dict[int, str] = {}
-    for row in checked.rows:
-        problem, image = found.get(row, (None, None))
-        if problem:
-            checked.reasons[row] = problem
-        elif image:
-            images[row] = image
+    rows = chunk_range(len(records), num_chunks, chunk_idx)
+    checked = Checked(records, rows, {row: problems[row] for row in rows if row in problems})
+    images = {row: images[row] for row in rows if row in images}
     if images and not os.path.isdir(image_folder):
         raise UserError(f"--image_folder {image_folder or '(not given)'} is not a folder, and records have images")
     _check_images(images, image_folder, checked, open_images)
@@ -71,42 +68,38 @@ def check_data(path: str, num_chunks: int, chunk_idx: int, image_folder: str, op
 
 
 def _check_images(images: dict[int, str], folder: str, checked: Checked, open_images: bool) -> None:
-    """Look for the images in listings of their folders: one listing answers for thousands of records."""
-    paths: dict[int, str] = {}
+    rows_of: dict[str, list[int]] = defaultdict(list)
     for row, image in images.items():
+        rows_of[image].append(row)
+
+    def look(image: str) -> tuple[str | None, bool]:
         try:
-            paths[row] = path_of(folder, image)
+            path = find_image(folder, image)
+            if open_images:
+                open_image(path)
         except BadImage as reason:
-            checked.reasons[row] = str(reason)
-    folders = {os.path.dirname(path) for path in paths.values()}
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(names_in, folders))
+            return str(reason), False
+        return None, path != path_of(folder, image)
 
-        def look(row: int) -> tuple[int, str | None, bool]:
-            listed = names_in(os.path.dirname(paths[row]))
-            there = os.path.basename(paths[row]) in listed
-            try:
-                if not there and not other_names(paths[row]) & listed:
-                    raise BadImage("missing image")
-                if open_images:
-                    open_image(find_image(folder, images[row]))
-            except BadImage as reason:
-                return row, str(reason), False
-            return row, None, not there
-
-        results: Iterable[tuple[int, str | None, bool]] = map(look, paths)
-        if open_images:
-            results = tqdm(threads.map(look, paths), total=len(paths), desc="Opening images", unit=" images", delay=1)
-        for row, reason, renamed in results:
-            if reason:
-                checked.reasons[row] = reason
-            elif renamed:
-                checked.renamed.append(row)
+    # In the order of their folders, whose listings are kept; many at a time, since a thread costs more than a look.
+    names = sorted(rows_of)
+    size = 8 if open_images else 1000
+    blocks = [names[start : start + size] for start in range(0, len(names), size)]
+    title = "Opening images" if open_images else "Looking for images"
+    with ThreadPoolExecutor(_THREADS) as threads, tqdm(total=len(names), desc=title, unit=" images", delay=2) as bar:
+        states = threads.map(lambda block: [look(image) for image in block], blocks)
+        for block, found in zip(blocks, states, strict=True):
+            for image, (reason, renamed) in zip(block, found, strict=True):
+                if reason:
+                    checked.reasons |= dict.fromkeys(rows_of[image], reason)
+                elif renamed:
+                    checked.renamed += rows_of[image]
+            bar.update(len(block))
+    checked.renamed.sort()
 
 
-def left_out_entry(checked: Checked, row: int, reason: str) -> dict[str, Any]:
+def left_out_entry(row: int, record: Any, reason: str) -> dict[str, Any]:
     """How a manifest names a record that was left out."""
-    record = checked.records[row]
     identity = record.get("id") if isinstance(record, dict) else None
     return {"row": row, "id": identity if isinstance(identity, (str, int)) else None, "reason": reason}
 
@@ -118,44 +111,57 @@ def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: boo
         UserError: records are bad, and `stop` is set.
     """
     if checked.renamed:
+        first = checked.renamed[0]
         print(
-            f"{len(checked.renamed)} images are there under another extension and are used (first: record "
-            f"{checked.renamed[0]}); LLaVA's trainer will not find them: rename them before step 5"
+            f"{len(checked.renamed)} records have their image under another extension, and it is used (the first: "
+            f"record {first}, {_image_name(checked.records[first])}); LLaVA's trainer does not look for it: rename "
+            "before step 5"
         )
-    if not checked.reasons:
-        return
-    entries = [left_out_entry(checked, row, reason) for row, reason in sorted(checked.reasons.items())]
     listed = folder / f"bad_records_{chunk_idx}.json"
+    if not checked.reasons:
+        listed.unlink(missing_ok=True)  # of an earlier call, repaired since
+        return
+    entries = []
+    for row, reason in sorted(checked.reasons.items()):
+        record = checked.records[row]
+        entries.append(left_out_entry(row, record, reason) | {"image": _image_name(record)})
     write_json(listed, entries)
-    counts = Counter(checked.reasons.values())
     print(f"{len(entries)} of {len(checked.rows)} records of this chunk cannot be used:")
-    for reason, count in counts.most_common(SHOWN):
-        print(f"  {count:>8}  {reason}")
+    for kind, count in Counter(map(_kind, checked.reasons.values())).most_common():
+        print(f"  {count:>8}  {kind}")
+    print("the first:")
     for entry in entries[:SHOWN]:
-        print(f"  record {entry['row']} (id {entry['id']}): {entry['reason']}")
+        image = f" ({entry['image']})" if entry["image"] else ""
+        print(f"  record {entry['row']} (id {entry['id']}): {entry['reason']}{image}")
     if stop:
         raise UserError(
-            f"{len(entries)} records cannot be used, all listed in {listed}; repair them, or leave them out with "
-            "--on_bad_record skip"
+            f"{len(entries)} of {len(checked.rows)} records cannot be used, all listed in {listed}; repair them, or "
+            "leave them out with --on_bad_record skip"
         )
     print(f"they are left out; all are listed in {listed}")
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Make the output folder and see that it can hold what will be written (bytes).
+def _image_name(record: Any) -> str | None:
+    image = None if problem_of(record) else image_of(record)
+    # Half of a surrogate pair is no text, and could neither be printed nor written.
+    return image and image.encode(errors="replace").decode()
+
+
+def _kind(reason: str) -> str:
+    return "unreadable image" if reason.startswith("unreadable image") else reason
+
+
+def check_disk(folder: Path, chunk_idx: int, feature_bytes: int) -> None:
+    """See that the output folder can hold the chunk's features twice, which finishing it takes.
 
     Raises:
-        UserError: it cannot be made or written, or has too little room.
+        UserError: it has too little room.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make --output_file {folder}: {error.strerror}; name another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_file {folder} cannot be written; name another folder")
+    begun = folder / f"progress_{chunk_idx}" / "features.f16"
+    needed = 2 * feature_bytes - (begun.stat().st_blocks * 512 if begun.is_file() else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"--output_file {folder} has {free / 1e9:.3g} GB free, this chunk needs {needed / 1e9:.3g} GB while it is "
-            "made (features twice); free space or name another folder"
+            f"--output_file {folder} has {free / 1e9:.3g} GB free, this chunk needs {needed / 1e9:.3g} GB more while "
+            "it is made (its features twice); free space or name another folder; the same command continues"
         )

@@ -6,6 +6,7 @@ with its checksum, norms and the records left out. The last step writes the chun
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 
 from tive.errors import UserError
-from tive.files import read_json, sha256_of, write_json
+from tive.features import COMMON_KEYS
+from tive.files import sha256_of, write_json
 
 LeftOutRecord = dict[str, Any]
+_FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
 
 
 @dataclass
@@ -37,37 +40,39 @@ class Note:
 
 
 class Progress:
-    """The windows of one chunk on disk. Hold it open while working: a second process on the chunk is refused.
+    """The windows of one chunk on disk. The caller holds the chunk (`hold_chunk`).
 
     Args:
         folder: the feature folder.
         run: everything that the features depend on; a folder of another run is refused.
         rows: the chunk's rows of the data file.
+        overwrite: begin anew, also where another run's files are.
 
     Raises:
-        UserError: another process works on the chunk, it was begun by a different run, or the disk is too small.
+        UserError: the chunk, or another in the folder, was begun by a different run, or the disk is too small.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], rows: range, overwrite: bool) -> None:
-        self.rows, self.window, self.proj_dim = rows, run["window"], run["proj_dim"]
-        chunk = run["chunk_idx"]
-        self.folder = folder / f"progress_{chunk}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _lock(self.folder / "lock", chunk)
-        begun = self.folder / "run.json"
-        if overwrite or not begun.is_file():
-            self.clear()
-            write_json(begun, run)
+        self.rows, self.window, self.proj_dim, chunk = rows, run["window"], run["proj_dim"], run["chunk_idx"]
+        self.folder = progress_folder(folder, chunk)
+        if overwrite:
+            remove_progress(folder, chunk)
         else:
-            refuse_other_run(read_json(begun), run, self.folder)
+            refuse_other_runs(folder, run)
+        # A chunk under way has no final files: those of an earlier run could be taken for its own.
+        for name in _FINAL_FILES:
+            (folder / name.format(chunk)).unlink(missing_ok=True)
+        write_json(self.folder / "run.json", run)
+        self.run_digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode())
         self.file = self._open_features()
 
     def _open_features(self) -> IO[bytes]:
         path, size = self.folder / "features.f16", len(self.rows) * self.proj_dim * 2
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
-            if size and os.fstat(descriptor).st_size != size:
+            if os.fstat(descriptor).st_size != size:
                 # The space is taken now, so that a full disk stops the run before it begins.
+                os.ftruncate(descriptor, size)
                 os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             os.close(descriptor)
@@ -93,8 +98,8 @@ class Progress:
             norms = np.array([np.nan if norm is None else norm for norm in written["norms"]], np.float32)
             note = Note(norms, written["left_out"], tuple(written["limits"]))
             features = os.pread(self.file.fileno(), len(rows) * self.proj_dim * 2, self._place(rows))
-            whole = written["sha256"] == _checksum(features, note) and len(norms) == len(rows)
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = written["sha256"] == self._checksum(features, note) and len(norms) == len(rows)
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             print(f"records {rows.start} to {rows.stop - 1}: damaged on disk, computed again")
@@ -113,12 +118,22 @@ class Progress:
             "norms": [float(norm) if np.isfinite(norm) else None for norm in note.norms],
             "left_out": note.left_out,
             "limits": note.limits,
-            "sha256": _checksum(data, note),
+            "sha256": self._checksum(data, note),
         }
         write_json(self._note_path(rows), content, indent=None)
 
+    def _checksum(self, features: bytes, note: Note) -> str:
+        digest = self.run_digest.copy()
+        digest.update(features)
+        digest.update(np.ascontiguousarray(note.norms))
+        digest.update(json.dumps([note.left_out, note.limits]).encode())
+        return digest.hexdigest()
+
     def _place(self, rows: range) -> int:
         return (rows.start - self.rows.start) * self.proj_dim * 2
+
+    def _note_path(self, rows: range) -> Path:
+        return self.folder / f"window_{rows.start:09d}.json"
 
     def features(self) -> torch.Tensor:
         """The chunk's features, float16 `[n, d]`, memory-mapped."""
@@ -127,71 +142,100 @@ class Progress:
             return torch.empty(shape, dtype=torch.float16)
         return torch.from_numpy(np.memmap(self.file, np.float16, "r+", shape=shape))
 
-    def _note_path(self, rows: range) -> Path:
-        return self.folder / f"window_{rows.start:09d}.json"
 
-    def clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
-
-    def close(self) -> None:
-        self.file.close()
-        self.lock.close()
-
-    def remove(self) -> None:
-        """Remove what the finished chunk no longer needs."""
-        shutil.rmtree(self.folder)
-        self.close()
+def progress_folder(folder: Path, chunk: int) -> Path:
+    return folder / f"progress_{chunk}"
 
 
-def _lock(path: Path, chunk: int) -> IO[str]:
-    """Hold the chunk: the system lets go of it when the process ends, however it ends."""
-    file = open(path, "w")  # noqa: SIM115 - held as long as the process works
+def remove_progress(folder: Path, chunk: int) -> None:
+    """Remove what a finished chunk does not need."""
+    progress = progress_folder(folder, chunk)
+    if progress.is_dir():
+        shutil.rmtree(progress)
+
+
+def hold_chunk(folder: Path, chunk: int) -> IO[str]:
+    """Take the chunk for this process, for as long as the returned file is open, and sweep up after killed ones.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be made or written.
+    """
+    path = folder / f".lock_{chunk}"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - held until the process ends, however it ends
     except OSError as error:
-        raise UserError(
-            f"another process is computing chunk {chunk} in {path.parent.parent}; wait for it or take another chunk"
-        ) from error
+        raise UserError(f"cannot write to --output_file {folder}: {error.strerror}; name another folder") from error
+    try:
+        # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"another process is computing chunk {chunk} in {folder}; wait for it or take another chunk"
+            ) from error
+        print(f"{folder} is on a file system without locks: see that no other process computes chunk {chunk}")
+    for name in _FINAL_FILES:
+        for left_behind in folder.glob(f".{name.format(chunk)}.*.tmp"):
+            left_behind.unlink(missing_ok=True)
     return file
 
 
-def _checksum(features: bytes, note: Note) -> str:
-    digest = hashlib.sha256(features)
-    digest.update(np.ascontiguousarray(note.norms))
-    digest.update(json.dumps([note.left_out, note.limits]).encode())
-    return digest.hexdigest()
+def is_complete(folder: Path, run: dict[str, Any], projector: str) -> bool:
+    """Whether the chunk's final files are there, whole, and made by the same run.
+
+    Args:
+        run: as for `Progress`, without what is known only when the model is loaded.
+        projector: the kind that was asked for, or `auto`.
+
+    Raises:
+        UserError: they were made by a different run.
+    """
+    chunk = run["chunk_idx"]
+    manifest_path, output = folder / f"manifest_{chunk}.json", folder / f"output_{chunk}.pt"
+    if not manifest_path.is_file():
+        return False
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        made_by, checksum = manifest["run"], manifest["sha256"]
+        kind = {} if projector == "auto" else {"projector": projector}
+        _refuse(made_by | {"projector": made_by["projector"].split("/")[0]}, run | kind, manifest_path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        print(f"{manifest_path} is damaged: computed again")
+        return False
+    if not output.is_file() or sha256_of(output) != checksum:
+        print(f"{output} is missing or damaged: computed again")
+        return False
+    return True
 
 
-def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Raise a `UserError` that says what differs between a run on disk and this one."""
+def refuse_other_runs(folder: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on with a chunk that a different run began, and to put chunks of different runs in one folder.
+
+    Raises:
+        UserError: what differs.
+    """
+    own = progress_folder(folder, run["chunk_idx"]) / "run.json"
+    common = {key: run[key] for key in COMMON_KEYS if key in run}
+    for path in sorted([*folder.glob("progress_*/run.json"), *folder.glob("manifest_*.json")]):
+        try:
+            other = json.loads(path.read_bytes())
+            other = other["run"] if path.name.startswith("manifest") else other
+            _refuse(other, run if path == own else common, path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # removed meanwhile, or damaged: the checksums of its windows tell what is still of use
+
+
+def _refuse(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     names = [name for name in new if old.get(name) != new[name]]
     if names:
         differences = ", ".join(f"{name} {_short(old.get(name))}, now {_short(new[name])}" for name in names)
         raise UserError(
-            f"{where} was begun by a run that differs: {differences}; give the same arguments, another --output_file, "
-            "or --overwrite to start afresh"
+            f"{where} is of a run that differs: {differences}; give the same arguments, another --output_file, or "
+            "--overwrite to start afresh"
         )
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "..."
-
-
-def is_complete(folder: Path, run: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the chunk's final files are there, whole, and made by the same run.
-
-    Raises:
-        UserError: they were made by a different run, and `overwrite` is not set.
-    """
-    manifest_path, output = folder / f"manifest_{run['chunk_idx']}.json", folder / f"output_{run['chunk_idx']}.pt"
-    if overwrite or not manifest_path.is_file():
-        return False
-    manifest = read_json(manifest_path)
-    refuse_other_run(manifest.get("run", {}), run, manifest_path)
-    if not output.is_file() or sha256_of(output) != manifest.get("sha256"):
-        print(f"{output} is missing or damaged: computed again")
-        return False
-    return True
