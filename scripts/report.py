@@ -48,6 +48,7 @@ def main() -> None:
             ("origin", "Arguments, versions, hashes", tables.origin(selection)),
         ],
     )
+    pictures.bar.close()
     output = arguments.output or default_output(summary)
     plots = output.with_name(f"{output.stem}_plots")
     for name, content in pictures.files.items():

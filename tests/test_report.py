@@ -430,3 +430,24 @@ def test_extreme_numbers_still_make_a_page(copy: Path) -> None:
     page = Page(copy / "report.html")
     assert "At q = 1e+299 the weights all but decide the draw" in page.text
     assert not page.all("img")
+
+
+def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    names = ["captions"] * 6 + ["vqa"] * 20 + ["chat"] * 14
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"dataset": name, "conversations": turns} for name in names]))
+    (tmp_path / "features").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    torch.save([torch.randn(len(names), 64, generator=generator).half() + 0.5], tmp_path / "features" / "output_0")
+    (tmp_path / "features" / "output_norm_0.json").write_text(json.dumps([1.0 + row / 10 for row in range(len(names))]))
+    places = ["--data_path", tmp_path / "data.json", "--gradient_path", tmp_path / "features", "--save_path", tmp_path]
+    command = [sys.executable, SCRIPT.parent.parent / "select_data_TIVE.py", *places, "--exclude_tasks", "captions"]
+    subprocess.run([*command, "--q", "20"], check=True, capture_output=True)
+    report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*_summary.json"))
+    for task in summary["tasks"]:
+        row = [task["task"], str(task["records"]), str(task["distinct"]), f"{task['effective_sample_size'] or 0:.1f}"]
+        assert task["excluded"] or row in [shown[:4] for shown in page.rows]
+    assert "Not known: the feature files have no manifests" in page.text

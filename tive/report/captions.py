@@ -32,22 +32,32 @@ def plural(count: int, noun: str) -> str:
 def mixture(selection: Selection) -> Markup:
     tasks = selection.tasks
     records, selected = sum(task.records for task in tasks), sum(task.selected for task in tasks)
-    parts: list[Any] = [
-        f"The subset holds {selected:,} of {records:,} records ({percent(selected / max(1, records))}). "
-    ]
+    share = percent(selected / max(1, records))
+    parts: list[Any] = [f"The subset holds {selected:,} of {records:,} records ({share}). "]
     distinct = sum(task.distinct for task in tasks)
     if distinct < selected:
         parts.append(f"{distinct:,} of them are distinct: a task smaller than its budget is taken more than once. ")
-    before = {task.name: task.records / max(1, records) for task in tasks if not task.excluded}
-    change = {task.name: task.selected / max(1, selected) - before[task.name] for task in tasks if not task.excluded}
-    if len(change) > 1 and selected:
-        for word, found in (("grows", max(change, key=change.get)), ("shrinks", min(change, key=change.get))):  # type: ignore[arg-type]
-            share = f" {word} most, from {percent(before[found])} of the records to "
-            parts += [name(found), share, f"{percent(before[found] + change[found])} of the subset. "]
+    moved = []
+    for task in tasks:
+        if selected and not task.excluded:
+            before, after = task.records / records, task.selected / selected
+            moved.append(
+                (after - before, task.name, f"{percent(before)} of the records, {percent(after)} of the subset. ")
+            )
+    moved.sort()
+    if moved and moved[-1][0] > 0.0005:
+        parts += [name(moved[-1][1]), " gains most: ", moved[-1][2]]
+    if moved and moved[0][0] < -0.0005:
+        parts += [name(moved[0][1]), " loses most: ", moved[0][2]]
     excluded = [task.name for task in tasks if task.excluded]
     if excluded:
-        names = join((name(task) for task in excluded[:5]), ", ") + Markup(" and others" if len(excluded) > 5 else "")
-        parts += ["Excluded, so that nothing is drawn: ", Markup(names), "."]
+        others = " and others" if len(excluded) > 5 else ""
+        parts += [
+            "Excluded, so that nothing is drawn: ",
+            join((name(task) for task in excluded[:5]), ", "),
+            others,
+            ".",
+        ]
     return join(parts)
 
 

@@ -25,7 +25,7 @@ COLOURS = {
     "ink": "#1c2230",
     "quiet": "#5c6576",
     "line": "#d5d9e0",
-    "all": "#b4bac6",
+    "all": "#a3abb9",
     "drawn": "#0b69b7",
     "mark": "#c24d00",
 }

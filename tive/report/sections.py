@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from tive.report import captions, plots
 from tive.report.captions import percent, plural, short
@@ -24,15 +25,17 @@ class Pictures:
     """Draws plots for the page, and keeps the PNG files of what was drawn: file name to bytes."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    bar: tqdm = field(default_factory=lambda: tqdm(desc="Drawing", unit=" plots", delay=2))
 
     def figure(
         self, key: str, draw: Callable[[], Figure], what: str, caption: Markup, numbers: Markup | None
     ) -> Markup:
         picture, self.files[f"{key}.png"] = plots.render(draw, key, what)
-        folded = (
-            [tag("details", tag("summary", "The numbers of this plot"), numbers, class_="numbers")] if numbers else []
-        )
-        return tag("figure", picture, tag("figcaption", tag("p", caption), *folded))
+        self.bar.update()
+        shown = tag("figure", picture, tag("figcaption", tag("p", caption)))
+        if not numbers:
+            return shown
+        return join([shown, tag("details", tag("summary", "The numbers of this plot"), numbers, class_="numbers")])
 
     def by_task(
         self,

@@ -47,10 +47,11 @@ def _card(selection: Selection, row: int, sample: Sample | None) -> Markup:
     picture = tag("span", sample.no_image if sample else "not read", class_="missing")
     if sample is not None and sample.image:
         picture = tag("img", src=sample.image, alt=f"Image of row {row}")
+    parts = [tag("div", picture, class_="picture"), tag("div", *text)]
     if sample is not None and sample.turns:
         turns = [tag("p", tag("b", role), tag("span", said, dir="auto"), class_="turn") for role, said in sample.turns]
-        text.append(tag("details", tag("summary", "Conversation"), *turns))
-    return tag("li", tag("div", picture, class_="picture"), tag("div", *text))
+        parts.append(tag("details", tag("summary", "Conversation"), *turns))
+    return tag("li", *parts)
 
 
 def left_out(selection: Selection) -> Markup:
