@@ -21,6 +21,8 @@ export PYTHON
 
 # The model is tiny: a second thread costs more than it brings.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# What the libraries warn of here concerns nobody: no GPU, Vicuna's own generation config.
+export DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
 SECONDS=0
 
 # step TITLE RESULT COMMAND...: runs the command, unless the file that it writes last is there.
@@ -62,13 +64,13 @@ reference=$folder/reference
 [[ -e $reference/non_lora_trainables.bin ]] || rm -rf "$reference"
 step "Step 2: train the LoRA reference model" "$reference/non_lora_trainables.bin" \
     env DATA_PATH="$folder/warm_up.json" OUTPUT_DIR="$reference" LORA_R=8 LORA_ALPHA=16 EPOCHS=3 \
-    LEARNING_RATE=2e-3 PROJECTOR_LEARNING_RATE=2e-3 bash finetune_lora.sh
+    LEARNING_RATE=2e-3 PROJECTOR_LEARNING_RATE=2e-3 bash finetune_lora.sh --logging_steps 10
 
 for chunk in 0 1; do
     step "Step 3: gradient features, chunk $chunk of 2" "$folder/gradients/manifest_$chunk.json" \
         "$PYTHON" compute_gradient_features.py --input_file "$folder/data.json" --image_folder "$folder/images" \
         --model_path "$reference" --model_base "$MODEL" --output_file "$folder/gradients" \
-        --num_chunks 2 --chunk_idx $chunk --proj_dim 1024
+        --num_chunks 2 --chunk_idx $chunk --proj_dim 1024 --device cpu
 done
 
 subset=$folder/selected/Tive_q_0.001_p_0.15
@@ -79,7 +81,7 @@ step "Step 4: select 15% of the data" "${subset}_summary.json" \
 tuned=$folder/tuned
 [[ -e $tuned/training_args.bin ]] || rm -rf "$tuned"
 step "Step 5: train on the selected subset" "$tuned/training_args.bin" \
-    env DATA_PATH="$subset.json" OUTPUT_DIR="$tuned" LEARNING_RATE=1e-3 bash finetune.sh
+    env DATA_PATH="$subset.json" OUTPUT_DIR="$tuned" LEARNING_RATE=1e-3 bash finetune.sh --logging_steps 10
 
 step "Report: what was selected, and why, on one page" "$folder/selected/report.html" \
     "$PYTHON" scripts/report.py "$folder/selected"

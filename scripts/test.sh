@@ -16,7 +16,7 @@ fi
 export PYTHON
 
 # The models are tiny: a second thread costs more than it brings.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
 "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null || fail "$PYTHON lacks pytest or hypothesis; run \`$PYTHON -m pip install pytest hypothesis\`"
 if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
     echo "ruff: style"
