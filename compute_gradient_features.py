@@ -31,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input_file", required=True, help="records: a JSON list or JSON Lines")
     add("--model_path", required=True, help="reference model: the folder that finetune_lora.sh wrote")
-    add("--model_base", required=True, help="the base model that it was trained from")
+    add(
+        "--model_base",
+        required=True,
+        help="the base model that it was trained from: a folder, or its name if downloaded",
+    )
     add("--output_file", required=True, metavar="DIR", help="folder for the features, one set of files a chunk")
     add("--image_folder", default="", help="folder that the records' image paths start from")
     add("--num_chunks", type=int, help="cut the records into N chunks (default 1, or the number of processes)")
@@ -74,7 +78,7 @@ def main() -> None:
     from tive.gradient_pass import describe, norms_of, run_pass
     from tive.launch import device_of, dtype_of, place_of
     from tive.loading import EncodedRecords
-    from tive.models import family_of
+    from tive.models import base_folder, family_of
     from tive.progress import Progress, hold_chunk, is_complete, refuse_other_runs, remove_progress
     from tive.projection import make_projector
 
@@ -85,7 +89,7 @@ def main() -> None:
     chunk = f"chunk {place.chunk_idx} of {place.num_chunks} ({place.source})"
 
     family = family_of(arguments.model_path)
-    model_files = (arguments.model_path, arguments.model_base, arguments.vision_tower)
+    model_files = (arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
     family.check_files(*model_files)
     checked = preflight.check_data(
         arguments.input_file,

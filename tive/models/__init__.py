@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -56,3 +57,22 @@ def family_of(model_path: str) -> ModuleType:
 
         return llava
     raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama)")
+
+
+def base_folder(model_base: str) -> str:
+    """The folder of a base model that is a folder, or a name on huggingface.co that was downloaded before.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if os.path.isdir(model_base):
+        return model_base
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model_base, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_base {model_base} is neither a folder nor a downloaded model; name the base that "
+            "finetune_lora.sh used, or download it with `huggingface-cli download`"
+        ) from error

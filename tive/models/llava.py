@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,8 @@ def load(
         UserError: a part is missing or does not fit the others; the file is named.
     """
     check_files(model_path, model_base, vision_tower)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no GPU
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -78,12 +81,13 @@ def load(
         config.mm_vision_tower = vision_tower
     config.tokenizer_padding_side = "right"
     tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
-    tokenizer.model_max_length = config.tokenizer_model_max_length
+    tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
 
     on_gpu = {"device_map": {"": device}} if device.type == "cuda" else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
+    warnings.filterwarnings("ignore", message=".*do_sample.*")  # Vicuna's generation config, which is not used here
     try:
         model, found = LlavaLlamaForCausalLM.from_pretrained(
             model_base,
@@ -149,7 +153,7 @@ def check_files(model_path: str, model_base: str, vision_tower: str | None = Non
             "name that OUTPUT_DIR as --model_path, not a checkpoint-N in it"
         )
     if not Path(model_base, "config.json").is_file():
-        raise UserError(f"--model_base {model_base} is not a model folder (no config.json); download it first")
+        raise UserError(f"--model_base {model_base} is not a model folder (no config.json); name the base's folder")
     base = read_json(Path(model_base) / "config.json")
     for key in _SHAPE_KEYS:
         if key in base and key in config and base[key] != config[key]:
