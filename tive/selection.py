@@ -69,14 +69,14 @@ def read_mixture(path: str, task_key: str) -> Mixture:
         except UserError as error:
             problems[row] = str(error)
             task = (task_of(record, task_key) if isinstance(record, dict) else None) or NO_TASK
-        tasks.append(_text(task))
+        tasks.append(task)
         ids.append(_text(record.get("id") if isinstance(record, dict) else None))
 
     return Mixture(open_records(path, visit), ids, tasks, problems)
 
 
 def _text(value: Any) -> str:
-    """An id or a task as text that can be written and printed, half a surrogate pair too."""
+    """An id or a reason as text that can be written and printed, half a surrogate pair too."""
     if not isinstance(value, str):
         return "" if value is None else json.dumps(value)
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()

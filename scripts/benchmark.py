@@ -1,0 +1,42 @@
+"""Measure the two steps that cost time, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tive.errors import run
+
+BENCHMARKS = {
+    "selection": "influence in two linear passes against the all-pairs way, from 10K to 1M records",
+    "gradients": "per-record gradients of whole batches against one record at a time",
+}
+EXAMPLES = """
+examples:
+  python scripts/benchmark.py selection
+  python scripts/benchmark.py gradients --help
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, about in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if name in sys.argv[1:2]:  # only the chosen benchmark needs its libraries
+            chosen = importlib.import_module(f"scripts.benchmark_{name}")
+            chosen.add_arguments(command)
+    arguments = parser.parse_args()
+    chosen.run(arguments)
+
+
+if __name__ == "__main__":
+    run(main)
