@@ -31,11 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input_file", required=True, help="records: a JSON list or JSON Lines")
     add("--model_path", required=True, help="reference model: the folder that finetune_lora.sh wrote")
-    add(
-        "--model_base",
-        required=True,
-        help="the base model that it was trained from: a folder, or its name if downloaded",
-    )
+    add("--model_base", required=True, help="the base that it was trained from: a folder, or a downloaded name")
     add("--output_file", required=True, metavar="DIR", help="folder for the features, one set of files a chunk")
     add("--image_folder", default="", help="folder that the records' image paths start from")
     add("--num_chunks", type=int, help="cut the records into N chunks (default 1, or the number of processes)")
