@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import compute_gradient_features
 from tive.errors import run
@@ -18,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "reference_model"
 SCRIPT = ROOT / "compute_gradient_features.py"
 RECORDS = json.loads((GOLDEN / "data.json").read_text())
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.golden_model", "peft", "accelerate", "llava.train.train", "tive.models.llava"])
 
 
 @dataclass
@@ -53,6 +63,48 @@ def run_step(output: Path, *more: object) -> Finished:
     finally:
         sys.argv = before
     return Finished(code, out.getvalue(), err.getvalue())
+
+
+def fork_step(output: Path, *more: object, die_at: int | None = None) -> BaseProcess:
+    """Run the step in a process of its own, forked from one that has done the imports; it logs to `OUTPUT.log`.
+
+    Args:
+        die_at: the process kills itself before its nth call that changes the disk, counted from 1.
+    """
+    process = FORKS.Process(target=_in_fork, args=(output, more, die_at))
+    process.start()
+    return process
+
+
+def log_of(output: Path) -> str:
+    return output.with_suffix(".log").read_text()
+
+
+def _in_fork(output: Path, more: tuple[object, ...], die_at: int | None) -> None:
+    os.setsid()
+    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if die_at is not None:
+        _die_at(die_at)
+    sys.argv = [str(SCRIPT), *step_arguments(output, *more)]
+    torch.set_num_threads(1)
+    run(compute_gradient_features.main)
+
+
+def _die_at(call: int) -> None:
+    calls = itertools.count(1)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return wrapped
+
+    for name in ("pwrite", "fdatasync", "fsync", "replace", "unlink", "posix_fallocate"):
+        setattr(os, name, counted(getattr(os, name)))
 
 
 def start_step(output: Path, *more: object, **environment: str) -> subprocess.Popen[str]:

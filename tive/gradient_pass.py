@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone

@@ -21,7 +21,9 @@ class Place:
 
 
 def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping[str, str]) -> Place:
-    """The chunk of this process; arguments win over SLURM arrays, these over torchrun, this over srun.
+    """The chunk of this process: from the arguments, or from its number under torchrun, srun or in a SLURM array.
+
+    In an array whose tasks run several processes each, task A's process R of W has chunk `A * W + R`.
 
     Raises:
         UserError: arguments and environment do not tell one chunk for each process.
@@ -29,33 +31,42 @@ def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping
 
     def number(name: str) -> int | None:
         text = environment.get(name, "")
-        return int(text) if text.lstrip("-").isdigit() else None
+        return int(text) if text.isdecimal() else None
 
-    rank, world, local = number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK") or 0
+    if (number("WORLD_SIZE") or 0) > 1:
+        rank, world, local, launcher = number("RANK") or 0, number("WORLD_SIZE") or 1, number("LOCAL_RANK"), "torchrun"
+    elif (number("SLURM_STEP_NUM_TASKS") or 0) > 1:  # set by srun alone: a batch script is one process
+        rank, world, local = number("SLURM_PROCID") or 0, number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_LOCALID")
+        launcher = "srun"
+    else:
+        rank, world, local, launcher = 0, 1, number("LOCAL_RANK"), ""
     array = number("SLURM_ARRAY_TASK_ID")
+
     if chunk_idx is not None:
-        if world is not None and world > 1:
-            raise UserError("--chunk_idx gives every torchrun process the same chunk; leave it out under torchrun")
-        return Place(num_chunks or 1, chunk_idx, local, "arguments")
-    if array is not None:
+        if world > 1:
+            raise UserError(f"--chunk_idx gives all {world} processes of {launcher} the same chunk; leave it out")
+        place = Place(num_chunks or 1, chunk_idx, local or 0, "arguments")
+    elif array is not None:
         if num_chunks is None:
             raise UserError(
-                "in a SLURM array --num_chunks must be given: an array of resubmitted tasks does not tell it"
+                "in a SLURM array give --num_chunks: the array does not tell it where tasks are resubmitted"
             )
-        return Place(num_chunks, array, local, "SLURM array task")
-    steps, process = number("SLURM_NTASKS"), number("SLURM_PROCID")
-    if rank is None and process is not None and steps is not None and steps > 1:
-        rank, world, local = process, steps, number("SLURM_LOCALID") or 0
-        source = "SLURM step"
-    else:
-        source = "torchrun"
-    if rank is not None and world is not None and world > 1:
+        source = f"SLURM array task {array}" + (f", process {rank} of {launcher}" if world > 1 else "")
+        place = Place(num_chunks, array * world + rank, local or 0, source)
+    elif world > 1:
         if num_chunks is not None and num_chunks != world:
             raise UserError(f"--num_chunks {num_chunks} under {world} processes; leave it out, each takes one chunk")
-        return Place(world, rank, local, source)
-    if num_chunks is not None and num_chunks > 1:
-        raise UserError(f"--num_chunks {num_chunks} without --chunk_idx; say which of 0 .. {num_chunks - 1}")
-    return Place(1, 0, local, "arguments")
+        place = Place(world, rank, local or 0, launcher)
+    else:
+        if num_chunks is not None and num_chunks > 1:
+            raise UserError(f"--num_chunks {num_chunks} without --chunk_idx; say which of 0 .. {num_chunks - 1}")
+        place = Place(1 if num_chunks is None else num_chunks, 0, local or 0, "arguments")
+    if not 0 <= place.chunk_idx < place.num_chunks:
+        raise UserError(
+            f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check --num_chunks, "
+            "--chunk_idx and the array, which start at 0"
+        )
+    return place
 
 
 def device_of(wanted: str, place: Place) -> torch.device:
@@ -90,4 +101,4 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
         return getattr(torch, wanted)
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
