@@ -151,11 +151,15 @@ def test_a_checkpoint_that_broke_off_is_refused(settings: dict[str, str], tmp_pa
     assert_refused(launch("finetune.sh", settings), "checkpoint-9 is incomplete")
 
 
-def refusal_of_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **arguments: str) -> str:
+def enter(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> None:
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["tive.train", "--output_dir", "nowhere", *words])
+    run(tive.train.main)
+
+
+def refusal_of_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        run(tive.train.main)
+        enter(monkeypatch, **arguments)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -190,6 +194,15 @@ def test_a_projector_of_another_model_is_refused(
         pretrain_mm_mlp_adapter=f"{tmp_path}/projector.bin",
     )
     assert refusal.startswith("error: ") and f"is the projector of another {part}" in refusal
+
+
+def test_the_seed_holds_for_what_llava_draws_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is drawn before transformers' trainer sets the seed."""
+    drawn: list[float] = []
+    monkeypatch.setattr(tive.train.llava_train, "train", lambda **_: drawn.append(torch.rand(1).item()))
+    for seed in ("1", "1", "2"):
+        enter(monkeypatch, seed=seed, use_cpu="True")
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 # What is launched. A stand-in for Python answers the question for GPUs and writes down the last command.

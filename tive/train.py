@@ -1,7 +1,7 @@
 """Run LLaVA's own trainer; `finetune_lora.sh` and `finetune.sh` start it as `python -m tive.train <LLaVA's arguments>`.
 
 The training is `llava.train.train.train`, untouched. This entry stands in for `llava.train.train_mem`, which demands
-flash-attn, and for `llava.train.train`, to keep five things from costing anybody a run:
+flash-attn, and for `llava.train.train`, to keep six things from costing anybody a run:
 
 - A base whose generation config has sampling values without `do_sample`, as Vicuna-v1.5's has, cannot be saved by
   transformers 4.37: a full fine-tuning fails at its very end (LLaVA issues 1144, 1252). It is put right in memory.
@@ -11,6 +11,7 @@ flash-attn, and for `llava.train.train`, to keep five things from costing anybod
   checkpoint under DeepSpeed, which lacks the frozen base, is refused for that.
 - With LoRA one of LLaVA's four parameter groups is empty. DeepSpeed drops it, the schedule of the learning rates does
   not: a new torch stops at the first step, an old one gives the groups each other's learning rate.
+- transformers sets the seed after LLaVA has drawn the adapter: the same command gave another reference model each time.
 - A relative path of the base or the vision tower is written into the model, which then loads from one folder only.
 
 LLaVA's modality-grouped sampler takes records that all have images, or none, since its version 1.2 (issues 609, 715).
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import transformers.trainer
 from llava.train.llava_trainer import LLaVATrainer
-from transformers import GenerationConfig, HfArgumentParser, PretrainedConfig
+from transformers import GenerationConfig, HfArgumentParser, PretrainedConfig, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from tive.errors import UserError, run
@@ -159,6 +160,7 @@ def main() -> None:
     llava_train.LLaVATrainer = ReferenceTrainer
     if arguments.lora_enable:
         transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
+    set_seed(arguments.seed)
     attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     llava_train.train(attn_implementation=attention)
 
