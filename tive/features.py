@@ -7,6 +7,7 @@ suffix, a list of `[<=16, d]` tensors, and no manifest; such folders are read to
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -36,6 +37,8 @@ COMMON_KEYS = {
     "proj_dim": int,
 }
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
+# LLaVA's own environment has torch 2.0, which reads a file into memory instead.
+_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters
 _DAMAGED = "it may be damaged or unfinished: make this chunk again"
 
 
@@ -99,7 +102,8 @@ def write_chunk(
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """`torch.save` writes the whole storage that a view lies in; a part of one is copied first."""
     tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    size = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
 
 
 def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: int | None = None) -> list[Chunk]:
@@ -261,7 +265,8 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mappable)
+            mapped = {"mmap": True} if mappable and _CAN_MAP else {}
+            return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
     except Exception as error:  # damaged bytes raise nearly every kind of exception
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise UserError(f"{path} is not a file of plain tensors ({reason}); {_DAMAGED}") from error
@@ -271,8 +276,8 @@ def _check_tensor(path: Path, tensor: Any, dimensions: int) -> None:
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.dim() != dimensions or not tensor.is_contiguous():
         raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {_DAMAGED}")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise UserError(f"{path} holds {tensor.dtype} numbers, not floating point; {_DAMAGED}")
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise UserError(f"{path} holds {tensor.dtype} numbers, not float16 or float32; {_DAMAGED}")
 
 
 def _check_cover(folder: Path, chunks: list[Chunk], records: RecordFile) -> None:

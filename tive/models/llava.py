@@ -70,11 +70,9 @@ def load(
         UserError: a part is missing or does not fit the others; the file is named.
     """
     check_files(model_path, model_base, vision_tower)
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no GPU
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import is_torch_sdpa_available, logging
 
     config = LlavaConfig.from_pretrained(model_path)
     if vision_tower is not None:
@@ -94,7 +92,7 @@ def load(
             config=config,
             torch_dtype=dtype,
             low_cpu_mem_usage=True,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
             output_loading_info=True,
             **on_gpu,
         )
