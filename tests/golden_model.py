@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -65,11 +66,12 @@ def run_step(output: Path, *more: object) -> Finished:
     return Finished(code, out.getvalue(), err.getvalue())
 
 
-def fork_step(output: Path, *more: object, die_at: int | None = None) -> BaseProcess:
+def fork_step(output: Path, *more: object, die_at: int | str | None = None) -> BaseProcess:
     """Run the step in a process of its own, forked from one that has done the imports; it logs to `OUTPUT.log`.
 
     Args:
-        die_at: the process kills itself before its nth call that changes the disk, counted from 1.
+        die_at: the process kills itself where it calls this function (`tive.features.write_chunk`), or before its nth
+            call that changes the disk, counted from 1.
     """
     process = FORKS.Process(target=_in_fork, args=(output, more, die_at))
     process.start()
@@ -80,19 +82,23 @@ def log_of(output: Path) -> str:
     return output.with_suffix(".log").read_text()
 
 
-def _in_fork(output: Path, more: tuple[object, ...], die_at: int | None) -> None:
+def _in_fork(output: Path, more: tuple[object, ...], die_at: int | str | None) -> None:
     os.setsid()
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if die_at is not None:
-        _die_at(die_at)
+    if isinstance(die_at, str):
+        module, _, function = die_at.rpartition(".")
+        setattr(importlib.import_module(module), function, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    elif die_at is not None:
+        _die_at_call(die_at)
     sys.argv = [str(SCRIPT), *step_arguments(output, *more)]
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as it is where the step is run by itself
     run(compute_gradient_features.main)
 
 
-def _die_at(call: int) -> None:
+def _die_at_call(call: int) -> None:
     calls = itertools.count(1)
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +109,7 @@ def _die_at(call: int) -> None:
 
         return wrapped
 
-    for name in ("pwrite", "fdatasync", "fsync", "replace", "unlink", "posix_fallocate"):
+    for name in ("pwrite", "fsync", "replace", "unlink", "posix_fallocate"):
         setattr(os, name, counted(getattr(os, name)))
 
 

@@ -21,11 +21,12 @@ class EncodedRecords(Dataset):
     """Row of the data file -> `(row, encoded record)`, or `(row, reason)` for one that cannot be encoded."""
 
     def __init__(self, family: ModuleType, processor: Any, records: RecordFile, image_folder: str) -> None:
-        self.family, self.processor, self.records, self.image_folder = family, processor, records, image_folder
+        # The function and not its module, which could not be sent to a process that is not forked.
+        self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
 
     def __getitem__(self, row: int) -> tuple[int, Encoded | str]:
         try:
-            return row, self.family.encode(self.processor, self.records[row], self.image_folder)
+            return row, self.encode(self.processor, self.records[row], self.image_folder)
         except LeftOut as reason:
             return row, str(reason)
         except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days

@@ -73,7 +73,8 @@ class Progress:
             if os.fstat(descriptor).st_size != size:
                 # The space is taken now, so that a full disk stops the run before it begins.
                 os.ftruncate(descriptor, size)
-                os.posix_fallocate(descriptor, 0, size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             os.close(descriptor)
             path.unlink()
@@ -111,7 +112,7 @@ class Progress:
         data = features.tobytes()
         try:
             os.pwrite(self.file.fileno(), data, self._place(rows))
-            os.fdatasync(self.file.fileno())
+            os.fsync(self.file.fileno())
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; the same command continues") from error
         content = {
