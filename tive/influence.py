@@ -25,7 +25,7 @@ from tive.features import Chunk
 
 CPU = torch.device("cpu")
 SPAN_ROWS = 4096
-BLOCK_ROWS = 128
+BLOCK_ROWS = 64
 _ADVICE_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
@@ -141,10 +141,13 @@ def _by_task(span: Span, tasks: np.ndarray, device: torch.device) -> Iterator[tu
     order = np.argsort(codes, kind="stable")
     order = order[np.searchsorted(codes[order], 0) :]
     codes = codes[order]
-    buffer = torch.empty(BLOCK_ROWS, block.shape[1], dtype=torch.float64, device=device)
+    gathered = torch.empty(BLOCK_ROWS, block.shape[1], dtype=block.dtype, device=device)
+    converted = torch.empty(BLOCK_ROWS, block.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(order), BLOCK_ROWS):
         rows, found = order[start : start + BLOCK_ROWS], codes[start : start + BLOCK_ROWS]
-        features = buffer[: len(rows)].copy_(block[torch.from_numpy(rows).to(device)])
+        part = torch.index_select(block, 0, torch.from_numpy(rows).to(device), out=gathered[: len(rows)])
+        # By way of float32, which is exact, the conversion takes two thirds of the time.
+        features = converted[: len(rows)].copy_(part.float())
         edges = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
         for first, last in pairwise(edges):
             yield span.start + rows[first:last], int(found[first]), features[first:last]
