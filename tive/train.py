@@ -33,7 +33,7 @@ import torch
 import transformers.trainer
 from llava.train.llava_trainer import LLaVATrainer
 from transformers import GenerationConfig, HfArgumentParser, PretrainedConfig, set_seed
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_torch_sdpa_available
 
 from tive.errors import UserError, run
 
@@ -161,7 +161,10 @@ def main() -> None:
     if arguments.lora_enable:
         transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
     set_seed(arguments.seed)
-    attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    # LLaVA's own environment has torch 2.0, for which transformers has no SDPA.
+    attention = "sdpa" if is_torch_sdpa_available() else "eager"
+    if is_flash_attn_2_available():
+        attention = "flash_attention_2"
     llava_train.train(attn_implementation=attention)
 
 
