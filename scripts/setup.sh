@@ -116,7 +116,7 @@ make_venv() {
         echo "completing .venv"
     fi
     rm -f "$stamp"
-    echo "installing requirements.txt (about 1.5 GB on disk with torch's CPU build, 7 GB with its CUDA build)"
+    echo "installing requirements.txt (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
     .venv/bin/python -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}"
     check_imports .venv/bin/python

@@ -5,14 +5,14 @@
 #   bash scripts/test.sh tests/test_training.py -k resume  arguments go to pytest
 #   PYTHON=$(which python) bash scripts/test.sh            in an environment of your own
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
 # shellcheck source=scripts/python.sh
 source scripts/python.sh
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    help_of "$0"
-    exit
-fi
 export PYTHON
 
 # The models are tiny: a second thread costs more than it brings.
