@@ -82,7 +82,6 @@ def load(
     tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
 
-    on_gpu = {"device_map": {"": device}} if device.type == "cuda" else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
     warnings.filterwarnings("ignore", message=".*do_sample.*")  # Vicuna's generation config, which is not used here
@@ -94,7 +93,6 @@ def load(
             low_cpu_mem_usage=True,
             attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
             output_loading_info=True,
-            **on_gpu,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load --model_base {model_base}: {str(error).splitlines()[0]}") from error
