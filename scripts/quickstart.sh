@@ -70,7 +70,7 @@ for chunk in 0 1; do
     step "Step 3: gradient features, chunk $chunk of 2" "$folder/gradients/manifest_$chunk.json" \
         "$PYTHON" compute_gradient_features.py --input_file "$folder/data.json" --image_folder "$folder/images" \
         --model_path "$reference" --model_base "$MODEL" --output_file "$folder/gradients" \
-        --num_chunks 2 --chunk_idx $chunk --proj_dim 1024 --device cpu
+        --num_chunks 2 --chunk_idx $chunk --device cpu
 done
 
 subset=$folder/selected/Tive_q_0.001_p_0.15
