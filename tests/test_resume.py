@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -267,11 +268,12 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
         if moment == "before":
             fill(disk)
         else:
-            function = ("tive.progress.Progress.note", "tive.features.whole_file")[moment != "at a window"]
+            function = "tive.progress.Progress.note" if moment == "at a window" else "tive.features.whole_file"
+            unpatched = pkgutil.resolve_name(function)
 
-            def fill_first(*arguments, true=pytest.importorskip("pkgutil").resolve_name(function)):
+            def fill_first(*arguments):
                 fill(disk)
-                return true(*arguments)
+                return unpatched(*arguments)
 
             monkeypatch.setattr(function, fill_first)
         stopped = run_step(folder)

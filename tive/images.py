@@ -14,6 +14,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG",
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 # Pillow warns above 89 million pixels and refuses above 179 million; LLaVA's trainer takes what is only warned of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency")
 
 
 class BadImage(Exception):
