@@ -13,12 +13,11 @@ EXAMPLES = """
 one GPU:
   python compute_gradient_features.py --input_file data.json --image_folder images \\
       --model_path checkpoints/reference-lora --model_base vicuna-7b-v1.5 --output_file features
-eight GPUs, one chunk each:
-  for k in 0 1 2 3 4 5 6 7; do
-    CUDA_VISIBLE_DEVICES=$k python compute_gradient_features.py ... --num_chunks 8 --chunk_idx $k &
-  done; wait
-or with torchrun, which tells each process its chunk:
-  torchrun --nproc_per_node 8 compute_gradient_features.py ...
+all GPUs of this machine, one chunk each:
+  bash scripts/compute_gradients.sh --input_file data.json ...
+or with torchrun, which tells each process its chunk; or a SLURM array:
+  torchrun --nproc_per_node 8 compute_gradient_features.py --input_file data.json ...
+  sbatch scripts/compute_gradients.sbatch --input_file data.json ...
 
 A run that stops, however it stops, is continued by the same command.
 """
@@ -158,11 +157,11 @@ def main() -> None:
     remove_progress(folder, place.chunk_idx)
     lock.close()
     print(
+        f"written: {folder}/output_{place.chunk_idx}.pt, output_norm_{place.chunk_idx}.json, "
+        f"manifest_{place.chunk_idx}.json\n"
         f"{chunk} done: {len(checked.rows) - len(manifest['left_out'])} features, {len(manifest['left_out'])} records "
         f"left out, {manifest['records_per_second']:.2f} records/s, padding efficiency "
-        f"{manifest['padding_efficiency']:.2f}, peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB\n"
-        f"written: {folder}/output_{place.chunk_idx}.pt, output_norm_{place.chunk_idx}.json, "
-        f"manifest_{place.chunk_idx}.json"
+        f"{manifest['padding_efficiency']:.2f}, peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
 
 
