@@ -55,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--q {arguments.q} is not a sharpness; give a number from 0 up")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
+    if arguments.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {arguments.device} has no double precision; give cpu, cuda or cuda:K")
     if arguments.sampling == "top" and arguments.instance_score == "random":
         raise UserError("--sampling top has no meaning for --instance_score random; leave one of them out")
     return arguments
@@ -68,9 +70,9 @@ def main() -> None:
     from tive import outcome, selection
     from tive.features import open_chunks
     from tive.influence import influences
-    from tive.launch import Place, device_of
+    from tive.launch import usable_device
 
-    device = device_of(arguments.device, Place(1, 0, 0, "arguments"))
+    device = usable_device(arguments.device)
     files = outcome.files_of(arguments)
     mixture = selection.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)

@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.records import read_tasks, write_records
+    from tive.records import read_tasks, rows_by_task, write_records
     from tive.table import print_table
     from tive.value import draw, equal_shares, rounded_down
 
@@ -50,22 +50,15 @@ def main() -> None:
         raise UserError(
             f"--sample_ratio {arguments.sample_ratio} of {len(records)} records is less than one record; raise it"
         )
-    names = list(dict.fromkeys(tasks))
-    numbers = {name: number for number, name in enumerate(names)}
-    task_of_row = np.array([numbers[task] for task in tasks])
-    rows_of_task = [np.flatnonzero(task_of_row == number) for number in range(len(names))]
-    shares = equal_shares([len(rows) for rows in rows_of_task], total)
-
-    drawn = [
-        rows[draw(np.zeros(len(rows)), 0.0, share, arguments.seed, name)]
-        for name, rows, share in zip(names, rows_of_task, shares, strict=True)
-    ]
+    groups = rows_by_task(tasks)
+    shares = dict(zip(groups, equal_shares([len(rows) for rows in groups.values()], total), strict=True))
+    drawn = [rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, task)] for task, rows in groups.items()]
     write_records(arguments.target_path, records, np.sort(np.concatenate(drawn)))
 
     print_table(
         [
             ("task", "records", "drawn"),
-            *((name, f"{len(rows):,}", f"{n:,}") for name, rows, n in zip(names, rows_of_task, shares, strict=True)),
+            *((task, f"{len(rows):,}", f"{shares[task]:,}") for task, rows in groups.items()),
             ("total", f"{len(records):,}", f"{total:,}"),
         ]
     )

@@ -93,7 +93,7 @@ def peak_own_memory() -> Iterator[Callable[[], str]]:
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            while not stop.wait(0.05):
+            while not stop.wait(0.01):
                 found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
                 peak[0] = max(peak[0], int(found[1]) if found else 0)
 

@@ -21,7 +21,7 @@ SIZES = {"vqa": 40, "textcaps": 9, "boxes": 23, "chat": 6}
 
 
 def record(row: int, task: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"Frage {row}: was ist zu sehen? 图"}, {"from": "gpt", "value": "a  \"b\" \\ c"}]
+    turns = [{"from": "human", "value": f"Frage {row}: was ist zu sehen? 图"}, {"from": "gpt", "value": 'a  "b" \\ c'}]
     return {"id": f"{task}/{row}", "extra": {"nested": [row, None]}, "conversations": turns, "dataset": task}
 
 

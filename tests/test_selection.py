@@ -341,7 +341,8 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
         (["--gradient_path", "nowhere"], "cannot read the feature folder nowhere"),
         (["--task_key", "source"], "names no task under `source`"),
         (["--exclude_tasks", "vqa", "textcaps", "boxes", "chat"], "every task"),
-        (["--device", "tpu"], "--device tpu"),
+        (["--device", "mps"], "--device mps"),
+        (["--device", "cuda:x"], "--device cuda:x"),
         (["--save_path", "/proc/none"], "cannot write"),
     ],
 )

@@ -154,7 +154,7 @@ def _by_task(span: Span, tasks: np.ndarray, device: torch.device) -> Iterator[tu
 
 
 def _read_ahead(span: Span) -> None:
-    """Ask the system for this span and the next: a memory map alone reads a cold disk in small steps."""
+    """Ask the system for this span and the next: mapped rows out of order read a cold disk in small steps."""
     if not hasattr(os, "posix_fadvise"):
         return
     with open(span.path, "rb") as file:

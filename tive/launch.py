@@ -70,6 +70,17 @@ def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping
 
 
 def device_of(wanted: str, place: Place) -> torch.device:
+    """`usable_device`, made ready to run a model."""
+    device = usable_device(wanted, place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        # Numbers below 1e-38 halved the speed of a small model on a CPU; set before torch starts its threads.
+        torch.set_flush_denormal(True)
+    return device
+
+
+def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The torch device for `--device`; `auto` is this process's GPU where there is one, else the CPU.
 
     Raises:
@@ -85,13 +96,9 @@ def device_of(wanted: str, place: Place) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(f"--device {wanted}: torch sees no GPU here; use --device cpu, or check the driver")
         if device.index is None:
-            device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {wanted}: there are {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        # Numbers below 1e-38 halved the speed of a small model on a CPU; set before torch starts its threads.
-        torch.set_flush_denormal(True)
     return device
 
 

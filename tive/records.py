@@ -208,6 +208,14 @@ def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset") -> tuple
     return records, tasks
 
 
+def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
+    """The rows of every task, ascending; the tasks in order of their first record."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(tasks))}
+    codes = np.fromiter((numbers[name] for name in tasks), np.int64, len(tasks))
+    groups = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    return dict(zip(numbers, groups, strict=True))
+
+
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:
     """Rows of chunk K of N: `[K*c, (K+1)*c)` with `c = ceil(count/N)`; empty past the end (DESIGN 3).
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tive.errors import UserError
 from tive.features import Chunk
-from tive.records import RecordFile, checked_task, open_records, task_of
+from tive.records import RecordFile, checked_task, open_records, rows_by_task, task_of
 from tive.value import (
     draw,
     draw_top,
@@ -124,20 +124,21 @@ def group_by_task(mixture: Mixture, excluded: set[str], reasons: dict[int, str])
     Raises:
         UserError: every task is excluded.
     """
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(mixture.tasks))}
-    codes = np.fromiter((numbers[name] for name in mixture.tasks), np.int64, len(mixture.tasks))
-    counted = np.ones(len(codes), bool)
+    counted = np.ones(len(mixture.tasks), bool)
     counted[list(reasons)] = False
+    codes = np.full(len(mixture.tasks), -1)
     tasks = []
-    for name, number in numbers.items():
-        rows = np.flatnonzero(codes == number)
-        tasks.append(Task(name, rows, name in excluded or name == NO_TASK, rows[counted[rows]]))
-        counted[rows] &= not tasks[-1].excluded
+    for number, (name, rows) in enumerate(rows_by_task(mixture.tasks).items()):
+        task = Task(name, rows, name in excluded or name == NO_TASK, rows[counted[rows]])
+        tasks.append(task)
+        if not task.excluded:
+            codes[task.counted] = number
     if all(task.excluded for task in tasks):
         raise UserError(
-            f"every task of {mixture.records.path} is excluded ({', '.join(numbers)}); name fewer with --exclude_tasks"
+            f"every task of {mixture.records.path} is excluded ({', '.join(task.name for task in tasks)}); "
+            "name fewer with --exclude_tasks"
         )
-    return tasks, np.where(counted, codes, -1)
+    return tasks, codes
 
 
 def leave_out_features(tasks: list[Task], codes: np.ndarray, lengths: np.ndarray, reasons: dict[int, str]) -> None:
