@@ -174,7 +174,7 @@ def report(
     rows = [("task", "records", "mean gradient norm", "budget", "selected", "effective sample size")]
     for task in tasks:
         if task.excluded:
-            rows.append((task.name, f"{len(task.rows):,}", "", "", "0", "left out as a task"))
+            rows.append((task.name, f"{len(task.rows):,}", "", "", "0", "excluded"))
         else:
             rows.append(
                 (
@@ -225,9 +225,10 @@ def _choice(arguments: Any, included: list[Task], scores: Scores) -> str:
     with np.errstate(divide="ignore"):
         ratio = max(float(weight.max() / weight.min()) for weight in weights)
     share = min(task.effective_sample_size / len(task.counted) for task in included)
+    digits = 6 if ratio < 2 else 2
     numbers = (
-        f"within a task the largest weight is at most {ratio:.6g} times the smallest, and the effective sample size at "
-        f"least {share:.2%} of its records"
+        f"within a task the largest weight is at most {ratio:.{digits}g} times the smallest, and the effective sample "
+        f"size at least {share:.2%} of its records"
     )
     if share > 0.99:
         return (
