@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the gradient step sets it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tive.errors import run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -89,8 +90,13 @@ class GradientEngine:
         self.padded_tokens += len(records) * max(record.length for record in records)
         return features.cpu(), (norms / scale).cpu()
 
-    def compute_all(self, records: dict[int, Encoded], limits: BatchLimits) -> dict[int, tuple[Tensor, Tensor]]:
+    def compute_all(
+        self, records: dict[int, Encoded], limits: BatchLimits, done: Callable[[int], object] = int
+    ) -> dict[int, tuple[Tensor, Tensor]]:
         """Features `[proj_dim]` (float16) and norm of each record, by its row; records of like length share a batch.
+
+        Args:
+            done: is told the number of records of each batch when it is computed.
 
         Raises:
             UserError: one record alone does not fit in memory.
@@ -119,6 +125,7 @@ class GradientEngine:
                 continue
             for row, feature, norm in zip(rows, features.half(), norms, strict=True):
                 results[row] = (feature, norm)
+            done(len(rows))
             waiting = waiting[len(rows) :]
         return results
 

@@ -11,6 +11,7 @@ import platform
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from types import FrameType
@@ -89,11 +90,13 @@ def compute_window(
     checked: Checked,
     earlier: list[LeftOutRecord],
     stop_on_bad_record: bool,
+    done: Callable[[int], object],
 ) -> tuple[np.ndarray, Note]:
     """Features (float16 `[n, d]`) and note of one window, in record order.
 
     Args:
         earlier: the records that earlier windows left out.
+        done: is told of records as they are done.
 
     Raises:
         UserError: too many records are left out, or a record turned out bad and that is to stop the run.
@@ -120,11 +123,12 @@ def compute_window(
     features = np.zeros((len(rows), engine.projector.proj_dim), np.float16)
     norms = np.full(len(rows), np.nan, np.float32)
     items = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
-    for row, (feature, norm) in engine.compute_all(items, limits).items():
+    for row, (feature, norm) in engine.compute_all(items, limits, done).items():
         if torch.isfinite(norm) and torch.isfinite(feature).all():
             features[row - rows.start], norms[row - rows.start] = feature.numpy(), float(norm)
         else:
             reasons[row] = NOT_FINITE
+    done(len(rows) - len(items))
     entries = left_out(reasons)
     refuse_many(
         earlier + entries,
@@ -172,12 +176,13 @@ def run_pass(
             start = time.perf_counter()
             encoded = next(encoded_ahead)
             tally.waited += time.perf_counter() - start
-            features, note = compute_window(rows, encoded, engine, limits, checked, left_out, stop_on_bad_record)
+            features, note = compute_window(
+                rows, encoded, engine, limits, checked, left_out, stop_on_bad_record, bar.update
+            )
             progress.write(rows, features, note)
             notes[rows] = note
             left_out += note.left_out
             tally.computed += sum(isinstance(item, Encoded) for item in encoded.values())
-            bar.update(len(rows))
     return tally, [notes[rows] for rows in windows if rows in notes], stop.signal_number
 
 
