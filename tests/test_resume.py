@@ -74,7 +74,7 @@ def begun(all_windows, tmp_path) -> Path:
     return shutil.copytree(all_windows, tmp_path / "features")
 
 
-@pytest.mark.parametrize("die_at", [2, 7, 12, "tive.features.write_json"])
+@pytest.mark.parametrize("die_at", [2, 9, "tive.features.write_json"])
 def test_killed_at_a_write_the_same_command_gives_the_same_bytes(whole, tmp_path, die_at):
     folder = tmp_path / "features"
     process = fork_step(folder, die_at=die_at)

@@ -54,11 +54,11 @@ def dry_run(
         if isinstance(reason, str):
             print(f"  record {row} left out: {reason}")
     print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take about {_hours(whole)}")
+    if len(checked.records) > len(checked.rows):
+        print(f"  all {len(checked.records)} records, on one such device: about {_hours(len(checked.records) / rate)}")
     for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
         print(f"    {part / seconds:6.1%}  {name}")
-    print(
-        f"  reading and encoding: {encoding / len(rows) * 1000:.0f} ms a record and process, ahead of the device"
-    )
+    print(f"  reading and encoding: {encoding / len(rows) * 1000:.0f} ms a record and process, ahead of the device")
     print(f"  padding efficiency {padding_efficiency(engine):.2f}")
     print(f"  peak memory {peak_memory(engine.reference.device) / 2**30:.2f} GiB")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())

@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
@@ -59,30 +60,24 @@ def encoded_windows(
     )
 
     stopped = threading.Event()
+    workers: list[BaseProcess] = []
 
     def fill() -> Iterator[dict[int, Encoded | str]]:
-        try:
-            items = iter(loader)
-            for window in windows:
-                encoded = {}
-                for _ in window:
-                    if stopped.is_set():
-                        return
-                    row, item = next(items)
-                    encoded[row] = item
-                yield encoded
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads records ended ({str(error).splitlines()[0]}), most often because memory ran "
-                "out; free memory or lower --num_workers; the same command continues"
-            ) from error
+        items = iter(loader)
+        workers.extend(multiprocessing.active_children())
+        for window in windows:
+            encoded = {}
+            for _ in window:
+                if stopped.is_set():
+                    return
+                row, item = next(items)
+                encoded[row] = item
+            yield encoded
 
-    return fill() if num_workers == 0 else _one_ahead(fill(), stopped)
+    return fill() if num_workers == 0 else _one_ahead(fill(), stopped, workers)
 
 
-def _one_ahead(windows: Iterator[Any], stopped: threading.Event) -> Iterator[Any]:
+def _one_ahead(windows: Iterator[Any], stopped: threading.Event, workers: list[BaseProcess]) -> Iterator[Any]:
     """Run an iterator in a thread, one item ahead of its consumer; it ends early when `stopped` is set."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
 
@@ -108,14 +103,29 @@ def _one_ahead(windows: Iterator[Any], stopped: threading.Event) -> Iterator[Any
     thread.start()
     try:
         while True:
-            kind, item = ready.get()
+            try:
+                kind, item = ready.get(timeout=2)
+            except queue.Empty:
+                # A worker that is killed while it sends a record leaves the thread waiting for the rest, for ever.
+                _refuse_dead(workers)
+                continue
             if kind == "end":
                 return
             if kind == "error":
+                _refuse_dead(workers)
                 raise item
             yield item
     finally:
         stopped.set()
-        thread.join(timeout=10)
+        thread.join(timeout=5)
         for process in multiprocessing.active_children():  # one that is stuck, and deaf to SIGTERM as all of them are
             process.kill()
+
+
+def _refuse_dead(workers: list[BaseProcess]) -> None:
+    for process in workers:
+        if process.exitcode:
+            raise UserError(
+                f"a process that reads records ended (exit code {process.exitcode}), most often because memory ran "
+                "out; free memory or lower --num_workers; the same command continues"
+            )
