@@ -35,10 +35,11 @@ done
 [[ -n $folder ]] || fail "name the feature folder with --output_file"
 mkdir -p "$folder" || fail "cannot make $folder"
 
-if [[ -z ${GPUS:-} ]]; then
-    GPUS=${CUDA_VISIBLE_DEVICES:-$("$PYTHON" -c 'import torch; print(*range(torch.cuda.device_count()))')}
-    GPUS=${GPUS//,/ }
+GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
+if [[ -z $GPUS ]]; then
+    GPUS=$("$PYTHON" -c 'import torch; print(*range(torch.cuda.device_count()))') || fail "$PYTHON cannot import torch"
 fi
+GPUS=${GPUS//,/ }
 read -ra free <<<"${GPUS:-cpu}"
 NUM_CHUNKS=${NUM_CHUNKS:-${#free[@]}}
 [[ $NUM_CHUNKS =~ ^[1-9][0-9]*$ ]] || fail "NUM_CHUNKS=$NUM_CHUNKS is not a positive number"
