@@ -118,6 +118,19 @@ def test_killed_after_the_manifest_the_chunk_is_complete_and_swept_up(whole, tmp
     assert content(folder) == content(whole) and visible(folder) == CHUNK_FILES
 
 
+def test_the_reading_processes_of_a_killed_run_end_with_it(tmp_path):
+    folder = tmp_path / "features"
+    data = write_records(tmp_path / "data.json", RECORDS * 20)
+    process = fork_step(folder, "--num_workers", 2, "--input_file", data)
+    wait_for_notes(folder, process, 1)
+    process.kill()
+    process.join()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def test_what_a_killed_write_left_behind_is_swept_up(begun):
     stray = begun / ".output_0.pt.12345.tmp"
     other_chunk = begun / ".output_1.pt.12345.tmp"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from types import ModuleType
@@ -39,10 +41,18 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # Ctrl-C and SIGTERM reach the whole process group; the main process finishes its window and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A worker that sends a record when the main process is killed would wait for ever, and hold its GPU memory.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def encoded_windows(
@@ -56,7 +66,7 @@ def encoded_windows(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         prefetch_factor=16 if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
     )
 
     stopped = threading.Event()
