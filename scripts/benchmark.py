@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the gradient step sets it
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the gradient step sets it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tive.errors import run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,32 +12,53 @@ import numpy as np
 import torch
 from benchmark_model import Shape, random_llava, random_records
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from tive.engine import BatchLimits, GradientEngine
 from tive.errors import UserError
 from tive.gradient_pass import device_name, padding_efficiency
 from tive.launch import Place, device_of, dtype_of
-from tive.models import Encoded, LeftOut, llava
+from tive.loading import EncodedRecords, encoded_windows
+from tive.models import Encoded, llava
 from tive.projection import make_projector
 from tive.records import read_tasks
 from tive.timing import Stopwatch
 
-PARTS = ("encoding", "forward", "backward", "per-record gradients", "norms", "gathering", "projection")
+PARTS = ("waiting for data", "forward", "backward", "per-record gradients", "norms", "gathering", "projection")
 BLOCK = 16
+WINDOW = 64
+
+
+class MadeRecords(Dataset):
+    """Records that are encoded already, in the place of a data file's."""
+
+    def __init__(self, records: list[Encoded]) -> None:
+        self.records = records
+
+    def __getitem__(self, row: int) -> tuple[int, Encoded | str]:
+        return row, self.records[row]
 
 
 @dataclass
 class Case:
-    """A model and records to run it on; `encode(number)` gives a record ready for a batch."""
+    """A model, and the rows of a dataset to run it on."""
 
     reference: llava.Reference
-    encode: Callable[[int], Encoded]
+    dataset: MadeRecords | EncodedRecords
+    rows: list[int]
     tasks: list[str]
     arguments: argparse.Namespace
 
     @property
     def device(self) -> torch.device:
         return self.reference.device
+
+    def encode(self, number: int) -> Encoded:
+        """Encode one record, as the release does between two gradients."""
+        row, record = self.dataset[self.rows[number]]
+        if isinstance(record, str):
+            raise UserError(f"record {row}: {record}; the benchmark wants records that can all be used")
+        return record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"projection to {arguments.proj_dim}"
     )
     if arguments.compare_matrices:
+        from benchmark_matrices import compare_matrices
+
         compare_matrices(case)
     else:
         compare_methods(case)
@@ -77,23 +99,17 @@ def make_case(arguments: argparse.Namespace) -> Case:
     dtype = dtype_of(arguments.dtype, device)
     if arguments.llava_7b:
         shape = Shape()
-        records = random_records(arguments.records, shape)
-        tasks = [f"task {number % 8}" for number in range(len(records))]
-        return Case(random_llava(shape, device, dtype), records.__getitem__, tasks, arguments)
+        made = MadeRecords(random_records(arguments.records, shape))
+        tasks = [f"task {number % 8}" for number in range(arguments.records)]
+        return Case(random_llava(shape, device, dtype), made, list(range(arguments.records)), tasks, arguments)
     if not (arguments.input_file and arguments.model_path and arguments.model_base):
         raise UserError("give --input_file, --model_path and --model_base, or --llava_7b")
     file, tasks = read_tasks(arguments.input_file)
     llava.check_files(arguments.model_path, arguments.model_base, arguments.vision_tower)
     reference = llava.load(arguments.model_path, arguments.model_base, device, dtype, arguments.vision_tower)
-    rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int)
-
-    def encode(number: int) -> Encoded:
-        try:
-            return llava.encode(reference.processor, file[rows[number]], arguments.image_folder)
-        except LeftOut as reason:
-            raise UserError(f"{arguments.input_file}: record {rows[number]}: {reason}") from reason
-
-    return Case(reference, encode, [tasks[row] for row in rows], arguments)
+    rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
+    dataset = EncodedRecords(llava, reference.processor, file, arguments.image_folder)
+    return Case(reference, dataset, rows, [tasks[row] for row in rows], arguments)
 
 
 def compare_methods(case: Case) -> None:
@@ -120,20 +136,23 @@ def compare_methods(case: Case) -> None:
         print(f"{name:<31} {done / seconds:>9.2f} {peak(case.device) / 2**30:>8.2f} {used:>7.1%}  {shares}")
 
 
-def this_engine(case: Case, watch: Stopwatch, grad_modules: str = "self_attn", last_layers: int | None = None):
-    """Run all records through the engine; returns records done and seconds. The signs are drawn before the clock."""
-    engine = make_engine(case, grad_modules, last_layers)
-    warm_up = {0: case.encode(0)}
-    engine.compute_all(warm_up, BatchLimits(1, 1))
+def this_engine(case: Case, watch: Stopwatch) -> tuple[int, float]:
+    """Run all records through the gradient step's own path: processes encode windows ahead of the engine."""
+    engine = make_engine(case, "self_attn", None)
+    engine.compute([case.encode(0)])  # the signs are drawn once a run, not once a record
     engine.stopwatch = watch
     engine.real_tokens = engine.padded_tokens = 0
+    limits = BatchLimits(case.arguments.batch_size, case.arguments.max_batch_tokens)
+    windows = [case.rows[start : start + WINDOW] for start in range(0, len(case.rows), WINDOW)]
     begin = time.perf_counter()
-    with watch.measure("encoding"):
-        records = {number: case.encode(number) for number in range(len(case.tasks))}
-    engine.compute_all(records, BatchLimits(case.arguments.batch_size, case.arguments.max_batch_tokens))
+    ahead = encoded_windows(case.dataset, windows, num_workers=4 if case.device.type == "cuda" else 1)
+    for _ in windows:
+        with watch.measure("waiting for data"):
+            encoded = next(ahead)
+        engine.compute_all(encoded, limits)
     seconds = time.perf_counter() - begin
     print(f"  projector: {engine.projector.about}; padding efficiency {padding_efficiency(engine):.2f}")
-    return len(records), seconds
+    return len(case.rows), seconds
 
 
 def make_engine(case: Case, grad_modules: str, last_layers: int | None) -> GradientEngine:
@@ -171,7 +190,7 @@ def one_at_a_time(case: Case, projector_name: str, watch: Stopwatch) -> tuple[in
         while done < len(case.tasks) and time.perf_counter() - begin < case.arguments.seconds:
             rows = []
             for number in range(done, min(done + BLOCK, len(case.tasks))):
-                with watch.measure("encoding"):
+                with watch.measure("waiting for data"):
                     record = case.encode(number)
                 gradients = gradients_of_one(case.reference, record, weights, watch)
                 with watch.measure("gathering"):
@@ -253,55 +272,3 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def compare_matrices(case: Case) -> None:
-    """Print what counting fewer LoRA matrices saves, and the rank correlations with counting self_attn everywhere."""
-    records = {number: case.encode(number) for number in range(len(case.tasks))}
-    layers = len(case.reference.model.model.layers)
-    variants = [
-        ("self_attn", None),
-        ("self_attn", layers // 2),
-        ("self_attn", 1),
-        ("q_proj,v_proj", None),
-        ("all", None),
-    ]
-    tasks = np.array(case.tasks)
-    base = None
-    print(f"{'--grad_modules':<15} {'--last_layers':>13} {'ms/record':>9} {'influence':>9} {'task value':>10}")
-    for grad_modules, last_layers in variants:
-        engine = make_engine(case, grad_modules, last_layers)
-        engine.compute_all({0: records[0]}, BatchLimits(1, 1))
-        begin = time.perf_counter()
-        limits = BatchLimits(case.arguments.batch_size, case.arguments.max_batch_tokens)
-        results = engine.compute_all(records, limits)
-        cost = (time.perf_counter() - begin) / len(records) * 1000
-        features = np.stack([results[number][0].float().numpy() for number in records])
-        norms = np.array([float(results[number][1]) for number in records])
-        influence, values = scores(features, norms, tasks)
-        base = base or (influence, values)
-        same = np.mean([rank_correlation(influence[tasks == t], base[0][tasks == t]) for t in np.unique(tasks)])
-        print(
-            f"{grad_modules:<15} {last_layers or 'all':>13} {cost:>9.1f} {same:>9.3f} "
-            f"{rank_correlation(values, base[1]):>10.3f}"
-        )
-
-
-def scores(features: np.ndarray, norms: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Influence of each record on its task `[n]`, and the value of each task `[tasks]`."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    influence = np.empty(len(tasks))
-    values = []
-    for task in np.unique(tasks):
-        inside = tasks == task
-        influence[inside] = unit[inside] @ unit[inside].mean(axis=0)
-        values.append(norms[inside].mean())
-    return influence, np.array(values)
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation (no ties are expected)."""
-    if len(first) < 2:
-        return 1.0
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(ranks)[0, 1])

@@ -26,7 +26,11 @@ fi
 shellcheck=$(dirname "$(command -v "$PYTHON")")/shellcheck
 if [[ -x $shellcheck ]]; then
     echo "shellcheck: the shell scripts"
-    "$shellcheck" --external-sources ./*.sh scripts/*.sh .ci/run
+    "$shellcheck" --external-sources ./*.sh scripts/*.sh scripts/*.sbatch .ci/run
 fi
 echo "pytest: the tests"
-"$PYTHON" -m pytest --quiet --durations 5 "$@"
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    parallel=(--numprocesses 2 --dist loadfile)
+fi
+"$PYTHON" -m pytest --quiet --durations 5 "${parallel[@]}" "$@"

@@ -201,7 +201,7 @@ def test_a_record_with_nothing_supervised_is_left_out_with_its_reason(golden):
     with pytest.raises(LeftOut, match="no supervised token"):
         llava.encode(golden.processor, long, "")
     silent = {"conversations": [{"from": "human", "value": "hello"}]}
-    with pytest.raises(LeftOut, match=r"no supervised token|template mismatch"):
+    with pytest.raises(LeftOut, match="no supervised token"):
         llava.encode(golden.processor, silent, "")
 
 

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -51,12 +53,29 @@ def family_of(model_path: str) -> ModuleType:
     config = Path(model_path) / "config.json"
     if not config.is_file():
         raise UserError(f"{model_path} holds no config.json; --model_path is the folder finetune_lora.sh wrote")
-    model_type = read_json(config).get("model_type")
+    content = read_json(config)
+    model_type = content.get("model_type") if isinstance(content, dict) else None
     if model_type in ("llava_llama", "llava"):
         from tive.models import llava
 
         return llava
     raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama)")
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever a library raises while it loads `what` into one line.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers, sentencepiece and safetensors raise many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"cannot load {what}: {reason}; it is incomplete or damaged: download it again") from error
 
 
 def base_folder(model_base: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tive.errors import UserError
 from tive.files import read_json, sha256_of
 from tive.images import BadImage, find_image, open_image
-from tive.models import Encoded, LeftOut
+from tive.models import Encoded, LeftOut, loading
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
 from tive.records import image_of
 
@@ -78,7 +78,8 @@ def load(
     if vision_tower is not None:
         config.mm_vision_tower = vision_tower
     config.tokenizer_padding_side = "right"
-    tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False)
+    with loading(f"the tokenizer of --model_base {model_base}"):
+        tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False, trust_remote_code=False)
     tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
 
@@ -86,16 +87,15 @@ def load(
     logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
     warnings.filterwarnings("ignore", message=".*do_sample.*")  # Vicuna's generation config, which is not used here
     try:
-        model, found = LlavaLlamaForCausalLM.from_pretrained(
-            model_base,
-            config=config,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=True,
-            attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load --model_base {model_base}: {str(error).splitlines()[0]}") from error
+        with loading(f"--model_base {model_base}"):
+            model, found = LlavaLlamaForCausalLM.from_pretrained(
+                model_base,
+                config=config,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=True,
+                attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
+                output_loading_info=True,
+            )
     finally:
         logging.set_verbosity(level)
     missing = [key for key in found["missing_keys"] if not key.startswith("model.mm_projector.")]
@@ -106,7 +106,7 @@ def load(
     # LoRA goes on before the vision tower is loaded, or the tower's q_proj, k_proj ... get adapters too.
     load_adapter(model, Path(model_path))
     tower = model.get_vision_tower()
-    tower.load_model()
+    _load_tower(tower)
     placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if placeholders:
         raise UserError(f"no file of {model_path} or {model_base} holds {placeholders[0]}; train the model again")
@@ -127,6 +127,22 @@ def load(
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = Processor(tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length)
     return Reference(model, processor, device, dtype)
+
+
+def _load_tower(tower: nn.Module) -> None:
+    """LLaVA's `load_model` for the vision tower, which would start what its files lack from random numbers."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    with loading(f"the vision tower {tower.vision_tower_name}"):
+        tower.image_processor = CLIPImageProcessor.from_pretrained(tower.vision_tower_name)
+        tower.vision_tower, found = CLIPVisionModel.from_pretrained(tower.vision_tower_name, output_loading_info=True)
+    missing = found["missing_keys"]
+    if missing:
+        raise UserError(
+            f"the vision tower {tower.vision_tower_name} lacks {len(missing)} weights, {missing[0]} among them; "
+            "download it again"
+        )
+    tower.is_loaded = True
 
 
 def check_files(model_path: str, model_base: str, vision_tower: str | None = None) -> None:
@@ -221,7 +237,8 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
     input_ids, labels = tokens["input_ids"][0].numpy(), tokens["labels"][0].numpy()
     spliced = _spliced_labels(input_ids, labels, processor)
     if not (spliced[1:] != IGNORE).any():
-        mismatch = "tokenization mismatch" in printed.getvalue()
+        # LLaVA calls a conversation without an answer a mismatch too.
+        mismatch = "tokenization mismatch" in printed.getvalue() and record["conversations"][-1]["from"] == "gpt"
         raise LeftOut("template mismatch" if mismatch else "no supervised token")
     return Encoded(input_ids, labels, pixels, len(spliced))
 
