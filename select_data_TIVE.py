@@ -71,9 +71,11 @@ def main() -> None:
     from tive.features import open_chunks
     from tive.influence import influences
     from tive.launch import usable_device
+    from tive.read_ahead import read_ahead
 
     device = usable_device(arguments.device)
     files = outcome.files_of(arguments)
+    read_ahead(arguments.gradient_path)
     mixture = selection.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
 
