@@ -16,6 +16,7 @@ from tive.errors import run
 BENCHMARKS = {
     "selection": "influence in two linear passes against the all-pairs way, from 10K to 1M records",
     "gradients": "per-record gradients of whole batches against one record at a time",
+    "memory": "what the gradient step needs beside the model and its activations, at LLaVA-7B's shape",
 }
 EXAMPLES = """
 examples:

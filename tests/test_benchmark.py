@@ -76,3 +76,9 @@ def test_the_selection_benchmark_compares_two_passes_with_all_pairs(arguments):
     done = benchmark("selection", *arguments)
     assert done.returncode == 0, done.stderr
     assert "300" in done.stdout
+
+
+def test_the_memory_benchmark_says_what_a_batch_needs():
+    done = benchmark("memory", "--batch_size", "2", "--tokens", "8", "--proj_dim", "16", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "134,217,728 counted parameters" in done.stdout and "GiB beside the model" in done.stdout
