@@ -81,7 +81,7 @@ def main() -> None:
     from tive.projection import make_projector
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
-    device = device_of(arguments.device, place)
+    device = device_of(arguments.device, place.local_rank)
     dtype = dtype_of(arguments.dtype, device)
     folder = Path(arguments.output_file)
     chunk = f"chunk {place.chunk_idx} of {place.num_chunks} ({place.source})"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from tive.errors import UserError, run
+from tive.files import refuse_same_file
 
 EXAMPLE = """
 example:
@@ -31,8 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--sample_ratio {arguments.sample_ratio} is not a share; give a number above 0 and up to 1")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
-    if os.path.realpath(arguments.source_path) == os.path.realpath(arguments.target_path):
-        raise UserError(f"--target_path {arguments.target_path} is the source file; name another")
+    refuse_same_file(arguments.source_path, arguments.target_path)
     return arguments
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tive.engine import BatchLimits, GradientEngine
 from tive.errors import UserError
 from tive.gradient_pass import device_name, padding_efficiency
-from tive.launch import Place, device_of, dtype_of
+from tive.launch import device_of, dtype_of
 from tive.loading import EncodedRecords, encoded_windows
 from tive.models import Encoded, llava
 from tive.projection import make_projector
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_case(arguments: argparse.Namespace) -> Case:
-    device = device_of(arguments.device, Place(1, 0, 0, "arguments"))
+    device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
     if arguments.llava_7b:
         shape = Shape()
@@ -105,7 +105,6 @@ def make_case(arguments: argparse.Namespace) -> Case:
     if not (arguments.input_file and arguments.model_path and arguments.model_base):
         raise UserError("give --input_file, --model_path and --model_base, or --llava_7b")
     file, tasks = read_tasks(arguments.input_file)
-    llava.check_files(arguments.model_path, arguments.model_base, arguments.vision_tower)
     reference = llava.load(arguments.model_path, arguments.model_base, device, dtype, arguments.vision_tower)
     rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
     dataset = EncodedRecords(llava, reference.processor, file, arguments.image_folder)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tive.errors import UserError, run
+from tive.files import refuse_same_file
 from tive.formats import FORMS, count_tags, from_llava, to_llava
 from tive.json_stream import stream_records, write_raw
 from tive.records import name_of
@@ -104,9 +104,8 @@ def text_of(record: dict[str, Any]) -> bytes:
 
 def main() -> None:
     arguments = parse_arguments()
-    source, target = arguments.source_path, arguments.target_path
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError(f"--target_path {target} is the source itself; name another file")
+    target = arguments.target_path
+    refuse_same_file(arguments.source_path, target)
     if arguments.image == "list" and arguments.to != "llava":
         raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
     tally = Tally()

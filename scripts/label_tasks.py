@@ -8,7 +8,6 @@ are data: copy scripts/rules/llava_v1_5.yaml for a mixture of your own.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tive.errors import UserError, run
+from tive.files import refuse_same_file
 from tive.json_stream import is_json_lines, stream_records, write_raw
 from tive.labels import Rules, add_key, read_rules, replace_key, shape_problem
 from tive.records import name_of, task_of
@@ -68,9 +68,7 @@ class Tally:
 
 
 def check(arguments: argparse.Namespace, rules: Rules) -> None:
-    source, target = arguments.source_path, arguments.target_path
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError(f"--target_path {target} is the source itself; name another file")
+    refuse_same_file(arguments.source_path, arguments.target_path)
     if arguments.task_key in OWN_KEYS or ":" in arguments.task_key or not arguments.task_key:
         raise UserError(
             f"--task_key {arguments.task_key!r} cannot hold the task; name a key of its own, such as dataset"

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from tests.golden_model import GOLDEN, RECORDS
 from tive.engine import GradientEngine
 from tive.models import Encoded, llava
 from tive.projection import Projector
 
-GOLDEN = Path(__file__).parent / "golden" / "reference_model"
-RECORDS = json.loads((GOLDEN / "data.json").read_text())
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 CPU = torch.device("cpu")
 

@@ -85,12 +85,6 @@ def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--input_file", "nowhere.json"], "nowhere.json"),
-        (["--image_folder", "nowhere"], "--image_folder"),
-        (["--model_path", "nowhere"], "nowhere"),
-        (["--model_base", "nowhere"], "--model_base"),
-        (["--vision_tower", "nowhere"], "--vision_tower"),
-        (["--num_chunks", 4], "--chunk_idx"),
         (["--num_chunks", 4, "--chunk_idx", 4], "0 .. 3"),
         (["--device", "cuda:7"], "--device"),
         (["--device", "toaster"], "--device"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import compute_gradient_features
 from tests.reference import CPU, EXPECTED, encode_golden, engine_of, in_batches, load_golden
-from tive import projection
 from tive.errors import UserError
 from tive.projection import TrakBasic, make_projector, prove
 from tive.signs import TorchSigns, draw_signs, key_of, philox, scaled
@@ -169,6 +170,14 @@ def test_signs_are_kept_only_within_the_budget():
     assert make_projector("auto", 0, 64, CPU, 1000, 63_999).about == "torch, signs drawn for each batch"
 
 
-def test_every_projector_of_the_command_line_is_known_here():
-    assert set(projection.KINDS) == {"auto", "rademacher", "trak_cuda", "trak_basic"}
-    prove(make("auto"), CPU)
+def test_every_projector_of_the_command_line_proves_itself_or_says_why_not(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compute_gradient_features.py", "--help"])
+    with pytest.raises(SystemExit):
+        compute_gradient_features.parse_arguments()
+    kinds = re.search(r"--projector \{([^}]*)\}", capsys.readouterr().out)[1].split(",")
+    assert set(kinds) == {"auto", "rademacher", "trak_cuda", "trak_basic"}
+    for kind in kinds:
+        try:
+            prove(make(kind), CPU)
+        except UserError as error:
+            assert f"--projector {kind} does not work here" in str(error)

@@ -112,7 +112,7 @@ def test_the_source_is_never_the_target(source, capsys, tmp_path):
     text = source.read_text()
     (tmp_path / "link.json").symlink_to(source)
     for target in (source, tmp_path / "link.json", f"{tmp_path}/../{tmp_path.name}/data.json"):
-        assert "is the source file" in refusal(capsys, main, "--source_path", source, "--target_path", target)
+        assert "is the source itself" in refusal(capsys, main, "--source_path", source, "--target_path", target)
     assert source.read_text() == text
 
 

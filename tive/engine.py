@@ -1,4 +1,4 @@
-"""Projected gradients and gradient norms of records, batch by batch (paper section 3.2; DESIGN 6)."""
+"""Projected gradients and gradient norms of records, batch by batch (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tive.timing import Stopwatch
 
 # Small gradients vanish in float16 below 6e-8; this lifts them, and an overflow is met with a smaller scale.
 _FLOAT16_LOSS_SCALE = 2.0**12
+# Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
+_LEAST_EFFICIENCY = 0.9
 
 
 @dataclass
@@ -46,10 +48,9 @@ class GradientEngine:
         reference: Any,
         matrices: dict[str, nn.Linear],
         projector: Projector,
-        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.family, self.reference, self.matrices, self.projector = family, reference, matrices, projector
-        self.stopwatch = stopwatch or Stopwatch()
+        self.stopwatch = Stopwatch()
         self.real_tokens = self.padded_tokens = 0
 
     def _consume(self, matrix: str, gradients: Tensor) -> None:
@@ -144,15 +145,11 @@ def next_batch(waiting: list[int], records: dict[int, Encoded], limits: BatchLim
         if (record.pixels is None) != (first.pixels is None):
             break
         padded = (len(rows) + 1) * first.length
-        if rows and (padded > limits.tokens or tokens + record.length < LEAST_EFFICIENCY * padded):
+        if rows and (padded > limits.tokens or tokens + record.length < _LEAST_EFFICIENCY * padded):
             break
         rows.append(row)
         tokens += record.length
     return rows
-
-
-# Padding eats the gain of a batch: below this share of real tokens a smaller batch is faster (README, "Gradient step").
-LEAST_EFFICIENCY = 0.9
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -69,9 +69,9 @@ def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping
     return place
 
 
-def device_of(wanted: str, place: Place) -> torch.device:
+def device_of(wanted: str, local_rank: int = 0) -> torch.device:
     """`usable_device`, made ready to run a model."""
-    device = usable_device(wanted, place.local_rank)
+    device = usable_device(wanted, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tive.errors import UserError
 from tive.files import write_json
 from tive.images import BadImage, find_image, open_image, path_of
+from tive.progress import progress_folder
 from tive.records import RecordFile, chunk_range, image_of, open_records, problem_of
 
 SHOWN = 10
@@ -157,7 +158,7 @@ def check_disk(folder: Path, chunk_idx: int, feature_bytes: int) -> None:
     Raises:
         UserError: it has too little room.
     """
-    begun = folder / f"progress_{chunk_idx}" / "features.f16"
+    begun = progress_folder(folder, chunk_idx) / "features.f16"
     needed = 2 * feature_bytes - (begun.stat().st_blocks * 512 if begun.is_file() else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:

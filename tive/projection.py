@@ -1,4 +1,4 @@
-"""Random projection of per-record gradients, matrix by matrix (paper section 3.2; DESIGN 7).
+"""Random projection of per-record gradients, matrix by matrix (paper section 3.2).
 
 A projector has a `kind`, which the features' manifest carries, an `about` line, and one function:
 `project(matrix, gradients [B, P]) -> sketch [B, proj_dim]`, float32, linear, with its own stream of random signs for
@@ -17,7 +17,6 @@ from torch import Tensor
 from tive.errors import UserError
 from tive.signs import TorchSigns, draw_signs, key_of
 
-KINDS = ("auto", "rademacher", "trak_cuda", "trak_basic")
 # TRAK sets it to the GPU's number of multiprocessors, so two kinds of GPU would give features that do not match.
 _FEATURE_TILES = 128
 _BASIC_BLOCK = 128

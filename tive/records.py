@@ -217,7 +217,7 @@ def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:
-    """Rows of chunk K of N: `[K*c, (K+1)*c)` with `c = ceil(count/N)`; empty past the end (DESIGN 3).
+    """Rows of chunk K of N: `[K*c, (K+1)*c)` with `c = ceil(count/N)`; empty past the end.
 
     Raises:
         UserError: the chunk is not one of `0 .. num_chunks - 1`.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tive.errors import UserError, run
+from tive.json_stream import is_json_lines
 from tive.records import name_of, open_records, problem_of
 
 # What LLaVA leaves in the folder of a run that has ended.
@@ -46,13 +47,10 @@ def training_problem_of(record: Any) -> str | None:
 
 def check_records(path: str) -> tuple[int, set[str], int]:
     """The number of records, the images they name, and the number of records with an image."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            first = file.read(4096).lstrip()[:1]
-        if first == b"{":
-            raise UserError(
-                f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with scripts/convert_data.py"
-            )
+    if is_json_lines(path):
+        raise UserError(
+            f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with scripts/convert_data.py"
+        )
     images: list[str] = []
 
     def visit(row: int, record: Any) -> None:
