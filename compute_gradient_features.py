@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from tive.errors import run
+from tive.util.errors import run
 
 EXAMPLES = """
 one GPU:
@@ -69,16 +69,16 @@ def main() -> None:
     # on two cores without a GPU 43 records/s, against 28 with a passive wait and 15 to 40 with OpenMP's own.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive import preflight
-    from tive.dry_run import dry_run
-    from tive.engine import BatchLimits, GradientEngine
-    from tive.features import match_of, write_chunk
-    from tive.gradient_pass import describe, norms_of, run_pass
-    from tive.launch import device_of, dtype_of, place_of
-    from tive.loading import EncodedRecords
+    from tive.features.chunks import match_of, write_chunk
+    from tive.features.progress import Progress, hold_chunk, is_complete, refuse_other_runs, remove_progress
+    from tive.gradient_pass import preflight
+    from tive.gradient_pass.batches import BatchLimits, GradientEngine
+    from tive.gradient_pass.dry_run import dry_run
+    from tive.gradient_pass.launch import device_of, dtype_of, place_of
+    from tive.gradient_pass.loading import EncodedRecords
+    from tive.gradient_pass.run import describe, norms_of, run_pass
+    from tive.method.projection import make_projector
     from tive.models import base_folder, family_of
-    from tive.progress import Progress, hold_chunk, is_complete, refuse_other_runs, remove_progress
-    from tive.projection import make_projector
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)

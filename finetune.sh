@@ -3,12 +3,12 @@
 #
 #   bash finetune.sh                                                  on every GPU; on the CPU where there is none
 #   DATA_PATH=selected/Tive_q_0.01_p_0.15.json bash finetune.sh --num_train_epochs 2
-#   DEEPSPEED_CONFIG=scripts/zero2.json bash finetune.sh
+#   DEEPSPEED_CONFIG=scripts/deepspeed/zero2.json bash finetune.sh
 #
 # Every variable below can be set from the environment. Any further argument goes to LLaVA's trainer as it is, after
 # those given here, and the later one counts.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/train.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/shell/train.sh"
 
 DATA_PATH=${DATA_PATH:-./selected/Tive_q_0.001_p_0.15.json}
 IMAGE_FOLDER=${IMAGE_FOLDER:-./playground/data}

@@ -8,7 +8,7 @@
 # Every variable below can be set from the environment. Any further argument goes to LLaVA's trainer as it is, after
 # those given here, and the later one counts.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/train.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/shell/train.sh"
 
 DATA_PATH=${DATA_PATH:-./playground/data/warm_up.json}
 IMAGE_FOLDER=${IMAGE_FOLDER:-./playground/data}

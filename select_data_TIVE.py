@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from tive.errors import UserError, run
+from tive.util.errors import UserError, run
 
 EXAMPLES = """
 the paper's selection, 15% of the records:
@@ -67,11 +67,12 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
 
-    from tive import outcome, selection
-    from tive.features import open_chunks
-    from tive.influence import influences
-    from tive.launch import usable_device
-    from tive.read_ahead import read_ahead
+    from tive.features.chunks import open_chunks
+    from tive.features.read_ahead import read_ahead
+    from tive.gradient_pass.launch import usable_device
+    from tive.method.influence import influences
+    from tive.selection import choice as selection
+    from tive.selection import files as outcome
 
     device = usable_device(arguments.device)
     files = outcome.files_of(arguments)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from tive.errors import UserError, run
-from tive.files import refuse_same_file
+from tive.util.errors import UserError, run
+from tive.util.files import refuse_same_file
 
 EXAMPLE = """
 example:
@@ -39,9 +39,9 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.records import read_tasks, rows_by_task, write_records
-    from tive.table import print_table
-    from tive.value import draw, equal_shares, rounded_down
+    from tive.data.records import read_tasks, rows_by_task, write_records
+    from tive.method.value import draw, equal_shares, rounded_down
+    from tive.util.text import print_table
 
     records, tasks = read_tasks(arguments.source_path, arguments.task_key)
     total = rounded_down(arguments.sample_ratio * len(records))

@@ -6,12 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the gradient step sets it
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tive.errors import run
+from tive.util.errors import run
 
 BENCHMARKS = {
     "selection": "influence in two linear passes against the all-pairs way, from 10K to 1M records",
@@ -35,7 +32,7 @@ def main() -> None:
             name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         if name in sys.argv[1:2]:  # only the chosen benchmark needs its libraries
-            chosen = importlib.import_module(f"scripts.benchmark_{name}")
+            chosen = importlib.import_module(f"benchmark.{name}")
             chosen.add_arguments(command)
     arguments = parser.parse_args()
     chosen.run(arguments)

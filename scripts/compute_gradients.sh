@@ -13,8 +13,8 @@
 # call continues: what is done is verified and not computed again. Ctrl-C or SIGTERM lets each chunk finish its window;
 # a second Ctrl-C does not wait. Exit code: 0 all done, 1 a chunk failed, 130 or 143 stopped.
 set -uo pipefail
-# shellcheck source=scripts/python.sh
-source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+# shellcheck source=scripts/shell/python.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/python.sh"
 
 if [[ $# == 0 || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     help_of "$0"

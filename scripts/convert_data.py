@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tive.errors import UserError, run
-from tive.files import refuse_same_file
-from tive.formats import FORMS, count_tags, from_llava, to_llava
-from tive.json_stream import stream_records, write_raw
-from tive.records import name_of
+from tive.data.formats import FORMS, count_tags, from_llava, to_llava
+from tive.data.records import name_of
+from tive.data.stream import stream_records, write_raw
+from tive.util.errors import UserError, run
+from tive.util.files import refuse_same_file
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,19 +8,16 @@ are data: copy scripts/rules/llava_v1_5.yaml for a mixture of your own.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tive.errors import UserError, run
-from tive.files import refuse_same_file
-from tive.json_stream import is_json_lines, stream_records, write_raw
-from tive.labels import Rules, add_key, read_rules, replace_key, shape_problem
-from tive.records import name_of, task_of
+from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
+from tive.data.records import name_of, task_of
+from tive.data.stream import is_json_lines, stream_records, write_raw
+from tive.util.errors import UserError, run
+from tive.util.files import refuse_same_file
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
 OWN_KEYS = ("id", "image", "conversations")

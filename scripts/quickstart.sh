@@ -15,8 +15,8 @@ fi
 folder=$(realpath -m "${1:-$ROOT/quickstart}")
 cd "$ROOT"
 [[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
-# shellcheck source=scripts/python.sh
-source scripts/python.sh
+# shellcheck source=scripts/shell/python.sh
+source scripts/shell/python.sh
 export PYTHON
 
 # The model is tiny: a second thread costs more than it brings.
@@ -44,10 +44,10 @@ show() {
 }
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
-    "$PYTHON" scripts/quickstart_data.py --folder "$folder"
+    "$PYTHON" scripts/quickstart/data.py --folder "$folder"
 
 step "Model: a tiny Vicuna, CLIP and projector" "$folder/model" \
-    "$PYTHON" scripts/quickstart_model.py --data "$folder/data.json" --folder "$folder/model"
+    "$PYTHON" scripts/quickstart/model.py --data "$folder/data.json" --folder "$folder/model"
 
 # For all the trainings.
 settings=(MODEL="$folder/model/vicuna" VISION_TOWER="$folder/model/clip" PROJECTOR="$folder/model/mm_projector.bin"

@@ -6,15 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tive.errors import UserError, run
-from tive.files import whole_file
 from tive.report import sections, tables
 from tive.report.choice import choice_of
 from tive.report.page import page
 from tive.report.samples import Sample, extremes, open_checked, read_samples
 from tive.report.selection import SUMMARY_END, Selection, find_summary, read_selection
+from tive.util.errors import UserError, run
+from tive.util.files import whole_file
 
 EXAMPLE = """\
 example:

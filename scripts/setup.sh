@@ -82,6 +82,7 @@ PY
     else
         echo "nothing is missing in the environment of $python"
     fi
+    "$python" -c 'import tive' 2>/dev/null || "$python" -m pip install --quiet --no-deps --editable .
     check_imports "$python"
 }
 
@@ -103,7 +104,7 @@ supported_python() {
 
 make_venv() {
     local python stamp=.venv/complete state
-    state=$(cat requirements.txt scripts/setup.sh | cksum)
+    state=$(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)
     if [[ -f $stamp && $(<"$stamp") == "$state" ]] && .venv/bin/python -c '' 2>/dev/null; then
         echo ".venv is complete: nothing to do"
         return
@@ -118,7 +119,7 @@ make_venv() {
     rm -f "$stamp"
     echo "installing requirements.txt (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
-    .venv/bin/python -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}"
+    .venv/bin/python -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
     check_imports .venv/bin/python
     echo "$state" >"$stamp"
 }

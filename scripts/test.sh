@@ -11,8 +11,8 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
-# shellcheck source=scripts/python.sh
-source scripts/python.sh
+# shellcheck source=scripts/shell/python.sh
+source scripts/shell/python.sh
 export PYTHON
 
 # The models are tiny: a second thread costs more than it brings.

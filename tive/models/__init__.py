@@ -19,8 +19,8 @@ from types import ModuleType
 
 import numpy as np
 
-from tive.errors import UserError
-from tive.files import read_json
+from tive.util.errors import UserError
+from tive.util.files import read_json
 
 
 class LeftOut(Exception):

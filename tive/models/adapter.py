@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tive.errors import UserError
+from tive.util.errors import UserError
 
 
 def adapter_file(folder: Path) -> Path | None:

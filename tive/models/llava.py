@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tive.errors import UserError
-from tive.files import read_json, sha256_of
-from tive.images import BadImage, find_image, open_image
+from tive.data.images import BadImage, find_image, open_image
+from tive.data.records import image_of
 from tive.models import Encoded, LeftOut, loading
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
-from tive.records import image_of
+from tive.util.errors import UserError
+from tive.util.files import read_json, sha256_of
 
 IGNORE = -100
 _SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tive.method.value import effective_sample_size, instance_weights
 from tive.report.selection import Selection
-from tive.value import effective_sample_size, instance_weights
 
 Q_GRID = np.logspace(-4, 5, 91)
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.errors import UserError
-from tive.images import BadImage, find_image, open_image
-from tive.records import RecordFile, image_of, open_records, problem_of
+from tive.data.images import BadImage, find_image, open_image
+from tive.data.records import RecordFile, image_of, open_records, problem_of
 from tive.report.selection import Selection
+from tive.util.errors import UserError
 
 THUMBNAIL = 192
 MAX_TURN = 1500

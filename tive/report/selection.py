@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.errors import UserError
-from tive.files import read_json
+from tive.util.errors import UserError
+from tive.util.files import read_json
 
 SUMMARY_END = "_summary.json"
 COLUMNS = ["row", "id", "task", "norm", "influence", "weight", "times_selected", "left_out"]

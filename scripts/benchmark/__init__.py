@@ -1,0 +1,1 @@
+"""What the steps cost, measured; `scripts/benchmark.py` is the command."""

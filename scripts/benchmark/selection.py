@@ -1,0 +1,116 @@
+"""Influence in two linear passes against the all-pairs way of the paper's release, on random features."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tive.features.chunks import Chunk
+from tive.method.influence import influences
+from tive.method.value import draw
+from tive.util.errors import UserError
+from tive.util.text import print_table
+
+Q, SHARE = 0.001, 0.15
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000], help="records")
+    add("--proj_dim", type=int, default=256, help="numbers in a feature; the real ones have 8192")
+    add("--tasks", type=int, default=10, help="tasks of equal size, shuffled")
+    add("--limit", type=float, default=30, metavar="SECONDS", help="all pairs are stopped where they would take longer")
+    add("--folder", default=None, help="where the features are put while this runs; default: the system's place")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if min(*arguments.sizes, arguments.proj_dim, arguments.tasks) < 1:
+        raise UserError("--sizes, --proj_dim and --tasks must be 1 or more")
+    sizes = sorted(arguments.sizes)
+    rows = [("records", "two passes and draw", "records/s", "own memory", "all pairs", "difference")]
+    all_pairs_seconds: Callable[[int], float] = lambda _: 0.0  # noqa: E731 - replaced by what is measured
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        path = Path(folder) / "features.f16"
+        features = random_features(path, sizes[-1], arguments.proj_dim)
+        tasks = np.random.default_rng(0).integers(0, arguments.tasks, sizes[-1])
+        for size in sizes:
+            chunk = Chunk(path, 0, size, [features[:size]], np.ones(size), {}, {})
+            with peak_own_memory() as memory:
+                start = time.perf_counter()
+                influence, _ = influences([chunk], tasks[:size])
+                for task in range(arguments.tasks):
+                    scores = influence[tasks[:size] == task]
+                    draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
+                seconds = time.perf_counter() - start
+            expected = all_pairs_seconds(size)
+            if expected > arguments.limit:
+                all_pairs, difference = f"stopped (about {duration(expected)})", ""
+            else:
+                start = time.perf_counter()
+                naive = all_pairs_influence(features[:size], tasks[:size])
+                taken = time.perf_counter() - start
+                all_pairs, difference = duration(taken), f"{np.abs(naive - influence).max():.0e}"
+                all_pairs_seconds = lambda new, size=size, taken=taken: taken * (new / size) ** 2  # noqa: E731
+            rows.append((f"{size:,}", duration(seconds), f"{size / seconds:,.0f}", memory(), all_pairs, difference))
+        del features, chunk
+    print(f"{arguments.proj_dim} numbers a feature, {arguments.tasks} tasks, {torch.get_num_threads()} threads")
+    print_table(rows)
+
+
+def random_features(path: Path, count: int, dimension: int) -> torch.Tensor:
+    """Float16 features `[count, dimension]` in a memory-mapped file."""
+    features = torch.from_file(str(path), shared=True, size=count * dimension, dtype=torch.float16)
+    features = features.view(count, dimension)
+    generator = torch.Generator().manual_seed(0)
+    for block in features.split(1 << 14):
+        block.copy_(torch.randn(block.shape, generator=generator) + 0.3)
+    return features
+
+
+def all_pairs_influence(features: torch.Tensor, tasks: np.ndarray) -> np.ndarray:
+    """The mean over all pairs of a task, as the release does it, but in large blocks: kinder to the processor."""
+    influence = np.empty(len(tasks))
+    for task in np.unique(tasks):
+        rows = np.flatnonzero(tasks == task)
+        unit = torch.nn.functional.normalize(features[torch.from_numpy(rows)].float())
+        influence[rows] = torch.cat([(block @ unit.T).mean(dim=1) for block in unit.split(512)]).numpy()
+    return influence
+
+
+@contextlib.contextmanager
+def peak_own_memory() -> Iterator[Callable[[], str]]:
+    """The most memory of this process's own within the block, mapped files apart; "-" where the system does not say."""
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.01):
+                found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+                peak[0] = max(peak[0], int(found[1]) if found else 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: f"{peak[0] / 2**20:.2f} GiB" if peak[0] else "-"
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )

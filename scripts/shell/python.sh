@@ -1,0 +1,22 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: sets ROOT, the project's folder, and PYTHON, the interpreter that runs it:
+# $PYTHON where it is set, else the project's .venv, else the python3 on the path.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Prints the comment block at the top of a script: what its --help shows.
+help_of() {
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
+}
+
+if [[ -n ${PYTHON:-} ]]; then
+    command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program; name an interpreter, or unset PYTHON to use .venv"
+elif [[ -x $ROOT/.venv/bin/python ]]; then
+    PYTHON=$ROOT/.venv/bin/python
+else
+    PYTHON=python3
+fi

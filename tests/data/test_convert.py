@@ -1,0 +1,272 @@
+"""Conversion of records: nothing is lost on the way to another trainer's form and back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tive.data.formats import FORMS, count_tags, from_llava, to_llava
+from tive.data.records import problem_of
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
+
+
+def convert(tmp_path, text, *arguments, source="a.json", target="b.json"):
+    """Run the script; the result, and the target's text or None."""
+    (tmp_path / source).write_bytes(text if isinstance(text, bytes) else text.encode())
+    paths = ["--source_path", str(tmp_path / source), "--target_path", str(tmp_path / target)]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *paths, *arguments], capture_output=True, text=True, check=False
+    )
+    written = tmp_path / target
+    return done, written.read_text() if written.exists() else None
+
+
+LLAVA = {
+    "id": "33471",
+    "image": "coco/33471.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat color is the bus?", "weight": 1},
+        {"from": "gpt", "value": "White and red."},
+        {"from": "human", "value": "Where is it?"},
+        {"from": "gpt", "value": "On the street."},
+    ],
+    "dataset": "LLaVA-Instruct",
+    "system": "You are brief.",
+}
+# The three trainers' forms of it, as their documentation shows them.
+EXPECTED = {
+    "sharegpt": {
+        "id": "33471",
+        "images": ["coco/33471.jpg"],
+        "conversations": LLAVA["conversations"],
+        "dataset": "LLaVA-Instruct",
+        "system": "You are brief.",
+    },
+    "messages": {
+        "id": "33471",
+        "images": ["coco/33471.jpg"],
+        "messages": [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": "<image>\nWhat color is the bus?", "weight": 1},
+            {"role": "assistant", "content": "White and red."},
+            {"role": "user", "content": "Where is it?"},
+            {"role": "assistant", "content": "On the street."},
+        ],
+        "dataset": "LLaVA-Instruct",
+    },
+    "parts": {
+        "id": "33471",
+        "images": ["coco/33471.jpg"],
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "You are brief."}]},
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": "\nWhat color is the bus?"}],
+                "weight": 1,
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "White and red."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Where is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "On the street."}]},
+        ],
+        "dataset": "LLaVA-Instruct",
+    },
+}
+
+
+@pytest.mark.parametrize("form", EXPECTED)
+def test_a_record_takes_the_form_that_the_trainer_documents_and_comes_back(form):
+    assert from_llava(to_llava(LLAVA), form) == EXPECTED[form]
+    assert to_llava(EXPECTED[form]) == LLAVA
+    assert problem_of(to_llava(EXPECTED[form])) is None
+
+
+KEYS = st.text(max_size=6).filter(
+    lambda key: key
+    not in ("image", "images", "conversations", "messages", "system", "from", "value", "role", "content")
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+EXTRA = st.dictionaries(KEYS, VALUES, max_size=2)
+TEXTS = st.lists(st.sampled_from(["<image>", "\n", "a", "é ", "<image", "image>"]) | st.text(max_size=4)).map("".join)
+PATHS = st.text(min_size=1, max_size=8)
+TURNS = st.builds(
+    lambda role, text, extra: {"from": role, "value": text, **extra}, st.sampled_from(["human", "gpt"]), TEXTS, EXTRA
+)
+LLAVA_RECORDS = st.builds(
+    lambda images, turns, system, extra: {**images, "conversations": turns, **system, **extra},
+    st.just({}) | st.builds(lambda path: {"image": path}, PATHS | st.lists(PATHS, min_size=2, max_size=3)),
+    st.lists(TURNS, max_size=5),
+    st.just({}) | st.builds(lambda text: {"system": text}, TEXTS),
+    EXTRA,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(record=LLAVA_RECORDS, form=st.sampled_from(FORMS))
+def test_no_key_is_lost_from_llava_to_any_form_and_back(record, form):
+    there = json.loads(json.dumps(from_llava(to_llava(record), form)))
+    assert to_llava(there) == record
+
+
+@settings(max_examples=100, deadline=None)
+@given(record=LLAVA_RECORDS, first=st.sampled_from(FORMS), second=st.sampled_from(FORMS))
+def test_every_form_leads_to_every_other_and_back(record, first, second):
+    start = from_llava(to_llava(record), first)
+    assert from_llava(to_llava(from_llava(to_llava(start), second)), first) == start
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    record=st.dictionaries(st.sampled_from(["image", "images", "conversations", "messages", "system"]), VALUES) | VALUES
+)
+def test_whatever_a_record_holds_it_converts_or_says_why(record):
+    try:
+        converted = to_llava(record)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(converted["conversations"], list)
+
+
+def test_an_image_as_a_string_and_as_a_list_of_one_are_the_same():
+    listed = from_llava(to_llava(LLAVA), "llava", image_list=True)
+    assert listed == {**LLAVA, "image": ["coco/33471.jpg"]}
+    assert to_llava(listed) == LLAVA
+
+
+@pytest.mark.parametrize("images", [{"images": []}, {"images": None}, {"image": ""}, {"image": None}, {}])
+def test_a_record_without_an_image_has_no_image_key(images):
+    turns = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello."}]
+    assert to_llava({"conversations": turns, **images}) == {"conversations": turns}
+
+
+def test_an_image_that_a_part_names_and_keys_that_an_export_filled_with_null_are_read():
+    parts = [{"type": "image", "image": "a.jpg", "text": None}, {"type": "text", "text": "What?", "image": None}]
+    converted = to_llava({"messages": [{"role": "user", "content": parts}]})
+    assert converted == {"conversations": [{"from": "human", "value": "<image>What?"}], "image": "a.jpg"}
+
+
+def test_the_tag_of_a_record_without_an_image_is_only_text():
+    record = {"conversations": [{"from": "human", "value": "What does <image> do in HTML?"}]}
+    parts = from_llava(record, "parts")
+    assert parts["messages"][0]["content"] == [{"type": "text", "text": "What does <image> do in HTML?"}]
+    assert to_llava(parts) == record
+
+
+def test_tags_and_images_are_counted():
+    assert count_tags(LLAVA) == (1, 1)
+    assert count_tags({**LLAVA, "image": ["a", "b"]}) == (1, 2)
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+REFUSED = {
+    "a number": (3, "is not an object"),
+    "neither form": ({"id": 1}, "either `conversations` or `messages`"),
+    "both forms": ({"conversations": [], "messages": []}, "either `conversations` or `messages`"),
+    "both images": ({"conversations": [], "image": "a", "images": ["a"]}, "both `image` and `images`"),
+    "turns that are no list": ({"messages": "hello"}, "not a list of turns"),
+    "a turn that is a text": ({"messages": ["hello"]}, "a turn 0 whose `role`"),
+    "a tool's turn": ({"messages": [says("user", "x"), says("tool", "y")]}, "a turn 1 whose `role`"),
+    "a function call": ({"conversations": [{"from": "function_call", "value": "x"}]}, "a turn 0 whose `from`"),
+    "no content": ({"messages": [{"role": "assistant", "tool_calls": []}]}, "neither a text nor a list"),
+    "an unknown part": ({"messages": [says("user", [{"type": "video"}])]}, "a part in turn 0"),
+    "a part that is a text": ({"messages": [says("user", ["x"])]}, "a part in turn 0"),
+    "a part with more keys": ({"messages": [says("user", [{"type": "image", "max": 1}])]}, "a part in turn 0"),
+    "an image part alone": ({"messages": [says("user", [{"type": "image"}])]}, "no image"),
+    "a tag beside an image part": (
+        {"messages": [says("user", [{"type": "image"}, {"type": "text", "text": "<image>"}])], "images": ["a"]},
+        "<image>",
+    ),
+    "images named twice": (
+        {"messages": [says("user", [{"type": "image", "image": "a"}])], "images": ["a"]},
+        "names its images twice",
+    ),
+    "an image that is a number": ({"conversations": [], "image": 0}, "not a path"),
+    "image bytes": ({"messages": [], "images": [{"bytes": "AA"}]}, "not a path"),
+    "a late system turn": ({"messages": [says("user", "x"), says("system", "y")]}, "not the first"),
+    "two system prompts": ({"messages": [says("system", "x")], "system": "y"}, "and a key `system`"),
+    "a system turn with more": ({"messages": [{**says("system", "x"), "name": "y"}]}, "more keys"),
+    "a turn of both forms": ({"messages": [{**says("user", "x"), "value": "y"}]}, "both forms"),
+}
+
+
+@pytest.mark.parametrize("form", ["llava", "messages"])
+@pytest.mark.parametrize(("record", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_place_is_refused_and_never_dropped(record, said, form):
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        from_llava(to_llava(record), form)
+
+
+# The command
+
+
+def test_json_and_json_lines_convert_into_each_other_byte_for_byte(tmp_path):
+    texts = ['{"id": 1.50,  "é": "\\u00e9"}', '{"x":[ ]}']
+    done, lines = convert(tmp_path, "[" + ", ".join(texts) + "]", target="b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert lines.splitlines() == texts
+    done, listed = convert(tmp_path, lines, source="b.jsonl", target="c.json")
+    assert done.returncode == 0, done.stderr
+    assert listed == "[\n" + ",\n".join(texts) + "\n]\n"
+
+
+@pytest.mark.parametrize("form", EXPECTED)
+def test_the_command_converts_there_and_back(tmp_path, form):
+    bare = {"id": "t", "conversations": [{"from": "human", "value": "Hi \ud800"}, {"from": "gpt", "value": "Hé."}]}
+    done, there = convert(tmp_path, json.dumps([LLAVA, bare]), "--to", form, target="b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(there.splitlines()[0]) == EXPECTED[form]
+    done, back = convert(tmp_path, there, "--to", "llava", source="b.jsonl", target="c.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(back) == [LLAVA, bare]
+    assert "Hé." in there.splitlines()[1] or "\\u00e9" in there.splitlines()[1]
+    assert "1 have a system prompt under `system`" in done.stdout
+
+
+def test_the_list_form_of_the_image_can_be_asked_for(tmp_path):
+    done, written = convert(tmp_path, json.dumps([LLAVA]), "--to", "llava", "--image", "list")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(written)[0]["image"] == ["coco/33471.jpg"]
+
+
+def test_tags_that_do_not_fit_the_images_are_told(tmp_path):
+    untagged = {**LLAVA, "conversations": LLAVA["conversations"][2:]}
+    done, _ = convert(tmp_path, json.dumps([LLAVA, untagged]), "--to", "messages")
+    assert done.returncode == 0, done.stderr
+    assert "1 have more or fewer <image> tags than images" in done.stdout
+    assert "record 1 (id '33471')" in done.stdout
+
+
+MISTAKES = {
+    "the same file": ("[]", ["--target_path", "{folder}/a.json"], "the source itself"),
+    "no such source": ("[]", ["--source_path", "{folder}/none.json"], "none.json"),
+    "a list without its form": ("[]", ["--image", "list", "--to", "parts"], "--image list"),
+    "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') must have either"),
+    "a number that is not finite": ('[{"conversations": [], "x": NaN}]', ["--to", "llava"], "not finite"),
+    "a number that overflows": ('[{"conversations": [], "x": 1e999}]', ["--to", "messages"], "not finite"),
+    "a damaged source": ('[{"conversations": []}, {', ["--to", "llava"], "record 1"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path, case):
+    text, arguments, said = case
+    done, _ = convert(tmp_path, text, *(argument.format(folder=tmp_path) for argument in arguments))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

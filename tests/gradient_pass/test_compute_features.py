@@ -1,0 +1,122 @@
+"""The gradient step through its command line: the golden numbers reach the files, whatever the chunks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.golden_model import GOLDEN, RECORDS, ROOT, run_step, write_records
+
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+
+
+def read(folder, chunk=0):
+    return torch.load(folder / f"output_{chunk}.pt", weights_only=True, mmap=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    result = run_step(folder, "--proj_dim", 4096, "--window", 512)
+    assert result.code == 0, result.err
+    return folder, result
+
+
+def test_the_files_hold_the_golden_norms_and_the_projected_golden_cosines(whole):
+    folder, result = whole
+    features = read(folder)
+    assert features["features"].dtype == torch.float16 and features["features"].shape == (48, 4096)
+    norms = features["norms"].numpy()
+    assert features["norms"].dtype == torch.float32
+    assert np.abs(norms / EXPECTED["norms"] - 1).max() < 1e-4
+    assert np.allclose(json.loads((folder / "output_norm_0.json").read_text()), norms)
+    unit = torch.nn.functional.normalize(features["features"].float(), dim=1)
+    # 1128 pairs, each off by about 1/sqrt(4096): six of those do not happen by chance.
+    assert (unit @ unit.T - torch.tensor(EXPECTED["cosines"])).abs().max() < 6 / 64
+    assert "16,384 parameters count, in 16 LoRA matrices" in result.out
+    assert "projector rademacher" in result.out and "48 features, 0 records left out" in result.out
+
+
+def test_the_manifest_says_what_the_features_depend_on_and_what_they_cost(whole):
+    manifest = json.loads((whole[0] / "manifest_0.json").read_text())
+    assert manifest["match"]["counted_parameters"] == 16384 and manifest["match"]["proj_seed"] == 0
+    assert (manifest["match"]["start"], manifest["match"]["stop"]) == (0, 48)
+    assert manifest["match"] == read(whole[0])["match"]
+    assert manifest["left_out"] == [] and manifest["dtype"] == "float32"
+    assert manifest["records_per_second"] > 0 and 0.9 < manifest["padding_efficiency"] <= 1
+    assert {"python", "torch", "transformers", "peft"} <= set(manifest["versions"])
+
+
+def test_chunks_put_together_are_the_whole_and_a_chunk_past_the_end_is_empty(whole, tmp_path):
+    # ceil(48 / 13) = 4 records a chunk: the 13th chunk starts past the end.
+    for chunk in (0, 5, 11, 12):
+        assert run_step(tmp_path, "--proj_dim", 4096, "--num_chunks", 13, "--chunk_idx", chunk).code == 0
+    together = read(whole[0])
+    for chunk in (0, 5, 11):
+        part, rows = read(tmp_path, chunk), slice(4 * chunk, 4 * chunk + 4)
+        assert torch.allclose(part["norms"], together["norms"][rows], rtol=1e-5)
+        assert torch.allclose(part["features"].float(), together["features"][rows].float(), atol=4e-3)
+    assert read(tmp_path, 12)["features"].shape == (0, 4096)
+
+
+def test_json_lines_and_an_image_in_a_list_give_the_same_features(whole, tmp_path):
+    records = [dict(record) for record in RECORDS[:6]]
+    for record in records:
+        if "image" in record:
+            record["image"] = [record["image"]]
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = run_step(tmp_path / "out", "--input_file", lines, "--proj_dim", 4096)
+    assert result.code == 0, result.err
+    assert torch.allclose(read(tmp_path / "out")["norms"], read(whole[0])["norms"][:6], rtol=1e-5)
+
+
+def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp_path):
+    result = run_step(tmp_path, "--last_layers", 1, "--grad_modules", "q_proj,v_proj")
+    assert result.code == 0 and "4,096 parameters count, in 4 LoRA matrices" in result.out
+    assert (read(tmp_path)["norms"] < read(whole[0])["norms"]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--num_chunks", 4, "--chunk_idx", 4], "0 .. 3"),
+        (["--device", "cuda:7"], "--device"),
+        (["--device", "toaster"], "--device"),
+        (["--batch_size", 0], "--batch_size"),
+        (["--projector", "trak_cuda"], "--projector trak_cuda does not work here"),
+        (["--grad_modules", "attention"], "--grad_modules"),
+        (["--last_layers", 9], "--last_layers"),
+    ],
+)
+def test_a_mistake_in_the_arguments_ends_in_one_line_and_writes_nothing(tmp_path, arguments, complaint):
+    result = run_step(tmp_path / "out", *arguments)
+    assert result.code == 2 and complaint in result.err
+    assert "Traceback" not in result.err
+    assert not list((tmp_path / "out").glob("output*"))
+
+
+def test_records_that_cannot_be_read_end_in_one_line(tmp_path):
+    for name, content in [("broken.json", "[{"), ("text.json", "hello"), ("empty.json", "[]")]:
+        path = tmp_path / name
+        path.write_text(content)
+        result = run_step(tmp_path / "out", "--input_file", path)
+        assert result.code == 2 and name in result.err and result.err.count("\n") == 1
+    records = write_records(tmp_path / "system.json", [{"conversations": [{"from": "system", "value": "hi"}]}])
+    result = run_step(tmp_path / "out", "--input_file", records)
+    assert result.code == 2 and "unknown role 'system'" in result.out
+
+
+def test_help_teaches_and_does_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "compute_gradient_features.py"), "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "all GPUs of this machine" in done.stdout and "--chunk_idx" in done.stdout
+    assert "| torch\n" not in done.stderr and "transformers" not in done.stderr

@@ -1,0 +1,453 @@
+"""scripts/report.py: what the page shows, what it must never do, and how it fails."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tive.report import sections
+from tive.report.choice import Q_GRID, effective_sample_sizes
+from tive.util.errors import run
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+HEADER = ["row", "id", "task", "norm", "influence", "weight", "times_selected", "left_out"]
+STEM = "Tive_q_0.001_p_0.15"
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)> ' onload='alert(2)",
+    "</svg></style></details><style>@import url(http://evil.example/x.css);</style>",
+    "]]> &amp; <!-- -->",
+    "\u202eمهمة 🦜 $\\frac{a}{b}$ \x1b\n line",
+    "x" * 5000,
+]
+
+
+def make_selection(
+    folder: Path, names: list[str], records_a_task: int = 9, q: float = 0.001, hostile: bool = False
+) -> Path:
+    """A selection in the format of select_data_TIVE.py; the first task is excluded, the third row left out."""
+    random = np.random.default_rng(0)
+    images = folder / "images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (64, 40), "navy").save(images / "a.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    Image.new("RGB", (64, 40), "red").save(folder / "secret.png")
+    paths = ["a.png", "missing.png", "broken.jpg", "../secret.png", str(folder / "secret.png"), None]
+    rows, records, tasks, left_out = [], [], [], []
+    for number, name in enumerate(names):
+        influence = random.uniform(0, 0.8, records_a_task)
+        weights = np.exp(q * influence) / np.exp(q * influence).sum()
+        for position in range(records_a_task):
+            row = len(rows)
+            text = HOSTILE[row % len(HOSTILE)] if hostile else f"answer {row}"
+            identity = HOSTILE[row % len(HOSTILE)] if hostile else f"id-{row}"
+            record = {"id": identity, "dataset": name}
+            record["conversations"] = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": text}]
+            path = paths[row % len(paths)]
+            records.append({**record, "image": path} if path else record)
+            out = "gradient is zero <b>" if row == 2 else ""
+            if out:
+                left_out.append({"row": row, "id": identity, "task": name, "reason": out})
+            scores = ["", "", ""] if out else [1.0 + number + position / 10, influence[position], weights[position]]
+            selected = int(number > 0 and position < 3)
+            rows.append([row, identity, name, *scores[:2], scores[2] if number else "", selected, out])
+        tasks.append(
+            {"task": name, "records": records_a_task, "counted": records_a_task - (number == 0)}
+            | {"value": 1.4 + number if number else None, "budget": 3 if number else None, "excluded": number == 0}
+            | {"selected": 3 * (number > 0), "distinct": 3 * (number > 0)}
+            | {"effective_sample_size": 1 / float((weights**2).sum()) if number else None}
+        )
+    data = folder / "data.json"
+    data.write_text(json.dumps(records))
+    with open(folder / f"{STEM}_scores.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([HEADER, *rows])
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
+    manifest = {"device": "A<b>100", "dtype": "bfloat16", "seconds": 7200.0, "records_per_second": 2.5}
+    manifest |= {"padding_efficiency": 0.96, "peak_memory_bytes": 3 * 2**30, "versions": {"torch": "2.13.0"}}
+    summary = {
+        "arguments": {"q": q, "p": 0.15, "seed": 0, "exclude_tasks": names[:1]},
+        "versions": {"numpy": "1.26.4"},
+        "created": "2025-01-05T15:00:00+00:00",
+        "inputs": {
+            "data_path": str(data),
+            "data_sha256": sha256,
+            "data_records": len(rows),
+            "image_folder": str(images),
+        }
+        | {"gradient_path": "features", "chunks": [], "match": {"projector": "rademacher"}},
+        "tasks": tasks,
+        "left_out": left_out,
+        "subset": {"file": f"{STEM}.json", "records": 3 * (len(names) - 1), "sha256": "ab" * 32},
+        "gradient_pass": [manifest],
+    }
+    (folder / f"{STEM}_summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def report(*arguments: object) -> None:
+    """Run the script's `main` as the command line does."""
+    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before, sys.argv = sys.argv, [str(SCRIPT), *map(str, arguments)]
+    try:
+        run(script.main)
+    finally:
+        sys.argv = before
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line a failing run prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        report(*arguments)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+class Page(HTMLParser):
+    """The elements of a page, with the text and the cells that stand in it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.in_cell = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_selection(tmp_path_factory.mktemp("plain"), ["captions", "vqa", "chat", "ocr"])
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Page:
+    report(folder)
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = make_selection(tmp_path_factory.mktemp("hostile"), HOSTILE, hostile=True)
+    report(folder)
+    return Page(folder / "report.html")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The plain selection's two files, to be broken."""
+    for end in ("_summary.json", "_scores.csv"):
+        shutil.copy(folder / f"{STEM}{end}", tmp_path)
+    return tmp_path
+
+
+def change_summary(folder: Path, *keys: object, value: object) -> None:
+    path = folder / f"{STEM}_summary.json"
+    summary = json.loads(path.read_text())
+    inner = summary
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(summary))
+
+
+def test_every_plot_has_a_text_alternative_a_caption_its_numbers_and_a_png(plain: Page, folder: Path) -> None:
+    plots = plain.all("svg")
+    files = sorted(path.name for path in (folder / "report_plots").iterdir())
+    assert files == [
+        f"{name}.png" for name in ("choice_curve", "choice_sizes", "influence", "mixture", "norm", "task_values")
+    ]
+    assert len(plots) == len(files) == len(plain.all("figcaption"))
+    assert all(plot["role"] == "img" and len(plot["aria-label"]) > 20 for plot in plots)
+    assert plain.text.count("The numbers of this plot") == len(plots)
+    for name in files:
+        with Image.open(folder / "report_plots" / name) as image:
+            assert image.format == "PNG" and image.width > 600
+
+
+def test_the_page_names_every_task_and_its_numbers(plain: Page) -> None:
+    assert ["captions", "9", "25.0%", "excluded", "0", "0", "0.0%"] in plain.rows
+    assert ["vqa", "9", "25.0%", "3", "3", "3", "33.3%"] in plain.rows
+    assert ["ocr", "4.40", "9", "3"] in plain.rows
+    assert "The subset holds 9 of 36 records (25.0%)." in plain.text
+    assert "Excluded, so that nothing is drawn: captions." in plain.text
+
+
+def test_the_page_says_what_was_left_out_what_it_cost_and_where_it_came_from(plain: Page) -> None:
+    assert ["gradient is zero <b>", "captions", "1", "row 2, id id-2"] in plain.rows
+    for said in ("2.0 h", "2.50", "0.960", "3.0 GiB", "A<b>100", "ab" * 32, '["captions"]', "rademacher"):
+        assert said in plain.text
+
+
+def test_the_default_q_is_called_all_but_uniform(plain: Page) -> None:
+    assert re.search(
+        r"At q = 0.001 the weights within a task differ by at most 0\.0\d+%: the draw is all but uniform", plain.text
+    )
+
+
+def test_the_curve_is_the_effective_sample_size_of_the_softmax(plain: Page, folder: Path) -> None:
+    with open(folder / f"{STEM}_scores.csv", newline="") as file:
+        scores = {}
+        for line in csv.DictReader(file):
+            if line["task"] != "captions":
+                scores.setdefault(line["task"], []).append(float(line["influence"]))
+
+    def naive(values: list[float], q: float) -> float:
+        weights = [math.exp(q * value) for value in values]
+        return sum(weights) ** 2 / sum(weight**2 for weight in weights)
+
+    shown = {row[0]: row[1] for row in plain.rows if len(row) == 2}
+    for q, key in ((0.1, "0.1"), (10.0, "10"), (100.0, "100")):
+        share = sum(naive(values, q) for values in scores.values()) / 27
+        assert shown[key] == f"{100 * share:.1f}%"
+    assert effective_sample_sizes(np.array(scores["vqa"]), Q_GRID)[50] == pytest.approx(
+        naive(scores["vqa"], Q_GRID[50])
+    )
+
+
+def test_all_text_of_the_data_is_text(hostile: Page) -> None:
+    names = {name for name, _ in hostile.elements}
+    assert not names & {"script", "iframe", "object", "embed", "link", "base", "form", "video", "foreignobject"}
+    assert len(hostile.all("style")) == 1
+    assert not [key for _, attributes in hostile.elements for key in attributes if key.startswith("on")]
+    for text in HOSTILE[:4]:
+        assert text in hostile.text
+    assert "\x1b" not in hostile.source
+    assert max(map(len, hostile.text.split())) < 2000
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_nothing_is_loaded_from_anywhere(which: str, request: pytest.FixtureRequest) -> None:
+    page = request.getfixturevalue(which)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for name, attributes in page.elements:
+        for key, value in attributes.items():
+            if key in ("src", "srcset", "data", "action", "poster", "background"):
+                assert name == "img" and value.startswith("data:image/jpeg;base64,")
+            if key.endswith("href"):
+                assert value.startswith("#") and value[1:] in ids
+            if key not in ("aria-label", "alt") and "url(" in value:
+                assert re.fullmatch(r"url\(#[\w-]+\)", value) and value[5:-1] in ids
+    style = page.source[page.source.index("<style>") : page.source.index("</style>")]
+    assert "@import" not in style and "url(" not in style
+    policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_images_that_are_missing_broken_or_outside_leave_a_word(plain: Page) -> None:
+    for said in ("missing image", "unreadable image", "image path leaves the image folder", "no image: text only"):
+        assert said in plain.text
+    embedded = {image["src"].partition(",")[2] for image in plain.all("img")}
+    assert len(embedded) == 1
+    with Image.open(io.BytesIO(base64.b64decode(embedded.pop()))) as image:
+        red, _, blue = image.getpixel((5, 5))
+        assert blue > 100 > red
+
+
+def test_the_most_and_least_influential_of_each_task_are_shown(plain: Page, hostile: Page, folder: Path) -> None:
+    with open(folder / f"{STEM}_scores.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["influence"]]
+    for task in ("captions", "vqa", "chat", "ocr"):
+        ranked = sorted((line for line in lines if line["task"] == task), key=lambda line: float(line["influence"]))
+        shown = [int(line["row"]) for line in [*ranked[::-1][:3], *ranked[:3]]]
+        places = [plain.text.index(f"row {row}, id id-{row}") for row in shown]
+        assert places == sorted(places)
+        assert all(re.search(rf"answer {row}(?!\d)", plain.text) for row in shown)
+        middle = [int(line["row"]) for line in ranked[3:-3]]
+        assert middle and not any(re.search(rf"answer {row}(?!\d)", plain.text) for row in middle)
+    assert "(3,500 more characters)" in hostile.text
+
+
+def test_the_same_input_gives_the_same_bytes(plain: Page, folder: Path, tmp_path: Path) -> None:
+    report(folder, "--output", tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == (folder / "report.html").read_bytes()
+    for path in (tmp_path / "again_plots").iterdir():
+        assert path.read_bytes() == (folder / "report_plots" / path.name).read_bytes()
+
+
+def test_a_data_file_that_is_gone_or_changed_costs_the_samples_only(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = copy / "changed.json"
+    changed.write_text('[{"id": 1, "conversations": [{"from": "human", "value": "other"}]}]')
+    change_summary(copy, "inputs", "data_path", value=str(changed))
+    report(copy)
+    page = Page(copy / "report.html")
+    assert "Made without images and conversations" in page.text and "SHA-256" in page.text
+    assert not page.all("img") and "not read" in page.text
+    assert "without images and conversations" in capsys.readouterr().err
+    assert "is not the file" in error_of(capsys, copy, "--data_path", changed)
+
+
+def test_more_tasks_than_a_plot_holds_are_folded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "TASKS_A_PLOT", 3)
+    report(folder, "--output", tmp_path / "page.html", "--samples", 0)
+    page = Page(tmp_path / "page.html")
+    assert "Plots of the other 1 task" in page.text and "Tasks 4 to 4 of 4." in page.text
+    assert (tmp_path / "page_plots" / "mixture_2.png").is_file()
+    assert not page.all("img")
+
+
+def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for end in ("_summary.json", "_scores.csv"):
+        shutil.copy(copy / f"{STEM}{end}", copy / f"Other{end}")
+    line = error_of(capsys, copy)
+    assert STEM in line and "Other" in line and "--name" in line
+    assert "no selection Third" in error_of(capsys, copy, "--name", "Third")
+    report(copy / "Other_summary.json", "--samples", 0)
+    report(copy, "--name", STEM, "--samples", 0)
+    assert (copy / "Other_report.html").is_file() and (copy / f"{STEM}_report.html").is_file()
+
+
+def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    remedy = f"run select_data_TIVE.py --save_path {tmp_path} first"
+    assert done.stderr == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (["tasks"], "x", "`tasks`"),
+        (["tasks"], [], "`tasks`"),
+        (["tasks", 1, "records"], -1, "`records`"),
+        (["tasks", 1, "value"], float("nan"), "`value`"),
+        (["tasks", 1, "selected"], 10**400, "`selected`"),
+        (["tasks", 1, "task"], "captions", "twice"),
+        (["tasks", 1, "task"], "unknown", "line 11"),
+        (["tasks", 1, "selected"], 4, "'vqa'"),
+        (["arguments", "q"], "<b>", "`arguments.q`"),
+        (["arguments"], None, "`arguments`"),
+        (["inputs", "data_path"], 3, "`inputs.data_path`"),
+        (["inputs", "image_folder"], [], "`inputs.image_folder`"),
+        (["left_out"], [3], "`left_out`"),
+        (["gradient_pass"], None, "`gradient_pass`"),
+    ],
+)
+def test_a_damaged_summary_is_named(
+    copy: Path, capsys: pytest.CaptureFixture[str], keys: list[object], value: object, named: str
+) -> None:
+    change_summary(copy, *keys, value=value)
+    assert named in error_of(capsys, copy)
+    assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("7,id,vqa,1,x,1,0,", "line 38"),
+        ("36,id,vqa,1,nan,1,0,", "line 38"),
+        ("36,id,vqa,1,inf,1,0,", "line 38"),
+        ("36,id,vqa,1,0.5,1,-1,", "line 38"),
+        ("36,id,vqa", "line 38"),
+        ("36,id,vqa,1,0.5,0.5,0,", "'vqa'"),
+        ('36,"id', "CSV"),
+        ("36,\udcff,vqa,1,0.5,0.5,0,", "CSV"),
+        (f"36,{'x' * 200000},vqa,1,0.5,0.5,0,", "CSV"),
+    ],
+)
+def test_a_damaged_scores_file_is_named(copy: Path, capsys: pytest.CaptureFixture[str], line: str, named: str) -> None:
+    with open(copy / f"{STEM}_scores.csv", "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(f"{line}\n")
+    assert named in error_of(capsys, copy)
+
+
+def test_missing_files_and_wrong_arguments_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a folder" in error_of(capsys, copy / "nowhere")
+    assert "--image_folder" in error_of(capsys, copy, "--image_folder", copy / "nowhere")
+    assert "--samples" in error_of(capsys, copy, "--samples", -1)
+    assert "nowhere.json" in error_of(capsys, copy, "--data_path", copy / "nowhere.json")
+    scores = copy / f"{STEM}_scores.csv"
+    assert "is not a summary" in error_of(capsys, scores)
+    scores.write_text("row,id\n")
+    assert "columns" in error_of(capsys, copy)
+    scores.unlink()
+    assert "belongs beside the summary" in error_of(capsys, copy)
+    (copy / f"{STEM}_summary.json").write_text("{")
+    assert "not JSON" in error_of(capsys, copy)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_extreme_numbers_still_make_a_page(copy: Path) -> None:
+    scores = copy / f"{STEM}_scores.csv"
+    rows = list(csv.reader(scores.open(newline="")))
+    for row, (norm, influence) in zip(
+        rows[12:], [("1e-200", "1e200"), ("1e200", "-1e200"), ("0", "0"), ("", "")], strict=False
+    ):
+        row[3:5] = norm, influence
+    with scores.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    change_summary(copy, "arguments", "q", value=1e299)
+    change_summary(copy, "inputs", "data_path", value="a\0b\ud800")
+    change_summary(copy, "gradient_pass", value=[{}])
+    change_summary(copy, "created", value=["<b>"])
+    report(copy)
+    page = Page(copy / "report.html")
+    assert "At q = 1e+299 the weights all but decide the draw" in page.text
+    assert not page.all("img")
+
+
+def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    names = ["captions"] * 6 + ["vqa"] * 20 + ["chat"] * 14
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "data.json").write_text(json.dumps([{"dataset": name, "conversations": turns} for name in names]))
+    (tmp_path / "features").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    torch.save([torch.randn(len(names), 64, generator=generator).half() + 0.5], tmp_path / "features" / "output_0")
+    (tmp_path / "features" / "output_norm_0.json").write_text(json.dumps([1.0 + row / 10 for row in range(len(names))]))
+    places = ["--data_path", tmp_path / "data.json", "--gradient_path", tmp_path / "features", "--save_path", tmp_path]
+    command = [sys.executable, SCRIPT.parent.parent / "select_data_TIVE.py", *places, "--exclude_tasks", "captions"]
+    subprocess.run([*command, "--q", "20"], check=True, capture_output=True)
+    report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*_summary.json"))
+    for task in summary["tasks"]:
+        row = [task["task"], str(task["records"]), str(task["distinct"]), f"{task['effective_sample_size'] or 0:.1f}"]
+        assert task["excluded"] or row in [shown[:4] for shown in page.rows]
+    assert "Not known: the feature files have no manifests" in page.text

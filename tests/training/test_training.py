@@ -1,0 +1,367 @@
+"""The training scripts: what they refuse, what they launch, and real training runs of a tiny LLaVA on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tive.training.train
+from tive.util.errors import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(script: str, *arguments: object) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the quickstart's data and images, its model of two layers, and small data files cut from it."""
+    folder = tmp_path_factory.mktemp("parts")
+    make("quickstart/data.py", "--folder", folder)
+    make("quickstart/model.py", "--data", folder / "data.json", "--folder", folder / "model", "--layers", 2)
+    records = json.loads((folder / "data.json").read_text())
+    text = [record for record in records if "image" not in record][:5]
+    images = [record for record in records if "image" in record][:7]
+    for name, chosen in (("text", text), ("images", images), ("mixed", text[:2] + images)):
+        (folder / f"{name}.json").write_text(json.dumps(chosen))
+    return folder
+
+
+def complete_settings(parts: Path, folder: Path) -> dict[str, str]:
+    """The environment of a training run that lacks nothing and goes to `folder`/trained."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+        "PYTHON": sys.executable,
+        "MODEL": f"{parts}/model/vicuna",
+        "VISION_TOWER": f"{parts}/model/clip",
+        "PROJECTOR": f"{parts}/model/mm_projector.bin",
+        "DATA_PATH": f"{parts}/mixed.json",
+        "IMAGE_FOLDER": f"{parts}/images",
+        "OUTPUT_DIR": f"{folder}/trained",
+        "GPUS": "none",
+        "WORKERS": "0",
+        "BATCH_SIZE": "3",
+        "LORA_R": "4",
+        "LORA_ALPHA": "8",
+        "LEARNING_RATE": "1e-2",
+        "PROJECTOR_LEARNING_RATE": "1e-2",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def settings(parts: Path, tmp_path: Path) -> dict[str, str]:
+    return complete_settings(parts, tmp_path)
+
+
+def launch(script: str, settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / script), *arguments]
+    return subprocess.run(
+        command, env=settings, capture_output=True, text=True, cwd=Path(settings["OUTPUT_DIR"]).parent
+    )
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    beside = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    return {**load_file(folder / "adapter_model.safetensors"), **beside}
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, msg=name)
+
+
+# What is refused before anything is loaded.
+
+TURNS = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello."}]
+BAD_DATA = {
+    "no JSON": ("[{]", "not JSON"),
+    "JSON Lines": (json.dumps({"conversations": TURNS}) + "\n", "scripts/convert_data.py"),
+    "no records": ("[]", "holds no records"),
+    "no conversations": ('[{"id": "a7"}]', "record 0 (id 'a7') has no `conversations`"),
+    "unknown role": ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "unknown role 'bot'"),
+    "image in a list": (json.dumps([{"image": ["a.png"], "conversations": TURNS}]), "its image in a list"),
+    "no words": ('[{"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}]', "no text"),
+    "image not there": (
+        json.dumps([{"image": "chat/a.png", "conversations": TURNS}]),
+        "lacks 1 of 1 images, chat/a.png",
+    ),
+}
+BAD_SETTINGS = {
+    "DATA_PATH": ("nowhere.json", "cannot read nowhere.json"),
+    "IMAGE_FOLDER": ("nowhere", "the folder nowhere is not there; set IMAGE_FOLDER"),
+    "MODEL": ("./nowhere", "base model: ./nowhere is not there; set MODEL"),
+    "VISION_TOWER": ("./nowhere", "vision tower: ./nowhere is not there; set VISION_TOWER"),
+    "PROJECTOR": ("nowhere.bin", "projector: nowhere.bin is not there; set PROJECTOR"),
+}
+
+
+def assert_refused(ended: subprocess.CompletedProcess[str], reason: str) -> None:
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 2, ended.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and reason in lines[0], ended.stderr
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data_that_the_trainer_cannot_take_is_refused(case: str, settings: dict[str, str], tmp_path: Path) -> None:
+    text, reason = BAD_DATA[case]
+    (tmp_path / "data.json").write_text(text)
+    assert_refused(launch("finetune.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"}), reason)
+    assert not (tmp_path / "trained").exists()
+
+
+@pytest.mark.parametrize("variable", BAD_SETTINGS)
+def test_a_part_that_is_missing_is_named_with_its_variable(variable: str, settings: dict[str, str]) -> None:
+    value, reason = BAD_SETTINGS[variable]
+    assert_refused(launch("finetune_lora.sh", settings | {variable: value}), reason)
+
+
+def test_a_hub_name_that_cannot_be_reached_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
+    ended = launch("finetune.sh", settings | {"MODEL": "someone/some-vicuna", "HF_HOME": f"{tmp_path}/cache"})
+    assert_refused(ended, "someone/some-vicuna is neither a folder here nor downloaded")
+
+
+def test_a_folder_without_a_config_is_no_base(settings: dict[str, str], tmp_path: Path) -> None:
+    assert_refused(launch("finetune.sh", settings | {"MODEL": str(tmp_path)}), "holds no config.json")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.safetensors.index.json"])
+def test_a_trained_model_is_never_overwritten(name: str, settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / name).write_text("weights")
+    assert_refused(launch("finetune.sh", settings), f"already holds a trained model ({name})")
+    assert (tmp_path / "trained" / name).read_text() == "weights"
+
+
+def test_a_checkpoint_that_broke_off_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "trained" / "checkpoint-9").mkdir(parents=True)
+    assert_refused(launch("finetune.sh", settings), "checkpoint-9 is incomplete")
+
+
+def enter(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> None:
+    words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["tive.training.train", "--output_dir", "nowhere", *words])
+    run(tive.training.train.main)
+
+
+def refusal_of_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        enter(monkeypatch, **arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_an_argument_that_llava_lacks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = refusal_of_entry(monkeypatch, capsys, learning_rat="1")
+    assert refusal.startswith("error: LLaVA's trainer has no argument --learning_rat;")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "part"),
+    [("0", (128, 80), "vision tower: it has width 80"), ("2", (160, 128), "base model: it has width 160")],
+)
+def test_a_projector_of_another_model_is_refused(
+    layer: str,
+    shape: tuple[int, int],
+    part: str,
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = torch.load(settings["PROJECTOR"], weights_only=True)
+    torch.save(weights | {f"model.mm_projector.{layer}.weight": torch.zeros(shape)}, tmp_path / "projector.bin")
+    refusal = refusal_of_entry(
+        monkeypatch,
+        capsys,
+        model_name_or_path=settings["MODEL"],
+        vision_tower=settings["VISION_TOWER"],
+        pretrain_mm_mlp_adapter=f"{tmp_path}/projector.bin",
+    )
+    assert refusal.startswith("error: ") and f"is the projector of another {part}" in refusal
+
+
+def test_the_seed_holds_for_what_llava_draws_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is drawn before transformers' trainer sets the seed."""
+    drawn: list[float] = []
+    monkeypatch.setattr(tive.training.train.llava_train, "train", lambda **_: drawn.append(torch.rand(1).item()))
+    for seed in ("1", "1", "2"):
+        enter(monkeypatch, seed=seed, use_cpu="True")
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# What is launched. A stand-in for Python answers the question for GPUs and writes down the last command.
+
+
+def command_on(gpus: str, settings: dict[str, str], script: str, *arguments: str) -> list[str]:
+    folder = Path(settings["OUTPUT_DIR"]).parent
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {gpus} || printf "%s\\n" "$@" >{folder}/command\n')
+    python.chmod(0o755)
+    launch(script, settings | {"PYTHON": str(python)}, *arguments).check_returncode()
+    return (folder / "command").read_text().splitlines()
+
+
+def value_of(command: list[str], name: str) -> str:
+    return command[len(command) - command[::-1].index(name)]
+
+
+def test_on_gpus_deepspeed_starts_the_release_settings(settings: dict[str, str]) -> None:
+    defaults = {name: value for name, value in settings.items() if name in ("PATH", "OUTPUT_DIR", "OMP_NUM_THREADS")}
+    command = command_on("8 9", defaults | {"GPUS": "all"}, "finetune_lora.sh")
+    assert command[:2] == ["-m", "deepspeed.launcher.runner"] and "--include" not in command
+    expected = {
+        "--module": "tive.training.train",
+        "--deepspeed": str(ROOT / "scripts" / "deepspeed" / "zero3.json"),
+        "--model_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "--vision_tower": "openai/clip-vit-large-patch14-336",
+        "--version": "v1",
+        "--lora_enable": "True",
+        "--lora_r": "128",
+        "--lora_alpha": "256",
+        "--mm_projector_lr": "2e-5",
+        "--learning_rate": "2e-5",
+        "--mm_projector_type": "mlp2x_gelu",
+        "--mm_vision_select_layer": "-2",
+        "--image_aspect_ratio": "pad",
+        "--group_by_modality_length": "True",
+        "--bf16": "True",
+        "--tf32": "True",
+        "--num_train_epochs": "1",
+        "--per_device_train_batch_size": "16",
+        "--gradient_accumulation_steps": "1",
+        "--lr_scheduler_type": "cosine",
+        "--warmup_ratio": "0.03",
+        "--weight_decay": "0.",
+        "--model_max_length": "2048",
+        "--gradient_checkpointing": "True",
+        "--lazy_preprocess": "True",
+        "--dataloader_num_workers": "4",
+    }
+    assert {name: value_of(command, name) for name in expected} == expected
+    assert not any(
+        argument.startswith(("--lora", "--mm_projector_lr")) for argument in command_on("8 9", defaults, "finetune.sh")
+    )
+
+
+def test_the_gpus_named_are_used_with_the_precision_they_have(settings: dict[str, str]) -> None:
+    command = command_on("4 7", settings | {"GPUS": "1,3"}, "finetune.sh")
+    assert value_of(command, "--include") == "localhost:1,3"
+    assert value_of(command, "--fp16") == "True" and "--bf16" not in command
+
+
+def test_arguments_of_the_user_come_last(settings: dict[str, str]) -> None:
+    command = command_on("1 9", settings | {"GPUS": "all"}, "finetune.sh", "--num_train_epochs", "2", "--bf16", "False")
+    assert command[-4:] == ["--num_train_epochs", "2", "--bf16", "False"]
+
+
+# What is trained.
+
+
+@pytest.fixture(scope="module")
+def lora_run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run of three steps with a checkpoint after the second, through finetune_lora.sh."""
+    folder = tmp_path_factory.mktemp("lora")
+    environment = complete_settings(parts, folder) | {"SAVE_STEPS": "2"}
+    ended = launch("finetune_lora.sh", environment, "--save_total_limit", "2")
+    assert ended.returncode == 0, ended.stderr
+    assert "9 records, 7 with an image" in ended.stdout and "7 files, all there" in ended.stdout
+    return folder / "trained"
+
+
+def test_a_reference_model_has_adapter_and_projector(lora_run: Path, parts: Path) -> None:
+    weights = trained_weights(lora_run)
+    ups = [tensor for name, tensor in weights.items() if "lora_B" in name]
+    assert len(ups) == 2 * 7 and all(tensor.abs().max() > 1e-3 for tensor in ups)
+    before = torch.load(parts / "model" / "mm_projector.bin", weights_only=True)
+    (name,) = [name for name in weights if name.endswith("mm_projector.0.weight")]
+    assert not torch.equal(weights[name], before["model.mm_projector.0.weight"])
+
+
+def test_a_reference_model_loads_from_any_folder(settings: dict[str, str], parts: Path, lora_run: Path) -> None:
+    assert json.loads((lora_run / "config.json").read_text())["mm_vision_tower"] == str(parts / "model" / "clip")
+    adapter = json.loads((lora_run / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(parts / "model" / "vicuna")
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_weights(
+    lora_run: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(lora_run / "checkpoint-2", tmp_path / "trained" / "checkpoint-2")
+    ended = launch("finetune_lora.sh", settings | {"SAVE_STEPS": "2"}, "--save_total_limit", "2")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on from checkpoint-2" in ended.stdout
+    assert_same_weights(trained_weights(lora_run), trained_weights(tmp_path / "trained"))
+
+
+def test_a_base_with_an_invalid_generation_config_is_trained_and_saved(
+    settings: dict[str, str], parts: Path, tmp_path: Path
+) -> None:
+    """As Vicuna-v1.5's; here on records that all have images."""
+    before = (parts / "model" / "vicuna" / "generation_config.json").read_bytes()
+    ended = launch("finetune.sh", settings | {"DATA_PATH": f"{parts}/images.json"})
+    assert ended.returncode == 0, ended.stderr
+    saved = json.loads((tmp_path / "trained" / "generation_config.json").read_text())
+    assert saved["do_sample"] is True and saved["temperature"] == 0.9
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+    assert (parts / "model" / "vicuna" / "generation_config.json").read_bytes() == before
+
+
+def test_records_without_any_image_are_trained_on(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
+    ended = launch("finetune_lora.sh", settings | {"DATA_PATH": f"{parts}/text.json", "IMAGE_FOLDER": "nowhere"})
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "trained" / "non_lora_trainables.bin").exists()
+
+
+def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
+    settings: dict[str, str], parts: Path, tmp_path: Path
+) -> None:
+    def train(folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+        arguments = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
+        arguments = arguments[arguments.index("tive.training.train") + 1 :]
+        changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
+        command = [sys.executable, ROOT / "tests" / "deepspeed_on_cpu.py", *arguments, *changed]
+        ended = subprocess.run(command, env=settings | place | device, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+    train(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    train(tmp_path / "stopped")
+    whole = trained_weights(tmp_path / "whole")
+    assert all(tensor.abs().max() > 1e-3 for name, tensor in whole.items() if "lora_B" in name)
+    assert_same_weights(whole, trained_weights(tmp_path / "stopped"))
+    assert trained_weights(tmp_path / "whole" / "checkpoint-2").keys() == whole.keys()
+
+
+def test_the_quickstart_data_are_the_same_for_the_same_seed(parts: Path, tmp_path: Path) -> None:
+    make("quickstart/data.py", "--folder", tmp_path)
+    assert (tmp_path / "data.json").read_bytes() == (parts / "data.json").read_bytes()
+    images = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("images/*/*.png"))
+    assert len(images) == 680
+    assert all((tmp_path / path).read_bytes() == (parts / path).read_bytes() for path in images)

@@ -1,0 +1,1 @@
+"""Records, tasks, images, labels and forms of data files."""

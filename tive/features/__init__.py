@@ -1,0 +1,1 @@
+"""The feature folder: manifest, chunks, progress, lock."""

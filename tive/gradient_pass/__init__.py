@@ -1,0 +1,1 @@
+"""One chunk from records to features."""

@@ -1,0 +1,111 @@
+"""Which chunk and device this process has: from its arguments, torchrun or SLURM. No process talks to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from tive.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Chunk `chunk_idx` of `num_chunks`, on the machine's GPU number `local_rank`; `source` says who decided."""
+
+    num_chunks: int
+    chunk_idx: int
+    local_rank: int
+    source: str
+
+
+def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping[str, str]) -> Place:
+    """The chunk of this process: from the arguments, or from its number under torchrun, srun or in a SLURM array.
+
+    In an array whose tasks run several processes each, task A's process R of W has chunk `A * W + R`.
+
+    Raises:
+        UserError: arguments and environment do not tell one chunk for each process.
+    """
+
+    def number(name: str) -> int | None:
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() else None
+
+    if (number("WORLD_SIZE") or 0) > 1:
+        rank, world, local, launcher = number("RANK") or 0, number("WORLD_SIZE") or 1, number("LOCAL_RANK"), "torchrun"
+    elif (number("SLURM_STEP_NUM_TASKS") or 0) > 1:  # set by srun alone: a batch script is one process
+        rank, world, local = number("SLURM_PROCID") or 0, number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_LOCALID")
+        launcher = "srun"
+    else:
+        rank, world, local, launcher = 0, 1, number("LOCAL_RANK"), ""
+    array = number("SLURM_ARRAY_TASK_ID")
+
+    if chunk_idx is not None:
+        if world > 1:
+            raise UserError(f"--chunk_idx gives all {world} processes of {launcher} the same chunk; leave it out")
+        place = Place(num_chunks or 1, chunk_idx, local or 0, "arguments")
+    elif array is not None:
+        if num_chunks is None:
+            raise UserError(
+                "in a SLURM array give --num_chunks: the array does not tell it where tasks are resubmitted"
+            )
+        source = f"SLURM array task {array}" + (f", process {rank} of {launcher}" if world > 1 else "")
+        place = Place(num_chunks, array * world + rank, local or 0, source)
+    elif world > 1:
+        if num_chunks is not None and num_chunks != world:
+            raise UserError(f"--num_chunks {num_chunks} under {world} processes; leave it out, each takes one chunk")
+        place = Place(world, rank, local or 0, launcher)
+    else:
+        if num_chunks is not None and num_chunks > 1:
+            raise UserError(f"--num_chunks {num_chunks} without --chunk_idx; say which of 0 .. {num_chunks - 1}")
+        place = Place(1 if num_chunks is None else num_chunks, 0, local or 0, "arguments")
+    if not 0 <= place.chunk_idx < place.num_chunks:
+        raise UserError(
+            f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check --num_chunks, "
+            "--chunk_idx and the array, which start at 0"
+        )
+    return place
+
+
+def device_of(wanted: str, local_rank: int = 0) -> torch.device:
+    """`usable_device`, made ready to run a model."""
+    device = usable_device(wanted, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        # Numbers below 1e-38 halved the speed of a small model on a CPU; set before torch starts its threads.
+        torch.set_flush_denormal(True)
+    return device
+
+
+def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The torch device for `--device`; `auto` is this process's GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted} is not a device (auto, cpu, cuda, cuda:1)") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {wanted}: torch sees no GPU here; use --device cpu, or check the driver")
+        if device.index is None:
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {wanted}: there are {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype for `--dtype`; `auto` is bfloat16 where the GPU has it, else float16, and float32 on a CPU."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16

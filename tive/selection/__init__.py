@@ -1,0 +1,1 @@
+"""From features to the subset that is trained on."""

@@ -1,0 +1,1 @@
+"""LLaVA's trainer and its check."""

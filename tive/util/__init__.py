@@ -1,0 +1,1 @@
+"""Errors, files, text, device. Imports nothing of tive."""

@@ -1,0 +1,108 @@
+"""Files that are whole or not there: write beside, flush to disk, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tive.util.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file that takes its final name only when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be made or written, or the disk is full; nothing stays behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or name another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class HashingFile:
+    """A file that is written from front to back, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; some file systems cannot, and that is no error."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
+    """Write `content` as strict JSON (no NaN), whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False).encode())
+        file.write(b"\n")
+
+
+def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise a `UserError` when `--target_path` is the source, by whatever path."""
+    if os.path.realpath(source) == os.path.realpath(target):
+        raise UserError(f"--target_path {target} is the source itself; name another file")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a small JSON file.
+
+    Raises:
+        UserError: the file is not there, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}); it may be damaged: make or download it again") from error
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    return digest.hexdigest()
