@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tive.util.errors import run
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--projector", default="auto", choices=("auto", "rademacher", "trak_cuda", "trak_basic"), help="(auto)")
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
     add("--projection_memory", type=float, default=1.0, metavar="GIB", help="keep random signs if they fit in this (1)")
+    add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")
@@ -69,26 +72,30 @@ def main() -> None:
     # on two cores without a GPU 43 records/s, against 28 with a passive wait and 15 to 40 with OpenMP's own.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.features.chunks import match_of, write_chunk
-    from tive.features.progress import Progress, hold_chunk, is_complete, refuse_other_runs, remove_progress
+    from tive.features.lock import hold_chunk, is_complete, refuse_other_runs
+    from tive.features.manifest import Run
+    from tive.features.progress import Progress, remove_progress
     from tive.gradient_pass import preflight
-    from tive.gradient_pass.batches import BatchLimits, GradientEngine
+    from tive.gradient_pass.batches import BatchLimits, GradientStep
     from tive.gradient_pass.dry_run import dry_run
-    from tive.gradient_pass.launch import device_of, dtype_of, place_of
+    from tive.gradient_pass.launch import place_of
     from tive.gradient_pass.loading import EncodedRecords
-    from tive.gradient_pass.run import describe, norms_of, run_pass
+    from tive.gradient_pass.run import finish_chunk, run_pass
     from tive.method.projection import make_projector
-    from tive.models import base_folder, family_of
+    from tive.models import ModelFiles, family_of
+    from tive.models.common import base_folder, target_modules
+    from tive.util.device import device_of, dtype_of
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
     dtype = dtype_of(arguments.dtype, device)
     folder = Path(arguments.output_file)
     chunk = f"chunk {place.chunk_idx} of {place.num_chunks} ({place.source})"
+    stop_on_bad_record = arguments.on_bad_record == "stop"
 
     family = family_of(arguments.model_path)
-    model_files = (arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
-    family.check_files(*model_files)
+    files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
+    family.check_files(files)
     checked = preflight.check_data(
         arguments.input_file,
         place.num_chunks,
@@ -97,75 +104,71 @@ def main() -> None:
         arguments.check_images == "full",
     )
     print(f"{chunk}: {len(checked.rows)} of {len(checked.records)} records, from record {checked.rows.start} on")
-
-    # Everything that the numbers depend on: a folder is continued by the same run alone.
-    this_run = {
-        "data_sha256": checked.records.sha256,
-        "data_records": len(checked.records),
-        "num_chunks": place.num_chunks,
-        "chunk_idx": place.chunk_idx,
-        "start": checked.rows.start,
-        "stop": checked.rows.stop,
-        "model": family.identity(*model_files),
-        "grad_modules": arguments.grad_modules,
-        "last_layers": arguments.last_layers,
-        "proj_seed": arguments.seed,
-        "proj_dim": arguments.proj_dim,
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch_size": arguments.batch_size,
-        "max_batch_tokens": arguments.max_batch_tokens,
-        "gradient_checkpointing": arguments.gradient_checkpointing,
-        "window": arguments.window,
-    }
-    stop_on_bad_record = arguments.on_bad_record == "stop"
-    if not arguments.dry_run:
-        lock = hold_chunk(folder, place.chunk_idx)
-        if not arguments.overwrite:
+    this_run = Run(
+        data_sha256=checked.records.sha256,
+        data_records=len(checked.records),
+        num_chunks=place.num_chunks,
+        chunk_idx=place.chunk_idx,
+        start=checked.rows.start,
+        stop=checked.rows.stop,
+        model=family.identity(files),
+        gradient="sgd",
+        optimizer_state=None,
+        checkpoint=None,
+        grad_modules=arguments.grad_modules,
+        last_layers=arguments.last_layers,
+        proj_seed=arguments.seed,
+        proj_dim=arguments.proj_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        batch_size=arguments.batch_size,
+        max_batch_tokens=arguments.max_batch_tokens,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        window=arguments.window,
+        el2n=arguments.el2n,
+    )
+    with contextlib.nullcontext() if arguments.dry_run else hold_chunk(folder, place.chunk_idx):
+        if not (arguments.dry_run or arguments.overwrite):
             if is_complete(folder, this_run, arguments.projector):
                 remove_progress(folder, place.chunk_idx)
                 print(f"{chunk} is complete in {folder}")
                 return
             refuse_other_runs(folder, this_run)
-        preflight.check_disk(folder, place.chunk_idx, 2 * len(checked.rows) * arguments.proj_dim)
-    preflight.report_bad_records(checked, folder, place.chunk_idx, stop_on_bad_record)
+        if not arguments.dry_run:
+            preflight.check_disk(folder, place.chunk_idx, 2 * len(checked.rows) * arguments.proj_dim)
+        preflight.report_bad_records(checked, folder, place.chunk_idx, stop_on_bad_record)
 
-    reference = family.load(*model_files[:2], device, dtype, arguments.vision_tower, arguments.gradient_checkpointing)
-    matrices = family.counted_matrices(reference, arguments.grad_modules, arguments.last_layers)
-    counted = sum(matrix.weight.numel() for matrix in matrices.values())
-    print(f"reference model {arguments.model_path}: {counted:,} parameters count, in {len(matrices)} LoRA matrices")
-    budget = int(arguments.projection_memory * 2**30)
-    projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, counted, budget)
-    print(f"projector {projector.kind}: {projector.about}")
-    this_run |= {"counted_parameters": counted, "projector": projector.kind}
+        reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
+        matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
+        parameters = sum(matrix.weight.numel() for matrix in matrices.values())
+        print(f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices")
+        memory = int(arguments.projection_memory * 2**30)
+        projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, parameters, memory)
+        print(f"projector {projector.kind}: {projector.about}")
+        step = GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
+        limits = BatchLimits(arguments.batch_size, arguments.max_batch_tokens)
+        dataset = EncodedRecords(family, reference.processor, checked.records, arguments.image_folder)
+        if arguments.dry_run:
+            dry_run(arguments.dry_run, checked, dataset, step, limits, folder)
+            return
 
-    engine = GradientEngine(family, reference, matrices, projector)
-    limits = BatchLimits(arguments.batch_size, arguments.max_batch_tokens)
-    dataset = EncodedRecords(family, reference.processor, checked.records, arguments.image_folder)
-    num_workers = arguments.num_workers
-    if num_workers is None:
-        num_workers = 4 if device.type == "cuda" else 1
-    if arguments.dry_run:
-        dry_run(arguments.dry_run, checked, dataset, engine, limits, folder)
-        return
-
-    progress = Progress(folder, this_run, checked.rows, arguments.overwrite)
-    tally, notes, signal_number = run_pass(checked, dataset, num_workers, engine, limits, progress, stop_on_bad_record)
-    if signal_number is not None:
-        print(f"{chunk} stopped; what is done is on disk, and the same command (without --overwrite) continues")
-        sys.exit(128 + signal_number)
-    manifest = describe(this_run, notes, engine, tally)
-    manifest |= {"data_path": os.path.abspath(arguments.input_file), "model_path": arguments.model_path}
-    manifest |= {"model_base": arguments.model_base, "image_folder": os.path.abspath(arguments.image_folder)}
-    write_chunk(folder, match_of(this_run), progress.features(), norms_of(notes), manifest)
-    remove_progress(folder, place.chunk_idx)
-    lock.close()
-    print(
-        f"written: {folder}/output_{place.chunk_idx}.pt, output_norm_{place.chunk_idx}.json, "
-        f"manifest_{place.chunk_idx}.json\n"
-        f"{chunk} done: {len(checked.rows) - len(manifest['left_out'])} features, {len(manifest['left_out'])} records "
-        f"left out, {manifest['records_per_second']:.2f} records/s, padding efficiency "
-        f"{manifest['padding_efficiency']:.2f}, peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )
+        this_run = replace(this_run, counted_parameters=parameters, projector=projector.kind)
+        if not arguments.overwrite:
+            refuse_other_runs(folder, this_run)
+        progress = Progress(folder, this_run, arguments.overwrite)
+        workers = arguments.num_workers
+        if workers is None:
+            workers = 4 if device.type == "cuda" else 1
+        outcome = run_pass(checked, dataset, workers, step, limits, progress, stop_on_bad_record)
+        if outcome.stopped_by is not None:
+            print(f"{chunk} stopped; what is done is on disk, and the same command (without --overwrite) continues")
+            sys.exit(128 + outcome.stopped_by)
+        named = {
+            "data_path": os.path.abspath(arguments.input_file),
+            "model_path": arguments.model_path,
+            "model_base": arguments.model_base,
+            "image_folder": os.path.abspath(arguments.image_folder),
+        }
+        finish_chunk(folder, this_run, outcome, progress, step, named)
 
 
 if __name__ == "__main__":

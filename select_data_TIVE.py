@@ -69,10 +69,10 @@ def main() -> None:
 
     from tive.features.chunks import open_chunks
     from tive.features.read_ahead import read_ahead
-    from tive.gradient_pass.launch import usable_device
     from tive.method.influence import influences
     from tive.selection import choice as selection
     from tive.selection import files as outcome
+    from tive.util.device import usable_device
 
     device = usable_device(arguments.device)
     files = outcome.files_of(arguments)

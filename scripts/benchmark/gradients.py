@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 
 from tive.data.records import read_tasks
 from tive.gradient_pass.batches import BatchLimits, GradientEngine
-from tive.gradient_pass.launch import device_of, dtype_of
 from tive.gradient_pass.loading import EncodedRecords, encoded_windows
 from tive.gradient_pass.run import device_name, padding_efficiency
 from tive.method.projection import make_projector
 from tive.models import Encoded, llava
+from tive.util.device import device_of, dtype_of
 from tive.util.errors import UserError
 from tive.util.stopwatch import Stopwatch
 

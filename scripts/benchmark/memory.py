@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 
 from tive.gradient_pass.batches import GradientEngine
-from tive.gradient_pass.launch import device_of
 from tive.method.gradients import RecordGradients
 from tive.method.projection import make_projector
+from tive.util.device import device_of
 
 from .gradients import peak, reset_peak
 

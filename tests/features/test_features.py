@@ -16,9 +16,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.feature_files import match_for, mixture, random_features, write_features, write_release_features
+from tests.helpers.feature_files import (
+    match_for,
+    mixture,
+    random_features,
+    scores_of,
+    write_features,
+    write_release_features,
+)
 from tive.data.records import open_records
 from tive.features.chunks import open_chunks, write_chunk
+from tive.features.manifest import LeftOutRecord, Match
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 
@@ -60,7 +68,7 @@ def test_what_is_written_is_read_memory_mapped_in_order(case, made):
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 26), (26, 52), (52, 78)]
     assert torch.equal(torch.cat([block for chunk in chunks for block in chunk.blocks]), made[1])
     assert np.array_equal(np.concatenate([chunk.norms for chunk in chunks]), made[2].double().numpy(), equal_nan=True)
-    assert chunks[0].manifest["left_out"] == [{"row": 5, "id": None, "reason": "image missing"}]
+    assert chunks[0].left_out == [LeftOutRecord(5, None, "image missing")]
     assert chunks[0].manifest["sha256"] == sha256_of(folder / "output_0.pt")
     mapped = Path("/proc/self/maps")
     assert not mapped.exists() or str(folder / "output_2.pt") in mapped.read_text()
@@ -73,7 +81,7 @@ def test_norms_are_also_a_json_list_as_in_the_release(case, made):
 
 def test_a_part_of_a_larger_tensor_is_written_without_the_rest(tmp_path, made):
     match = match_for(made[0] / "data.json", 78, 3, 0, 24)
-    write_chunk(tmp_path, match, torch.zeros(100_000, 24).half()[:26], torch.ones(26), {"left_out": []})
+    write_chunk(tmp_path, Match(**match), torch.zeros(100_000, 24).half()[:26], scores_of(torch.ones(26)), [], {})
     assert os.path.getsize(tmp_path / "output_0.pt") < 10_000
 
 
@@ -100,7 +108,8 @@ def test_a_failing_write_leaves_no_file_under_its_name(tmp_path, made, monkeypat
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(UserError, match="No space left"):
-        write_chunk(tmp_path, match_for(made[0] / "data.json", 78, 3, 0, 24), made[1][:26], made[2][:26], {})
+        match = Match(**match_for(made[0] / "data.json", 78, 3, 0, 24))
+        write_chunk(tmp_path, match, made[1][:26], scores_of(made[2][:26]), [], {})
     assert list(tmp_path.iterdir()) == []
 
 

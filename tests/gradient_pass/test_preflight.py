@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.feature_files import run_of
 from tests.helpers.golden_model import GOLDEN, RECORDS, run_step, write_records
 from tive.data.images import BadImage, find_image, open_image
 from tive.features.progress import Progress
-from tive.gradient_pass.batches import GradientEngine
+from tive.gradient_pass import run
 
 
 def record(image: str | None = None, answer: str = "red", **more) -> dict:
@@ -252,15 +254,15 @@ def test_few_records_without_supervised_tokens_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("bad, code", [({20}, 0), ({1, 9, 20}, 2)])
 def test_gradients_that_are_not_finite_are_left_out_and_many_stop_the_run(tmp_path, monkeypatch, bad, code):
-    whole = GradientEngine.compute_all
+    whole = run.compute_records
 
-    def compute_all(engine, records, *more):
-        results = whole(engine, records, *more)
-        for row in bad & set(results):
-            results[row] = (torch.zeros_like(results[row][0]), torch.tensor(float("nan")))
-        return results
+    def compute_records(step, records, *more):
+        computed = whole(step, records, *more)
+        for row in bad & set(computed.results):
+            computed.results[row] = replace(computed.results[row], norm=float("nan"))
+        return computed
 
-    monkeypatch.setattr(GradientEngine, "compute_all", compute_all)
+    monkeypatch.setattr(run, "compute_records", compute_records)
     done = run_step(tmp_path / "out")
     assert done.code == code
     if code:
@@ -320,6 +322,5 @@ def test_an_empty_chunk_past_the_end_is_complete_at_once(tmp_path):
 
 
 def test_windows_cover_the_chunk_once(tmp_path):
-    run = {"window": 10, "proj_dim": 4, "chunk_idx": 0}
-    progress = Progress(tmp_path, run, range(5, 38), False)
+    progress = Progress(tmp_path, run_of(start=5, stop=38, window=10, proj_dim=4), False)
     assert [row for rows in progress.windows() for row in rows] == list(range(5, 38))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.helpers.golden_model import GOLDEN, RECORDS, fork_step, log_of, run_step, write_records
-from tive.features.progress import hold_chunk
+from tive.features.lock import hold_chunk
 
 CHUNK_FILES = {"output_0.pt", "output_norm_0.json", "manifest_0.json"}
 
@@ -170,13 +170,12 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(tmp_path):
 
 def test_a_second_process_on_the_chunk_stops(begun):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    lock = hold_chunk(begun, 0)
-    process = fork_step(begun)
-    process.join()
+    with hold_chunk(begun, 0):
+        process = fork_step(begun)
+        process.join()
     assert process.exitcode == 2
     assert "another process is computing chunk 0" in log_of(begun)
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
-    lock.close()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +281,9 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
             fill(disk)
         else:
             function = (
-                "tive.features.progress.Progress.note" if moment == "at a window" else "tive.features.chunks.whole_file"
+                "tive.features.progress.Progress.state"
+                if moment == "at a window"
+                else "tive.features.chunks.whole_file"
             )
             unpatched = pkgutil.resolve_name(function)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 
 from tive.data.records import chunk_range
 from tive.features.chunks import write_chunk
+from tive.features.manifest import LeftOutRecord, Match, RecordScores, Run
 from tive.util.errors import run
 from tive.util.files import sha256_of
 
@@ -57,6 +59,13 @@ def match_for(data: Path, records: int, num_chunks: int, chunk: int, dimension: 
     }
 
 
+def run_of(**given: Any) -> Run:
+    """A run whose values do not matter, but for those given."""
+    kinds = {"str": "", "int": 0, "bool": False}
+    made = {field.name: kinds.get(str(field.type)) for field in dataclasses.fields(Run)}
+    return Run(**(made | given))
+
+
 def write_features(
     folder: Path,
     data: Path,
@@ -71,13 +80,19 @@ def write_features(
         match = match_for(data, len(features), num_chunks, chunk, features.shape[1])
         rows = slice(match["start"], match["stop"])
         entries = [
-            {"row": row, "id": None, "reason": reason}
+            LeftOutRecord(row, None, reason)
             for row, reason in (left_out or {}).items()
             if match["start"] <= row < match["stop"]
         ]
         change(match)
-        manifest = {"left_out": entries, "image_folder": "images", "records_per_second": 2.5}
-        write_chunk(folder, match, features[rows], norms[rows], manifest)
+        made = {"image_folder": "images", "records_per_second": 2.5}
+        write_chunk(folder, Match(**match), features[rows], scores_of(norms[rows]), entries, made)
+
+
+def scores_of(norms: torch.Tensor) -> RecordScores:
+    """Scores of records whose norms are known; the others follow from them."""
+    tokens = (100 * norms.nan_to_num()).int().numpy()
+    return RecordScores(norms.float().numpy(), norms.float().numpy() + 1, tokens, 2 * tokens, None)
 
 
 def write_release_features(folder: Path, features: torch.Tensor, norms: torch.Tensor, num_chunks: int, **save) -> None:

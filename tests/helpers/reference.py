@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.helpers.golden_model import GOLDEN, RECORDS
-from tive.gradient_pass.batches import GradientEngine
+from tive.gradient_pass.batches import GradientStep
+from tive.method.gradients import GradientFeatures, gradient_features
 from tive.method.projection import Projector
-from tive.models import Encoded, llava
+from tive.models import Encoded, ModelFiles, Reference, llava
+from tive.models.common import target_modules
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 CPU = torch.device("cpu")
@@ -32,13 +34,13 @@ def working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def load_golden(dtype: torch.dtype = torch.float32, **options: bool) -> llava.Reference:
+def load_golden(dtype: torch.dtype = torch.float32, **options: bool) -> Reference:
     torch.set_flush_denormal(True)
     with working_in(GOLDEN):
-        return llava.load("llava-lora", "vicuna", CPU, dtype, **options)
+        return llava.load(ModelFiles("llava-lora", "vicuna"), CPU, dtype, **options)
 
 
-def encode_golden(reference: llava.Reference) -> list[Encoded]:
+def encode_golden(reference: Reference) -> list[Encoded]:
     return [llava.encode(reference.processor, record, str(GOLDEN / "images")) for record in RECORDS]
 
 
@@ -59,42 +61,55 @@ class WholeGradients:
         return whole
 
 
-def engine_of(
-    reference: llava.Reference,
+def step_of(
+    reference: Reference,
     projector: Projector | None = None,
     grad_modules: str = "self_attn",
     last_layers: int | None = None,
-) -> GradientEngine:
-    matrices = llava.counted_matrices(reference, grad_modules, last_layers)
-    return GradientEngine(llava, reference, matrices, projector or WholeGradients(matrices))
+) -> GradientStep:
+    matrices = target_modules(reference, grad_modules, last_layers)
+    return GradientStep(llava, reference, matrices, projector or WholeGradients(matrices))
 
 
-def in_batches(engine: GradientEngine, records: list[Encoded], size: int) -> SimpleNamespace:
-    """Features `[n, d]`, norms `[n]` and cosines `[n, n]`, in record order, from batches of `size`."""
-    features = torch.zeros(len(records), engine.projector.proj_dim)
-    norms = torch.zeros(len(records))
-    for with_image in (True, False):
-        rows = [row for row, record in enumerate(records) if (record.pixels is not None) == with_image]
+def gradients_of(step: GradientStep, batch: list[Encoded], loss_scale: float | None = None) -> GradientFeatures:
+    """Features in float32, norms and losses of one batch."""
+    scale = loss_scale or (2.0**12 if step.reference.dtype == torch.float16 else 1.0)
+
+    def forward() -> Tensor:
+        return step.family.record_losses(step.reference, batch).losses
+
+    return gradient_features(forward, step.matrices, step.projector, step.transform, scale)
+
+
+def in_batches(step: GradientStep, records: list[Encoded], size: int) -> SimpleNamespace:
+    """Features `[n, d]`, norms and losses `[n]`, cosines `[n, n]`, in record order, from batches of `size`."""
+    features = torch.zeros(len(records), step.projector.proj_dim)
+    norms, losses = torch.zeros(2, len(records))
+    for group in sorted({record.group for record in records}):
+        rows = [row for row, record in enumerate(records) if record.group == group]
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            features[batch], norms[batch] = engine.compute([records[row] for row in batch])
+            found = gradients_of(step, [records[row] for row in batch])
+            features[batch], norms[batch], losses[batch] = found.features, found.norms, found.losses
     unit = torch.nn.functional.normalize(features, dim=1)
-    return SimpleNamespace(features=features, norms=norms, cosines=unit @ unit.T)
+    return SimpleNamespace(features=features, norms=norms, losses=losses, cosines=unit @ unit.T)
 
 
-def plain_loop(reference: llava.Reference, records: list[Encoded]) -> Tensor:
-    """Gradients `[n, P]` of LLaVA's own loss, one record at a time, by autograd's parameter gradients."""
-    matrices = llava.counted_matrices(reference, "self_attn")
+def plain_loop(reference: Reference, records: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Gradients `[n, P]` of LLaVA's own loss and the losses `[n]`, one record at a time, by autograd."""
+    matrices = target_modules(reference, "self_attn")
     weights = [matrix.weight for matrix in matrices.values()]
     for weight in weights:
         weight.requires_grad_(True)
-    rows = []
+    rows, losses = [], []
     for record in records:
-        images = None if record.pixels is None else torch.from_numpy(record.pixels)[None]
+        inputs = record.inputs
+        images = None if inputs.pixels is None else torch.from_numpy(inputs.pixels)[None]
         output = reference.model(
-            torch.from_numpy(record.input_ids)[None], images=images, labels=torch.from_numpy(record.labels)[None]
+            torch.from_numpy(inputs.input_ids)[None], images=images, labels=torch.from_numpy(inputs.labels)[None]
         )
+        losses.append(output.loss.detach())
         rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(output.loss, weights)]))
     for weight in weights:
         weight.requires_grad_(False)
-    return torch.stack(rows)
+    return torch.stack(rows), torch.stack(losses)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.reference import CPU, engine_of, in_batches
-from tive.models import llava
+from tests.helpers.reference import CPU, in_batches, step_of
+from tive.models import ModelFiles, llava
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,9 +74,9 @@ def test_half_precision_is_within_one_percent_of_float32(quickstart):
     model = quickstart / "model"
     results = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        reference = llava.load(str(model / "reference"), str(model / "vicuna"), CPU, dtype)
+        reference = llava.load(ModelFiles(str(model / "reference"), str(model / "vicuna")), CPU, dtype)
         encoded = [llava.encode(reference.processor, record, str(quickstart / "images")) for record in records]
-        results[dtype] = in_batches(engine_of(reference), encoded, 8)
+        results[dtype] = in_batches(step_of(reference), encoded, 8)
     exact = results.pop(torch.float32)
     assert len({record["dataset"] for record in records}) >= 5
     for half in results.values():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compute_gradient_features
-from tests.helpers.reference import CPU, EXPECTED, encode_golden, engine_of, in_batches, load_golden
+from tests.helpers.reference import CPU, EXPECTED, encode_golden, in_batches, load_golden, step_of
 from tive.method.projection import TrakBasic, make_projector, prove
 from tive.method.signs import TorchSigns, draw_signs, key_of, philox, scaled
 from tive.util.errors import UserError
@@ -134,7 +134,7 @@ def test_the_golden_cosines_survive_projection_at_every_batch_size(kind):
     reference = load_golden()
     encoded = encode_golden(reference)[:10]
     projector = make(kind, proj_dim=512)
-    results = [in_batches(engine_of(reference, projector), encoded, size) for size in (3, 16)]
+    results = [in_batches(step_of(reference, projector), encoded, size) for size in (3, 16)]
     for result in results:
         assert (result.norms - torch.tensor(EXPECTED["norms"])[:10]).abs().max() < 2e-4
         # 45 pairs, each off by about 1/sqrt(512): five of those do not happen by chance.

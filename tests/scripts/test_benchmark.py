@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.reference import GOLDEN, engine_of, in_batches
+from tests.helpers.reference import GOLDEN, in_batches, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -58,7 +58,7 @@ def test_a_random_model_of_llavas_form_gives_every_record_a_gradient(monkeypatch
 
     tiny = Shape(64, 128, 2, 4, 300, 32, 64, 2, 4, image_size=56, lora_rank=4)
     reference = random_llava(tiny, torch.device("cpu"), torch.float32)
-    result = in_batches(engine_of(reference), random_records(16, tiny), 4)
+    result = in_batches(step_of(reference), random_records(16, tiny), 4)
     assert torch.isfinite(result.norms).all() and (result.norms > 0).all()
     assert result.features.shape[1] == 2 * 4 * (64 * 4 + 4 * 64)
 

@@ -12,91 +12,95 @@ import math
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from tive.data.records import RecordFile
+from tive.features.manifest import COMMON_KEYS, DAMAGED, LeftOutRecord, Manifest, Match, RecordScores, read_manifest
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, read_json, whole_file, write_json
 
-OWN_KEYS = {"chunk_idx": int, "start": int, "stop": int}
-COMMON_KEYS = {
-    "data_sha256": str,
-    "data_records": int,
-    "num_chunks": int,
-    "model": str,
-    "counted_parameters": int,
-    "grad_modules": str,
-    "last_layers": (int, type(None)),
-    "projector": str,
-    "proj_seed": int,
-    "proj_dim": int,
-}
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
 # LLaVA's own environment has torch 2.0, which reads a file into memory instead.
 _CAN_MAP = "mmap" in inspect.signature(torch.load).parameters
-_DAMAGED = "it may be damaged or unfinished: make this chunk again"
+# What a pass tells of a record beside its features, and the types that hold it.
+_SCORE_TYPES = {
+    "norms": torch.float32,
+    "losses": torch.float32,
+    "supervised_tokens": torch.int32,
+    "tokens": torch.int32,
+    "el2n": torch.float32,
+}
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Features of the records `start .. stop - 1` of the data file.
 
-    `blocks` are the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
-    `norms` is float64 `[n]`, the L2 norms of the unprojected gradients. `match` and `manifest` are empty for the
-    release's files.
+    Attributes:
+        blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
+        scores: of each record by name, `[n]`: float64 `norms`, and what else its pass kept (`RecordScores`); features
+            of the release and of before version 2 have norms alone.
+        match: None for the release's files, which have no manifest.
+        manifest: how it was made; empty for the release's files.
     """
 
     path: Path
     start: int
     stop: int
     blocks: list[torch.Tensor]
-    norms: np.ndarray
-    match: dict[str, Any]
-    manifest: dict[str, Any]
+    scores: dict[str, np.ndarray]
+    match: Match | None = None
+    left_out: list[LeftOutRecord] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
 
-
-def match_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What must agree before chunks are used together: the keys of `OWN_KEYS` and `COMMON_KEYS` among a run's."""
-    return {key: run[key] for key in (*OWN_KEYS, *COMMON_KEYS)}
+    @property
+    def norms(self) -> np.ndarray:
+        """L2 norms of the unprojected gradients, float64 `[n]`."""
+        return self.scores["norms"]
 
 
 def write_chunk(
     folder: str | os.PathLike[str],
-    match: dict[str, Any],
+    match: Match,
     features: torch.Tensor,
-    norms: torch.Tensor,
+    scores: RecordScores,
+    left_out: list[LeftOutRecord],
     manifest: dict[str, Any],
 ) -> None:
-    """Write the three files of chunk `match["chunk_idx"]`, each whole, the manifest last.
+    """Write the three files of a chunk, each whole, the manifest last.
 
     The manifest is given the SHA-256 of `output_{k}.pt`.
 
     Args:
-        match: see `match_of`.
         features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
             be memory-mapped and larger than memory. The row of a record that was left out is zero.
-        norms: `[n]`, written as float32; NaN for a record that was left out.
-        manifest: how the chunk was made, with `left_out`, a list of `{"row", "id", "reason"}` (rows of the data file).
+        manifest: how the chunk was made.
 
     Raises:
         UserError: a file cannot be written.
     """
-    folder, chunk = Path(folder), match["chunk_idx"]
-    features, norms = _own_storage(features.half()), _own_storage(norms.float())
+    folder, chunk = Path(folder), match.chunk_idx
+    tensors = {name: torch.from_numpy(array).to(_SCORE_TYPES[name]) for name, array in scores.arrays().items()}
     with whole_file(folder / f"output_{chunk}.pt") as file:
         hashing = HashingFile(file)
-        torch.save({"features": features, "norms": norms, "match": match}, hashing)
+        content = {"features": _own_storage(features.half()), **tensors, "match": asdict(match)}
+        torch.save(content, hashing)  # type: ignore[arg-type]  # `write` is all that it asks for
     write_json(
         folder / f"output_norm_{chunk}.json",
-        [norm if math.isfinite(norm) else None for norm in norms.tolist()],
+        [norm if math.isfinite(norm) else None for norm in scores.norms.tolist()],
         indent=None,
     )
-    write_json(folder / f"manifest_{chunk}.json", {"match": match, "sha256": hashing.sha256, **manifest})
+    entries = [asdict(entry) for entry in left_out]
+    write_json(
+        folder / f"manifest_{chunk}.json",
+        {"match": asdict(match), "sha256": hashing.sha256, "left_out": entries, **manifest},
+    )
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,9 +134,9 @@ def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: 
         )
     found = numbers[".pt"] or numbers[None]
     if numbers[".pt"]:
-        matches, manifests = _read_manifests(folder, found, records)
-        _check_complete(folder, found, matches[found[0]]["num_chunks"], chunk_num)
-        chunks = [_open_chunk(folder, number, matches[number], manifests[number]) for number in found]
+        manifests = _read_manifests(folder, found, records)
+        _check_complete(folder, found, manifests[found[0]].match.num_chunks, chunk_num)
+        chunks = [_open_chunk(folder, number, manifests[number]) for number in found]
     else:
         _check_complete(folder, found, found[-1] + 1, chunk_num)
         chunks = []
@@ -142,57 +146,30 @@ def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: 
     return chunks
 
 
-def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> tuple[dict[int, Any], dict[int, Any]]:
-    """`(match, manifest)` of each chunk; they agree in every common key, and with the data file."""
+def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> dict[int, Manifest]:
+    """The manifest of each chunk; they agree in every common key, and with the data file."""
     unfinished = [number for number in found if not (folder / f"manifest_{number}.json").is_file()]
     if unfinished:
         raise UserError(
             f"{folder}: {_listed(unfinished)} not finished (no manifest); run compute_gradient_features.py "
             f"again with {_listed(unfinished, '--chunk_idx {}')}"
         )
-    manifests, matches = {}, {}
-    for number in found:
-        path = folder / f"manifest_{number}.json"
-        manifest = read_json(path)
-        match = manifest.pop("match", None) if isinstance(manifest, dict) else None
-        _check_match(path, match, number)
-        _check_left_out(path, match, manifest)
-        manifests[number], matches[number] = manifest, match
+    manifests = {number: read_manifest(folder / f"manifest_{number}.json", number) for number in found}
     for key in COMMON_KEYS:
         values: dict[Any, list[int]] = {}
         for number in found:
-            values.setdefault(matches[number][key], []).append(number)
+            values.setdefault(getattr(manifests[number].match, key), []).append(number)
         if len(values) > 1:
             differing = "; ".join(f"{_listed(numbers)} {_shown(value)}" for value, numbers in values.items())
             raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
-    first = matches[found[0]]
-    if (first["data_sha256"], first["data_records"]) != (records.sha256, len(records)):
+    first = manifests[found[0]].match
+    if (first.data_sha256, first.data_records) != (records.sha256, len(records)):
         raise UserError(
-            f"{folder} holds features of another data file (SHA-256 {first['data_sha256'][:12]}…, "
-            f"{first['data_records']} records) than {records.path} (SHA-256 {records.sha256[:12]}…, {len(records)} "
+            f"{folder} holds features of another data file (SHA-256 {first.data_sha256[:12]}…, "
+            f"{first.data_records} records) than {records.path} (SHA-256 {records.sha256[:12]}…, {len(records)} "
             "records); name the file that the gradients were taken of, or take them again"
         )
-    return matches, manifests
-
-
-def _check_match(path: Path, match: Any, number: int) -> None:
-    for key, kind in {**OWN_KEYS, **COMMON_KEYS}.items():
-        value = match.get(key, ...) if isinstance(match, dict) else ...
-        if value is ... or isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(f"{path} has no valid `match.{key}`; {_DAMAGED}")
-    if match["chunk_idx"] != number or not 0 <= match["start"] <= match["stop"] <= match["data_records"]:
-        raise UserError(
-            f"{path} describes chunk {match['chunk_idx']}, records {match['start']} .. {match['stop']}, which does not "
-            "fit its name; was it renamed? make this chunk again"
-        )
-
-
-def _check_left_out(path: Path, match: dict[str, Any], manifest: dict[str, Any]) -> None:
-    left_out = manifest.get("left_out")
-    for entry in left_out if isinstance(left_out, list) else [None]:
-        row, reason = (entry.get("row"), entry.get("reason")) if isinstance(entry, dict) else (None, None)
-        if type(row) is not int or not match["start"] <= row < match["stop"] or not isinstance(reason, str):
-            raise UserError(f"{path} has no valid `left_out`; {_DAMAGED}")
+    return manifests
 
 
 def _check_complete(folder: Path, found: list[int], expected: int, chunk_num: int | None) -> None:
@@ -208,50 +185,52 @@ def _check_complete(folder: Path, found: list[int], expected: int, chunk_num: in
         raise UserError(f"{folder} holds {len(found)} chunks, not --chunk_num {chunk_num}; leave the option out")
 
 
-def _open_chunk(folder: Path, number: int, match: dict[str, Any], manifest: dict[str, Any]) -> Chunk:
-    path = folder / f"output_{number}.pt"
+def _open_chunk(folder: Path, number: int, manifest: Manifest) -> Chunk:
+    path, match = folder / f"output_{number}.pt", manifest.match
     content = _load(path)
     if not isinstance(content, dict) or not {"features", "norms", "match"} <= content.keys():
-        raise UserError(f"{path} is not a feature file (no features, norms and match); {_DAMAGED}")
-    differing = [key for key in match if not _same(content["match"], match, key)]
+        raise UserError(f"{path} is not a feature file (no features, norms and match); {DAMAGED}")
+    try:
+        own = msgspec.convert(content["match"], Match)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} has no valid `match` ({error}); {DAMAGED}") from error
+    differing = [key.name for key in fields(Match) if getattr(own, key.name) != getattr(match, key.name)]
     if differing:
         raise UserError(f"{path} and manifest_{number}.json differ in `{differing[0]}`; make this chunk again")
-    norms = content["norms"]
-    _check_tensor(path, content["features"], 2)
-    _check_tensor(path, norms, 1)
-    records = match["stop"] - match["start"]
-    if content["features"].shape != (records, match["proj_dim"]) or len(norms) != records:
+    features, records = content["features"], match.stop - match.start
+    _check_tensor(path, features, 2)
+    scores = {}
+    for name in content.keys() & _SCORE_TYPES.keys():
+        _check_tensor(path, content[name], 1, (_SCORE_TYPES[name], torch.float32))
+        scores[name] = content[name].double().numpy()
+    wrong = [name for name, values in scores.items() if len(values) != records]
+    if features.shape != (records, match.proj_dim) or wrong:
+        sizes = ", ".join(f"{len(scores[name])} {name}" for name in wrong or ["norms"])
         raise UserError(
-            f"{path} holds features {list(content['features'].shape)} and {len(norms)} norms where "
-            f"{[records, match['proj_dim']]} was announced; {_DAMAGED}"
+            f"{path} holds features {list(features.shape)} and {sizes} where {[records, match.proj_dim]} was "
+            f"announced; {DAMAGED}"
         )
-    return Chunk(path, match["start"], match["stop"], [content["features"]], norms.double().numpy(), match, manifest)
-
-
-def _same(other: Any, match: dict[str, Any], key: str) -> bool:
-    # Types are compared too: a damaged file may hold a tensor there, whose == is not a truth value.
-    value = other.get(key, ...) if isinstance(other, dict) else ...
-    return type(value) is type(match[key]) and value == match[key]
+    return Chunk(path, match.start, match.stop, [features], scores, match, manifest.left_out, manifest.made)
 
 
 def _open_release_chunk(folder: Path, number: int, start: int) -> Chunk:
     path, norm_path = folder / f"output_{number}", folder / f"output_norm_{number}.json"
     blocks = _load(path)
     if not isinstance(blocks, list):
-        raise UserError(f"{path} is not a list of feature tensors, as the release writes it; {_DAMAGED}")
+        raise UserError(f"{path} is not a list of feature tensors, as the release writes it; {DAMAGED}")
     for block in blocks:
         _check_tensor(path, block, 2)
     norms = read_json(norm_path)
     if not isinstance(norms, list) or not all(norm is None or type(norm) in (int, float) for norm in norms):
-        raise UserError(f"{norm_path} is not a list of numbers; {_DAMAGED}")
+        raise UserError(f"{norm_path} is not a list of numbers; {DAMAGED}")
     records = sum(len(block) for block in blocks)
     if len(norms) != records:
-        raise UserError(f"{path} holds {records} records and {norm_path.name} {len(norms)} norms; {_DAMAGED}")
+        raise UserError(f"{path} holds {records} records and {norm_path.name} {len(norms)} norms; {DAMAGED}")
     try:
         values = np.array([math.nan if norm is None else norm for norm in norms], np.float64)
     except OverflowError as error:
-        raise UserError(f"{norm_path} holds a number beyond floating point; {_DAMAGED}") from error
-    return Chunk(path, start, start + records, blocks, values, {}, {})
+        raise UserError(f"{norm_path} holds a number beyond floating point; {DAMAGED}") from error
+    return Chunk(path, start, start + records, blocks, {"norms": values})
 
 
 def _load(path: Path) -> Any:
@@ -269,15 +248,18 @@ def _load(path: Path) -> Any:
             return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
     except Exception as error:  # damaged bytes raise nearly every kind of exception
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
-        raise UserError(f"{path} is not a file of plain tensors ({reason}); {_DAMAGED}") from error
+        raise UserError(f"{path} is not a file of plain tensors ({reason}); {DAMAGED}") from error
 
 
-def _check_tensor(path: Path, tensor: Any, dimensions: int) -> None:
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _check_tensor(path: Path, tensor: Any, dimensions: int, types: tuple[torch.dtype, ...] = _FLOATS) -> None:
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.dim() != dimensions or not tensor.is_contiguous():
-        raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {_DAMAGED}")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise UserError(f"{path} holds {tensor.dtype} numbers, not float16 or float32; {_DAMAGED}")
+        raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {DAMAGED}")
+    if tensor.dtype not in types:
+        raise UserError(f"{path} holds {tensor.dtype} numbers, not {types[0]} or {types[-1]}; {DAMAGED}")
 
 
 def _check_cover(folder: Path, chunks: list[Chunk], records: RecordFile) -> None:

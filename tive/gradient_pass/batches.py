@@ -1,20 +1,17 @@
-"""Projected gradients and gradient norms of records, batch by batch (paper section 3.2)."""
+"""Batches of encoded records: which records share one, how large it may be, and what happens when memory runs out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tive.method.gradients import RecordGradients
+from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector
-from tive.models import Encoded
+from tive.models import Encoded, Family, RecordLosses, Reference
 from tive.util.errors import UserError
-from tive.util.stopwatch import Stopwatch
 
 # Small gradients vanish in float16 below 6e-8; this lifts them, and an overflow is met with a smaller scale.
 _FLOAT16_LOSS_SCALE = 2.0**12
@@ -22,127 +19,129 @@ _FLOAT16_LOSS_SCALE = 2.0**12
 _LEAST_EFFICIENCY = 0.9
 
 
-@dataclass
+@dataclass(frozen=True)
+class GradientStep:
+    """What turns a batch of records into features: a reference model, its target modules, a projector.
+
+    Attributes:
+        matrices: canonical name -> target module.
+        transform: of each matrix's per-record gradients; None for the gradients as they are.
+        el2n: whether EL2N is computed too.
+    """
+
+    family: Family
+    reference: Reference
+    matrices: Mapping[str, nn.Linear]
+    projector: Projector
+    transform: Transform | None = None
+    el2n: bool = False
+    measure: Measure = unmeasured
+
+
+@dataclass(frozen=True)
 class BatchLimits:
-    """How large a batch may be: records, and tokens with padding. Halved for good when memory runs out."""
+    """How large a batch may be: records, and tokens with padding."""
 
     records: int
     tokens: int
 
-    def halve(self, batch: list[Encoded]) -> None:
-        self.records = max(1, len(batch) // 2)
-        self.tokens = min(self.tokens, max(1, len(batch) // 2) * max(record.length for record in batch))
+    def halved(self, batch: list[Encoded]) -> BatchLimits:
+        """Limits of half the size of a batch that did not fit in memory."""
+        records = max(1, len(batch) // 2)
+        return BatchLimits(records, min(self.tokens, records * max(record.length for record in batch)))
 
 
-class GradientEngine:
-    """Turns batches of encoded records into features and norms.
+@dataclass(frozen=True)
+class RecordResult:
+    """Of one record: its feature, float16 `[proj_dim]`, the norm of its gradient, its loss, and EL2N if asked for."""
+
+    feature: Tensor
+    norm: float
+    loss: float
+    el2n: float | None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Results of records by row, the batch limits that went well, and the batches' tokens without and with padding."""
+
+    results: dict[int, RecordResult]
+    limits: BatchLimits
+    tokens: int
+    padded_tokens: int
+
+
+def compute_batch(step: GradientStep, batch: list[Encoded]) -> list[RecordResult]:
+    """The results of a batch of one group, in its order."""
+    found: list[RecordLosses] = []
+
+    def forward() -> Tensor:
+        found[:] = [step.family.record_losses(step.reference, batch, step.el2n)]
+        return found[0].losses
+
+    scale = _FLOAT16_LOSS_SCALE if step.reference.dtype == torch.float16 else 1.0
+    computed = gradient_features(forward, step.matrices, step.projector, step.transform, scale, step.measure)
+    el2n = found[0].el2n
+    values = [computed.norms.tolist(), computed.losses.tolist(), [None] * len(batch) if el2n is None else el2n.tolist()]
+    rows = zip(computed.features.half(), *values, strict=True)
+    return [RecordResult(feature, norm, loss, error) for feature, norm, loss, error in rows]
+
+
+def compute_records(
+    step: GradientStep, records: dict[int, Encoded], limits: BatchLimits, done: Callable[[int], object] = int
+) -> Computed:
+    """The result of each record by its row; records of like length share a batch.
 
     Args:
-        family: the model family's module (`tive.models`).
-        matrices: canonical name -> counted LoRA matrix.
+        done: is told the number of records of each batch when it is computed.
+
+    Raises:
+        UserError: one record alone does not fit in memory.
     """
-
-    def __init__(
-        self,
-        family: ModuleType,
-        reference: Any,
-        matrices: dict[str, nn.Linear],
-        projector: Projector,
-    ) -> None:
-        self.family, self.reference, self.matrices, self.projector = family, reference, matrices, projector
-        self.stopwatch = Stopwatch()
-        self.real_tokens = self.padded_tokens = 0
-
-    def _consume(self, matrix: str, gradients: Tensor) -> None:
-        """Add one matrix's gradients `[B, out, in]` to the batch's sketch and squared norms, in float32."""
-        flat = gradients.flatten(1)
-        with self.stopwatch.measure("norms"):
-            self.squared_norms += torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
-        with self.stopwatch.measure("projection"):
-            self.sketch += self.projector.project(matrix, flat)
-
-    def compute(self, records: list[Encoded]) -> tuple[Tensor, Tensor]:
-        """Features and norms of one batch; the records all have an image, or none has one.
-
-        Returns:
-            features: float32 `[B, proj_dim]` on the CPU, the projected gradient over the gradient's norm, so its
-                entries are of size 1 and lose nothing in half precision; zero where the norm is zero or not finite.
-            norms: float32 `[B]` on the CPU, of the whole gradient before projection; may hold inf and NaN.
-        """
-        scale = _FLOAT16_LOSS_SCALE if self.reference.dtype == torch.float16 else 1.0
-        while True:
-            device = self.reference.device
-            self.sketch = torch.zeros(len(records), self.projector.proj_dim, device=device)
-            self.squared_norms = torch.zeros(len(records), device=device)
-            with RecordGradients(self.matrices, self._consume, self.stopwatch) as gradients:
-                with self.stopwatch.measure("forward"):
-                    losses = self.family.record_losses(self.reference, records)
-                with self.stopwatch.measure("backward"):
-                    gradients.backward(losses * scale)
-            overflow = torch.isfinite(losses.detach()) & ~torch.isfinite(self.squared_norms)
-            if scale == 1.0 or not overflow.any():
-                break
-            scale = max(1.0, scale / 64)
-        norms = self.squared_norms.sqrt()
-        good = torch.isfinite(norms) & (norms > 0) & torch.isfinite(self.sketch).all(dim=1)
-        unit = self.sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        features = torch.where(good[:, None], unit, torch.zeros_like(unit))
-        self.real_tokens += sum(record.length for record in records)
-        self.padded_tokens += len(records) * max(record.length for record in records)
-        return features.cpu(), (norms / scale).cpu()
-
-    def compute_all(
-        self, records: dict[int, Encoded], limits: BatchLimits, done: Callable[[int], object] = int
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Features `[proj_dim]` (float16) and norm of each record, by its row; records of like length share a batch.
-
-        Args:
-            done: is told the number of records of each batch when it is computed.
-
-        Raises:
-            UserError: one record alone does not fit in memory.
-        """
-        results: dict[int, tuple[Tensor, Tensor]] = {}
-        waiting = sorted(records, key=lambda row: (records[row].pixels is None, -records[row].length, row))
-        while waiting:
-            rows = next_batch(waiting, records, limits)
-            batch = [records[row] for row in rows]
-            try:
-                features, norms = self.compute(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                features = None
-            if features is None:  # outside of the handler, which keeps the failed pass's tensors alive
-                if len(batch) == 1:
-                    raise UserError(
-                        f"record {rows[0]} ({batch[0].length} tokens) alone does not fit in memory; "
-                        "try --gradient_checkpointing or a device with more"
-                    )
-                if self.reference.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                limits.halve(batch)
-                print(f"out of memory: batches are now {limits.records} records or {limits.tokens} tokens at most")
-                continue
-            for row, feature, norm in zip(rows, features.half(), norms, strict=True):
-                results[row] = (feature, norm)
-            done(len(rows))
-            waiting = waiting[len(rows) :]
-        return results
+    results: dict[int, RecordResult] = {}
+    tokens = padded_tokens = 0
+    # A group's longest first: what takes the most memory fails at the start.
+    waiting = sorted(records, key=lambda row: (records[row].group, -records[row].length, row))
+    while waiting:
+        rows = next_batch(waiting, records, limits)
+        batch = [records[row] for row in rows]
+        try:
+            computed = compute_batch(step, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            computed = []
+        if not computed:  # outside of the handler, which keeps the failed pass's tensors alive
+            if len(batch) == 1:
+                raise UserError(
+                    f"record {rows[0]} ({batch[0].length} tokens) alone does not fit in memory; "
+                    "try --gradient_checkpointing or a device with more"
+                )
+            if step.reference.device.type == "cuda":
+                torch.cuda.empty_cache()
+            limits = limits.halved(batch)
+            print(f"out of memory: batches are now {limits.records} records or {limits.tokens} tokens at most")
+            continue
+        results.update(zip(rows, computed, strict=True))
+        tokens += sum(record.length for record in batch)
+        padded_tokens += len(batch) * max(record.length for record in batch)
+        done(len(rows))
+        waiting = waiting[len(rows) :]
+    return Computed(results, limits, tokens, padded_tokens)
 
 
 def next_batch(waiting: list[int], records: dict[int, Encoded], limits: BatchLimits) -> list[int]:
-    """The longest waiting records that fit in one batch: all with an image or none, and little padding.
+    """The longest waiting records that fit in one batch: all of one group, and little padding.
 
     Args:
-        waiting: rows, those with an image first, then by falling length.
+        waiting: rows, by group, then by falling length.
     """
     first = records[waiting[0]]
     rows: list[int] = []
     tokens = 0
     for row in waiting[: limits.records]:
         record = records[row]
-        if (record.pixels is None) != (first.pixels is None):
+        if record.group != first.group:
             break
         padded = (len(rows) + 1) * first.length
         if rows and (padded > limits.tokens or tokens + record.length < _LEAST_EFFICIENCY * padded):

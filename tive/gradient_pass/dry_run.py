@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from tive.gradient_pass.batches import BatchLimits, GradientEngine
+from tive.gradient_pass.batches import BatchLimits, GradientStep, compute_batch, compute_records
 from tive.gradient_pass.loading import EncodedRecords, encoded_windows
 from tive.gradient_pass.preflight import Checked
 from tive.gradient_pass.run import padding_efficiency, peak_memory
@@ -19,7 +20,7 @@ def dry_run(
     count: int,
     checked: Checked,
     dataset: EncodedRecords,
-    engine: GradientEngine,
+    step: GradientStep,
     limits: BatchLimits,
     folder: Path,
 ) -> None:
@@ -37,17 +38,15 @@ def dry_run(
     if not records:
         raise UserError(f"none of {len(rows)} records can be computed; the first: {next(iter(encoded.values()), None)}")
     # The first batch pays for what is done once: signs, kernels, memory.
-    engine.compute([records[min(records)]])
-    engine.real_tokens = engine.padded_tokens = 0
-    stopwatch = Stopwatch(engine.reference.device)
-    engine.stopwatch = stopwatch
+    compute_batch(step, [records[min(records)]])
+    stopwatch = Stopwatch(step.reference.device)
     begin = time.perf_counter()
-    engine.compute_all(records, limits)
+    computed = compute_records(replace(step, measure=stopwatch.measure), records, limits)
     seconds = time.perf_counter() - begin
 
     rate = len(records) / seconds
     whole = len(checked.rows) / rate
-    disk = len(checked.rows) * engine.projector.proj_dim * 2
+    disk = len(checked.rows) * step.projector.proj_dim * 2
     longest = max(record.length for record in records.values())
     print(f"dry run: {len(records)} of {len(rows)} records, longest {longest} tokens")
     for row, reason in encoded.items():
@@ -59,8 +58,8 @@ def dry_run(
     for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
         print(f"    {part / seconds:6.1%}  {name}")
     print(f"  reading and encoding: {encoding / len(rows) * 1000:.0f} ms a record and process, ahead of the device")
-    print(f"  padding efficiency {padding_efficiency(engine):.2f}")
-    print(f"  peak memory {peak_memory(engine.reference.device) / 2**30:.2f} GiB")
+    print(f"  padding efficiency {padding_efficiency(computed.tokens, computed.padded_tokens):.2f}")
+    print(f"  peak memory {peak_memory(step.reference.device) / 2**30:.2f} GiB")
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")

@@ -10,20 +10,19 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from types import ModuleType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 from tive.data.records import RecordFile
-from tive.models import Encoded, LeftOut
+from tive.models import Encoded, Family, LeftOut
 from tive.util.errors import UserError
 
 
 class EncodedRecords(Dataset):
     """Row of the data file -> `(row, encoded record)`, or `(row, reason)` for one that cannot be encoded."""
 
-    def __init__(self, family: ModuleType, processor: Any, records: RecordFile, image_folder: str) -> None:
+    def __init__(self, family: Family, processor: Any, records: RecordFile, image_folder: str) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
 

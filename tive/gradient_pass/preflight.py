@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tive.data.images import BadImage, find_image, open_image, path_of
 from tive.data.records import RecordFile, chunk_range, image_of, open_records, problem_of
+from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError
 from tive.util.files import write_json
@@ -99,10 +100,10 @@ def _check_images(images: dict[int, str], folder: str, checked: Checked, open_im
     checked.renamed.sort()
 
 
-def left_out_entry(row: int, record: Any, reason: str) -> dict[str, Any]:
+def left_out_entry(row: int, record: Any, reason: str) -> LeftOutRecord:
     """How a manifest names a record that was left out."""
     identity = record.get("id") if isinstance(record, dict) else None
-    return {"row": row, "id": identity if isinstance(identity, (str, int)) else None, "reason": reason}
+    return LeftOutRecord(row, identity if isinstance(identity, (str, int)) else None, reason)
 
 
 def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: bool) -> None:
@@ -125,7 +126,7 @@ def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: boo
     entries = []
     for row, reason in sorted(checked.reasons.items()):
         record = checked.records[row]
-        entries.append(left_out_entry(row, record, reason) | {"image": _image_name(record)})
+        entries.append(asdict(left_out_entry(row, record, reason)) | {"image": _image_name(record)})
     write_json(listed, entries)
     print(f"{len(entries)} of {len(checked.rows)} records of this chunk cannot be used:")
     for kind, count in Counter(map(_kind, checked.reasons.values())).most_common():

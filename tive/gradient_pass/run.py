@@ -12,8 +12,9 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,11 +22,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tive.features.progress import LeftOutRecord, Note, Progress
-from tive.gradient_pass.batches import BatchLimits, GradientEngine
+from tive.features.chunks import write_chunk
+from tive.features.manifest import LeftOutRecord, RecordScores, Run
+from tive.features.progress import Progress, WindowState, remove_progress
+from tive.gradient_pass.batches import BatchLimits, Computed, GradientStep, compute_records
 from tive.gradient_pass.loading import EncodedRecords, encoded_windows
 from tive.gradient_pass.preflight import Checked, left_out_entry
-from tive.models import Encoded
+from tive.models import Encoded, Family
 from tive.util.errors import UserError
 
 UNSUPERVISED = ("no supervised token", "template mismatch")
@@ -59,40 +62,91 @@ class StopRequest:
         os.write(2, b"\nfinishing the records at hand, then stopping ...\n")
 
 
-@dataclass
-class Tally:
-    """What was done in this run, for the manifest."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a call has done of a chunk.
 
-    started: str = field(default_factory=lambda: _now())
-    begun: float = field(default_factory=time.perf_counter)
-    computed: int = 0
-    waited: float = 0.0
+    Attributes:
+        states: of all the windows that are on disk, in order.
+        stopped_by: the number of the signal that stopped the run, None when the chunk is whole.
+        cost: what it took, for the manifest.
+    """
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+    states: list[WindowState]
+    stopped_by: int | None
+    cost: dict[str, Any]
 
 
-def refuse_many(left_out: list[LeftOutRecord], reasons: tuple[str, ...], checked: Checked, hint: str) -> None:
-    """Raise a `UserError` when so many of the chunk's records are left out for `reasons` that they are not to blame."""
-    entries = [entry for entry in left_out if entry["reason"] in reasons]
-    if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
-        raise UserError(
-            f"{len(entries)} records up to record {entries[-1]['row']} are left out ({' or '.join(reasons)}; the "
-            f"first: record {entries[0]['row']}), above {_MOST_LEFT_OUT:.0%} of the chunk: {hint}"
-        )
+def run_pass(
+    checked: Checked,
+    dataset: EncodedRecords,
+    num_workers: int,
+    step: GradientStep,
+    limits: BatchLimits,
+    progress: Progress,
+    stop_on_bad_record: bool,
+) -> Outcome:
+    """Compute every window that is not on disk yet.
+
+    Raises:
+        UserError: too many records are left out, or a record turned out bad and that is to stop the run.
+    """
+    started, begun = _now(), time.perf_counter()
+    windows = progress.windows()
+    states: dict[range, WindowState] = {}
+    for rows in tqdm(windows, desc="Verifying what is on disk", unit=" windows", delay=2):
+        if found := progress.state(rows):
+            states[rows] = found
+            # Memory ran out before: start from the size that went well.
+            records, tokens = found.limits
+            limits = BatchLimits(min(limits.records, records), min(limits.tokens, tokens))
+    waiting = [rows for rows in windows if rows not in states]
+    if states:
+        print(f"continuing: {sum(map(len, states))} of {len(checked.rows)} records are on disk")
+    left_out = [entry for state in states.values() for entry in state.left_out]
+    usable = [[row for row in rows if row not in checked.reasons] for rows in waiting]
+    encoded_ahead = encoded_windows(dataset, usable, num_workers)
+    waited, count, tokens, padded_tokens = 0.0, 0, 0, 0
+    bar = tqdm(total=len(checked.rows), initial=sum(map(len, states)), desc="Gradients", unit=" records")
+    with StopRequest() as stop, bar:
+        for rows in waiting:
+            if stop.signal_number is not None:
+                break
+            start = time.perf_counter()
+            encoded = next(encoded_ahead)
+            waited += time.perf_counter() - start
+            features, states[rows], computed = compute_window(
+                rows, encoded, step, limits, checked, left_out, stop_on_bad_record, bar.update
+            )
+            progress.write(rows, features, states[rows])
+            left_out += states[rows].left_out
+            limits, count = computed.limits, count + len(computed.results)
+            tokens, padded_tokens = tokens + computed.tokens, padded_tokens + computed.padded_tokens
+    seconds = time.perf_counter() - begun
+    cost = {
+        "started": started,
+        "finished": _now(),
+        "seconds": seconds,
+        "records_computed": count,
+        "records_per_second": count / seconds,
+        "seconds_waiting_for_data": waited,
+        "padding_efficiency": padding_efficiency(tokens, padded_tokens),
+        "peak_memory_bytes": peak_memory(step.reference.device),
+    }
+    return Outcome([states[rows] for rows in windows if rows in states], stop.signal_number, cost)
 
 
 def compute_window(
     rows: range,
     encoded: dict[int, Encoded | str],
-    engine: GradientEngine,
+    step: GradientStep,
     limits: BatchLimits,
     checked: Checked,
     earlier: list[LeftOutRecord],
     stop_on_bad_record: bool,
     done: Callable[[int], object],
-) -> tuple[np.ndarray, Note]:
-    """Features (float16 `[n, d]`) and note of one window, in record order.
+) -> tuple[np.ndarray, WindowState, Computed]:
+    """Features (float16 `[n, d]`) and state of one window, in record order, and what was computed for it.
 
     Args:
         earlier: the records that earlier windows left out.
@@ -113,21 +167,28 @@ def compute_window(
         return [left_out_entry(row, checked.records[row], reason) for row, reason in sorted(reasons.items())]
 
     reasons = found | {row: checked.reasons[row] for row in rows if row in checked.reasons}
+    hints = step.family.HINTS
     refuse_many(
         earlier + left_out(reasons),
         UNSUPERVISED,
         checked,
-        "the tokenizer or the template is not the reference model's (v1), so name the base model that it was trained "
-        "from; or these records have no answer within the model's length, so remove them from the data file",
+        f"the tokenizer or the template is not the reference model's ({hints.template}), so name the base model that "
+        "it was trained from; or these records have no answer within the model's length, so remove them from the data "
+        "file",
     )
-    features = np.zeros((len(rows), engine.projector.proj_dim), np.float16)
-    norms = np.full(len(rows), np.nan, np.float32)
+    features = np.zeros((len(rows), step.projector.proj_dim), np.float16)
+    scores = RecordScores.of_left_out(len(rows), step.el2n)
     items = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
-    for row, (feature, norm) in engine.compute_all(items, limits, done).items():
-        if torch.isfinite(norm) and torch.isfinite(feature).all():
-            features[row - rows.start], norms[row - rows.start] = feature.numpy(), float(norm)
-        else:
+    computed = compute_records(step, items, limits, done)
+    for row, result in computed.results.items():
+        if not (np.isfinite(result.norm) and torch.isfinite(result.feature).all()):
             reasons[row] = NOT_FINITE
+            continue
+        index = row - rows.start
+        features[index], scores.norms[index], scores.losses[index] = result.feature.numpy(), result.norm, result.loss
+        scores.supervised_tokens[index], scores.tokens[index] = items[row].supervised, items[row].length
+        if scores.el2n is not None and result.el2n is not None:
+            scores.el2n[index] = result.el2n
     done(len(rows) - len(items))
     entries = left_out(reasons)
     refuse_many(
@@ -137,95 +198,59 @@ def compute_window(
         "their loss or gradient overflows, so try --dtype bfloat16 or float32; if it stays, the reference model "
         "diverged in training",
     )
-    return features, Note(norms, entries, (limits.records, limits.tokens))
+    limits = computed.limits
+    return features, WindowState(scores, entries, (limits.records, limits.tokens)), computed
 
 
-def run_pass(
-    checked: Checked,
-    dataset: EncodedRecords,
-    num_workers: int,
-    engine: GradientEngine,
-    limits: BatchLimits,
-    progress: Progress,
-    stop_on_bad_record: bool,
-) -> tuple[Tally, list[Note], int | None]:
-    """Compute every window that is not on disk yet.
+def refuse_many(left_out: list[LeftOutRecord], reasons: tuple[str, ...], checked: Checked, hint: str) -> None:
+    """Raise a `UserError` when so many of the chunk's records are left out for `reasons` that they are not to blame."""
+    entries = [entry for entry in left_out if entry.reason in reasons]
+    if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
+        raise UserError(
+            f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the "
+            f"first: record {entries[0].row}), above {_MOST_LEFT_OUT:.0%} of the chunk: {hint}"
+        )
 
-    Returns:
-        What was done, the windows' notes in order, and the number of the signal that stopped the run, if one did.
+
+def finish_chunk(
+    folder: Path, run: Run, outcome: Outcome, progress: Progress, step: GradientStep, inputs: dict[str, str]
+) -> None:
+    """Write the chunk's files, whose windows are all on disk, remove what it does not need any more, and say so.
+
+    Args:
+        inputs: the paths that the command named, for the manifest.
     """
-    windows = progress.windows()
-    notes: dict[range, Note] = {}
-    for rows in tqdm(windows, desc="Verifying what is on disk", unit=" windows", delay=2):
-        if note := progress.note(rows):
-            notes[rows] = note
-            # Memory ran out before: start from the size that went well.
-            limits.records, limits.tokens = min(limits.records, note.limits[0]), min(limits.tokens, note.limits[1])
-    waiting = [rows for rows in windows if rows not in notes]
-    done = sum(map(len, notes))
-    if done:
-        print(f"continuing: {done} of {len(checked.rows)} records are on disk")
-    tally = Tally()
-    left_out = [entry for note in notes.values() for entry in note.left_out]
-    usable = [[row for row in rows if row not in checked.reasons] for rows in waiting]
-    encoded_ahead = encoded_windows(dataset, usable, num_workers)
-    with StopRequest() as stop, tqdm(total=len(checked.rows), initial=done, desc="Gradients", unit=" records") as bar:
-        for rows in waiting:
-            if stop.signal_number is not None:
-                break
-            start = time.perf_counter()
-            encoded = next(encoded_ahead)
-            tally.waited += time.perf_counter() - start
-            features, note = compute_window(
-                rows, encoded, engine, limits, checked, left_out, stop_on_bad_record, bar.update
-            )
-            progress.write(rows, features, note)
-            notes[rows] = note
-            left_out += note.left_out
-            tally.computed += sum(isinstance(item, Encoded) for item in encoded.values())
-    return tally, [notes[rows] for rows in windows if rows in notes], stop.signal_number
-
-
-def describe(run: dict[str, Any], notes: list[Note], engine: GradientEngine, tally: Tally) -> dict[str, Any]:
-    """The manifest of a chunk whose windows are all on disk: how it was made, and what was left out."""
-    import accelerate
-    import peft
-    import transformers
-
-    seconds = tally.seconds()
-    return {
-        "run": run,
-        "left_out": [entry for note in notes for entry in note.left_out],
-        "projector_about": engine.projector.about,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "accelerate": accelerate.__version__,
-            "numpy": np.__version__,
-        },
-        "device": device_name(engine.reference.device),
-        "dtype": run["dtype"],
-        "started": tally.started,
-        "finished": _now(),
-        "seconds": seconds,
-        "records_computed": tally.computed,
-        "records_per_second": tally.computed / seconds,
-        "seconds_waiting_for_data": tally.waited,
-        "padding_efficiency": padding_efficiency(engine),
-        "peak_memory_bytes": peak_memory(engine.reference.device),
+    left_out = [entry for state in outcome.states for entry in state.left_out]
+    manifest = {
+        "run": asdict(run),
+        "projector_about": step.projector.about,
+        "versions": versions(step.family),
+        "device": device_name(step.reference.device),
+        "dtype": run.dtype,
+        **outcome.cost,
+        **inputs,
     }
+    scores = RecordScores.joined([state.scores for state in outcome.states], run.el2n)
+    write_chunk(folder, run.match, progress.features(), scores, left_out, manifest)
+    remove_progress(folder, run.chunk_idx)
+    print(
+        f"written: {folder}/output_{run.chunk_idx}.pt, output_norm_{run.chunk_idx}.json, "
+        f"manifest_{run.chunk_idx}.json\n"
+        f"{len(run.rows) - len(left_out)} features, {len(left_out)} records left out, "
+        f"{outcome.cost['records_per_second']:.2f} records/s, padding efficiency "
+        f"{outcome.cost['padding_efficiency']:.2f}, peak memory {outcome.cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
 
 
-def norms_of(notes: list[Note]) -> torch.Tensor:
-    """The chunk's gradient norms, float32 `[n]`."""
-    return torch.from_numpy(np.concatenate([note.norms for note in notes] or [np.empty(0, np.float32)]))
+def versions(family: Family) -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    own = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return own | family.versions()
 
 
-def padding_efficiency(engine: GradientEngine) -> float:
+def padding_efficiency(tokens: int, padded_tokens: int) -> float:
     """Share of the padded tokens that were a record's own."""
-    return engine.real_tokens / engine.padded_tokens if engine.padded_tokens else 1.0
+    return tokens / padded_tokens if padded_tokens else 1.0
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,35 +1,132 @@
-"""Exact gradients of every record of a batch from one backward pass.
+"""Per-record gradients of a whole batch from one backward pass, their norms and projections (paper, section 3.2).
 
-LoRA's A and B are linear maps without bias: with input X `[B, T, in]` and the gradient dY `[B, T, out]` of its output,
-`dY_b^T X_b` is record b's gradient of that matrix. The batch's loss is the sum of the records' own mean losses, so no
-record's gradient knows of the others. Each matrix's gradients are handed on as they come and never kept.
+For record s, `g_s` is the gradient of its loss (mean cross-entropy over its supervised tokens) with respect to the
+target modules, `||g_s||` its norm, and `f_s` its projection, the feature. LoRA's A and B are linear maps without bias:
+with input X `[B, T, in]` and the gradient dY `[B, T, out]` of its output, `dY_b^T X_b` is record b's gradient of that
+matrix. The batch's loss is the sum of the records' own losses, so no record's gradient knows of the others. Each
+matrix's gradients are projected as they come and never kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tive.util.stopwatch import Stopwatch
+from tive.method.projection import Projector
 
-Consume = Callable[[str, Tensor], None]
+# Of one matrix, by its name: per-record gradients [B, out, in] in float32 to something else of that shape.
+Transform = Callable[[str, Tensor], Tensor]
+# Measures the time that a named part takes.
+Measure = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class GradientFeatures:
+    """Of each record of a batch, on the CPU.
+
+    Attributes:
+        features: `f_s / ||g_s||`, float32 `[B, proj_dim]`: entries of size 1, which lose nothing in half precision;
+            zero where the norm is zero or not finite.
+        norms: `||g_s||` before projection, float32 `[B]`; may hold inf and NaN.
+        losses: float32 `[B]`.
+    """
+
+    features: Tensor
+    norms: Tensor
+    losses: Tensor
+
+
+def unmeasured(_name: str) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def gradient_features(
+    forward: Callable[[], Tensor],
+    matrices: Mapping[str, nn.Linear],
+    projector: Projector,
+    transform: Transform | None = None,
+    loss_scale: float = 1.0,
+    measure: Measure = unmeasured,
+) -> GradientFeatures:
+    """`f_s` and `||g_s||` of every record of a batch, from one forward and one backward pass.
+
+    Args:
+        forward: the forward pass; returns the losses `[B]` of the batch's records. It is called again where
+            gradients overflow.
+        matrices: canonical name -> target module, a linear map without bias.
+        transform: is applied to each matrix's per-record gradients, the loss scale taken out, before norm and
+            projection.
+        loss_scale: lifts small gradients above what half precision loses; lowered where they overflow.
+    """
+    while True:
+        losses, sketch, squared_norms = _one_pass(forward, matrices, projector, transform, loss_scale, measure)
+        overflow = torch.isfinite(losses) & ~torch.isfinite(squared_norms)
+        if loss_scale == 1.0 or not overflow.any():
+            break
+        loss_scale = max(1.0, loss_scale / 64)
+    norms = squared_norms.sqrt()
+    good = torch.isfinite(norms) & (norms > 0) & torch.isfinite(sketch).all(dim=1)
+    unit = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    features = torch.where(good[:, None], unit, torch.zeros_like(unit))
+    if transform is None:
+        norms = norms / loss_scale
+    return GradientFeatures(features.cpu(), norms.cpu(), losses.cpu())
+
+
+def _one_pass(
+    forward: Callable[[], Tensor],
+    matrices: Mapping[str, nn.Linear],
+    projector: Projector,
+    transform: Transform | None,
+    loss_scale: float,
+    measure: Measure,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[B]`, the sum of the matrices' projections `[B, proj_dim]`, and the sum of their squared norms `[B]`."""
+    sums: list[Tensor] = []
+
+    def add(name: str, gradients: Tensor) -> None:
+        if transform is not None:
+            with measure("transformation"):
+                gradients = transform(name, gradients.float() / loss_scale)
+        flat = gradients.flatten(1)
+        with measure("norms"):
+            squared_norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
+        with measure("projection"):
+            sketch = projector.project(name, flat)
+        if not sums:
+            sums.extend([sketch, squared_norms])
+        else:
+            sums[0] += sketch
+            sums[1] += squared_norms
+
+    with RecordGradients(matrices, add, measure) as gradients:
+        with measure("forward"):
+            losses = forward()
+        with measure("backward"):
+            gradients.backward(losses * loss_scale)
+    sketch, squared_norms = sums
+    return losses.detach().float(), sketch, squared_norms
 
 
 class RecordGradients:
-    """Hooks on the counted matrices, for one forward and one backward pass.
+    """Hooks on the target modules, for one forward and one backward pass.
 
     Args:
         matrices: canonical name -> linear map without bias.
         consume: is called once a batch with each matrix's name and its gradients `[B, out, in]`.
     """
 
-    def __init__(self, matrices: dict[str, nn.Linear], consume: Consume, stopwatch: Stopwatch | None = None) -> None:
-        self.consume = consume
-        self.stopwatch = stopwatch or Stopwatch()
-        self.matrices = matrices
+    def __init__(
+        self, matrices: Mapping[str, nn.Linear], consume: Callable[[str, Tensor], None], measure: Measure = unmeasured
+    ) -> None:
+        self.matrices, self.consume, self.measure = matrices, consume, measure
         self.uses: Counter[str] = Counter()
         self.sums: dict[str, Tensor] = {}
         self.in_backward = False
@@ -48,14 +145,15 @@ class RecordGradients:
             if not self.in_backward:
                 self.uses[name] += 1
             if not output.requires_grad:
-                # No parameter is trainable, so the first counted matrix starts the graph: nothing below it is computed.
+                # No parameter is trainable, so the first target module starts the graph: nothing below it is computed.
                 output = output.detach().requires_grad_()
-            return _Tap.apply(output, inputs[0].detach(), lambda x, dy: self._collect(name, x, dy))
+            tapped: Tensor = _Tap.apply(output, inputs[0].detach(), lambda x, dy: self._collect(name, x, dy))
+            return tapped
 
         return hook
 
     def _collect(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
-        with self.stopwatch.measure("per-record gradients"):
+        with self.measure("per-record gradients"):
             gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)
         if name in self.sums:
             gradients += self.sums.pop(name)
@@ -78,12 +176,12 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, output: Tensor, inputs: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.collect = collect
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, output_gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.collect(ctx.saved_tensors[0], output_gradient)
         return output_gradient, None, None

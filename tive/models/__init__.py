@@ -1,23 +1,14 @@
-"""Model families. A family is one module with the same few functions; nothing outside it knows the family.
-
-- `check_files(model_path, ...)`: what can be known of a reference model without loading it
-- `identity(model_path, ...)`: what tells it from another one
-- `load(model_path, ...)`: the reference model, proven to be what is on disk
-- `encode(processor, record, ...)`: one record as arrays, in a loader's worker process
-- `record_losses(reference, records)`: the mean loss of each record of a batch `[B]`
-- `counted_matrices(reference, ...)`: the LoRA matrices that count, by canonical name
-"""
+"""Model families. A family is one module with the names of `Family`; nothing outside its file knows the family."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Any, Protocol
 
-import numpy as np
+import torch
+from torch import Tensor, nn
 
 from tive.util.errors import UserError
 from tive.util.files import read_json
@@ -27,25 +18,99 @@ class LeftOut(Exception):
     """Why a record has no gradient; the text is the reason that the manifest gives."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a reference model lies: the adapter's folder, its base, and the tower if the checkpoint's is not there."""
+
+    model_path: str
+    model_base: str
+    vision_tower: str | None = None
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One record, ready to be put in a batch.
 
     Attributes:
-        input_ids: int64 `[t]`; an image stands as one token.
-        labels: int64 `[t]`; -100 where nothing is supervised.
-        pixels: float32 `[3, height, width]`, or None for a record without an image.
-        length: positions that the language model sees, image features spliced in and cut at the maximum length.
+        length: positions that the language model sees, images spliced in and cut at the maximum length.
+        supervised: how many of them are targets, of which the record's loss is the mean.
+        group: records of one group may share a batch.
+        inputs: what the family's `record_losses` reads; it travels from a loader's worker process.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    pixels: np.ndarray | None
     length: int
+    supervised: int
+    group: str
+    inputs: Any
 
 
-def family_of(model_path: str) -> ModuleType:
-    """The module of the model family that `model_path/config.json` names (never guessed from the folder's name).
+@dataclass(frozen=True)
+class RecordLosses:
+    """Of each record of a batch, float32 `[B]`: the mean cross-entropy over its supervised tokens, and EL2N if asked.
+
+    EL2N is the mean over supervised tokens of `||p - onehot||_2`, p the predicted probabilities (Paul et al. 2021).
+    """
+
+    losses: Tensor
+    el2n: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference model in evaluation form: dropout off, nothing trainable.
+
+    Attributes:
+        model: an `nn.Module` of the family's own class, with the adapter's LoRA layers in it.
+        layers: the language model's decoder layers, which the target modules lie in.
+        processor: what a loader's worker needs to encode records; holds no weights.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    processor: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What messages say of a family: the template it encodes with, and what trains such a reference model."""
+
+    template: str
+    trainer: str
+
+
+class Family(Protocol):
+    """What a module in this folder offers; `models/llava.py` is one."""
+
+    HINTS: Hints
+
+    def check_files(self, files: ModelFiles) -> None:
+        """What can be known without loading, in milliseconds; a `UserError` names what is missing or does not fit."""
+
+    def identity(self, files: ModelFiles) -> str:
+        """SHA-256 that tells this reference model from another one."""
+
+    def load(
+        self, files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
+    ) -> Reference:
+        """The reference model, proven to be what is on disk; else a `UserError` names the file."""
+
+    def record_problem(self, record: Any) -> str | None:
+        """What keeps the family from reading a record, in a few words; None when nothing does."""
+
+    def encode(self, processor: Any, record: dict[str, Any], image_folder: str) -> Encoded:
+        """One record, in a loader's worker; raises `LeftOut` with the reason why it has no gradient."""
+
+    def record_losses(self, reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+        """The losses of a batch of one group, with the graph that their gradients need."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that the numbers depend on."""
+
+
+def family_of(model_path: str) -> Family:
+    """The model family that `model_path/config.json` names (never guessed from the folder's name).
 
     Raises:
         UserError: there is no such folder or config, or no family is known for it.
@@ -60,38 +125,3 @@ def family_of(model_path: str) -> ModuleType:
 
         return llava
     raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama)")
-
-
-@contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turns whatever a library raises while it loads `what` into one line.
-
-    Raises:
-        UserError: it could not be loaded.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # transformers, sentencepiece and safetensors raise many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"cannot load {what}: {reason}; it is incomplete or damaged: download it again") from error
-
-
-def base_folder(model_base: str) -> str:
-    """The folder of a base model that is a folder, or a name on huggingface.co that was downloaded before.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if os.path.isdir(model_base):
-        return model_base
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(model_base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--model_base {model_base} is neither a folder nor a downloaded model; name the base that "
-            "finetune_lora.sh used, or download it with `huggingface-cli download`"
-        ) from error

@@ -6,10 +6,10 @@ The template, the masking and the splicing of image features are LLaVA's own fun
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +20,33 @@ import torch
 from torch import Tensor, nn
 
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.records import image_of
-from tive.models import Encoded, LeftOut, loading
+from tive.data.records import image_of, problem_of
+from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
+from tive.models.common import IGNORE, fingerprint, freeze, library_versions, loading, losses_at_supervised
 from tive.util.errors import UserError
-from tive.util.files import read_json, sha256_of
+from tive.util.files import read_json
 
-IGNORE = -100
+HINTS = Hints(template="v1", trainer="finetune_lora.sh")
 _SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Inputs:
+    """A record's arrays.
+
+    Attributes:
+        input_ids: int64 `[t]`; an image stands as one token.
+        labels: int64 `[t]`; -100 where nothing is supervised.
+        pixels: float32 `[3, height, width]`, or None for a record without an image.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Processor:
     """What a loader's worker needs to encode records; holds no weights."""
 
@@ -42,41 +57,23 @@ class Processor:
     max_length: int
 
 
-@dataclass
-class Reference:
-    """A reference model in evaluation form: dropout off, nothing trainable.
-
-    Attributes:
-        model: LLaVA's `LlavaLlamaForCausalLM` with peft's LoRA layers in it.
-    """
-
-    model: nn.Module
-    processor: Processor
-    device: torch.device
-    dtype: torch.dtype
-
-
 def load(
-    model_path: str,
-    model_base: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    vision_tower: str | None = None,
-    gradient_checkpointing: bool = False,
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """Load base, projector and LoRA adapter, and prove that what was loaded is what is on disk.
+    """Load base, projector and LoRA adapter into LLaVA's own class, and prove that they are what is on disk.
 
     Raises:
         UserError: a part is missing or does not fit the others; the file is named.
     """
-    check_files(model_path, model_base, vision_tower)
+    check_files(files)
+    model_path, model_base = files.model_path, files.model_base
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import AutoTokenizer
     from transformers.utils import is_torch_sdpa_available, logging
 
     config = LlavaConfig.from_pretrained(model_path)
-    if vision_tower is not None:
-        config.mm_vision_tower = vision_tower
+    if files.vision_tower is not None:
+        config.mm_vision_tower = files.vision_tower
     config.tokenizer_padding_side = "right"
     with loading(f"the tokenizer of --model_base {model_base}"):
         tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False, trust_remote_code=False)
@@ -112,21 +109,12 @@ def load(
         raise UserError(f"no file of {model_path} or {model_base} holds {placeholders[0]}; train the model again")
     model.to(device=device, dtype=dtype)
 
-    model.requires_grad_(False)
-    model.eval()
-    if gradient_checkpointing:
-        # eval() turns checkpointing off without a word; train mode with every dropout in eval mode is exact.
-        model.train()
-        tower.eval()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    freeze(model, [tower], gradient_checkpointing)
     model.config.use_cache = False
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = Processor(tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length)
-    return Reference(model, processor, device, dtype)
+    return Reference(model, model.model.layers, processor, device, dtype)
 
 
 def _load_tower(tower: nn.Module) -> None:
@@ -145,13 +133,13 @@ def _load_tower(tower: nn.Module) -> None:
     tower.is_loaded = True
 
 
-def check_files(model_path: str, model_base: str, vision_tower: str | None = None) -> None:
+def check_files(files: ModelFiles) -> None:
     """What can be known about the model without loading it, in milliseconds.
 
     Raises:
         UserError: a file is missing, or adapter, base and options do not fit together.
     """
-    folder = Path(model_path)
+    folder, model_base = Path(files.model_path), files.model_base
     config = read_json(folder / "config.json")
     if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:
         raise UserError(
@@ -177,7 +165,7 @@ def check_files(model_path: str, model_base: str, vision_tower: str | None = Non
         raise UserError(f"{folder}/config.json: image start, end and patch tokens are not supported")
     if config.get("image_aspect_ratio") == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
         raise UserError(f"{folder}/config.json: images of several tiles (anyres) are not supported")
-    tower = vision_tower or config.get("mm_vision_tower")
+    tower = files.vision_tower or config.get("mm_vision_tower")
     if not tower or (not os.path.isdir(tower) and not tower.startswith(("openai/", "laion/"))):
         raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
 
@@ -192,21 +180,23 @@ def _load_projector(model: nn.Module, path: Path) -> None:
     copy_into(model, tensors, path)
 
 
-def identity(model_path: str, model_base: str, vision_tower: str | None = None) -> str:
-    """What tells one reference model from another: SHA-256 over adapter, projector, and what is known of the base.
+def identity(files: ModelFiles) -> str:
+    """What tells one reference model from another: adapter, projector, and what is known of base and vision tower."""
+    folder, base = Path(files.model_path), Path(files.model_base)
+    adapter = adapter_file(folder)
+    assert adapter is not None
+    tower = files.vision_tower or read_json(folder / "config.json")["mm_vision_tower"]
+    return fingerprint([adapter, folder / "non_lora_trainables.bin", base / "config.json"], [base, Path(tower)])
 
-    Hashing a base's 14 GB at each start would cost more than it tells: its config, and the names and sizes of its and
-    the vision tower's weight files, stand for it.
-    """
-    folder, base = Path(model_path), Path(model_base)
-    tower = vision_tower or read_json(folder / "config.json")["mm_vision_tower"]
-    digest = hashlib.sha256()
-    for file in (adapter_file(folder), folder / "non_lora_trainables.bin", base / "config.json"):
-        digest.update(sha256_of(file).encode())
-    for weights in (base, Path(tower)):
-        for file in sorted(file for pattern in _WEIGHT_FILES for file in weights.glob(pattern)):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    return digest.hexdigest()
+
+def record_problem(record: Any) -> str | None:
+    """What keeps LLaVA from training on a record; None when nothing does."""
+    return problem_of(record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that the numbers depend on."""
+    return library_versions("transformers", "peft", "accelerate")
 
 
 def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
@@ -240,7 +230,9 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
         # LLaVA calls a conversation without an answer a mismatch too.
         mismatch = "tokenization mismatch" in printed.getvalue() and record["conversations"][-1]["from"] == "gpt"
         raise LeftOut("template mismatch" if mismatch else "no supervised token")
-    return Encoded(input_ids, labels, pixels, len(spliced))
+    group = "text" if pixels is None else "image"
+    supervised = int((spliced[1:] != IGNORE).sum())
+    return Encoded(len(spliced), supervised, group, Inputs(input_ids, labels, pixels))
 
 
 def _spliced_labels(input_ids: np.ndarray, labels: np.ndarray, processor: Processor) -> np.ndarray:
@@ -251,25 +243,20 @@ def _spliced_labels(input_ids: np.ndarray, labels: np.ndarray, processor: Proces
     return np.repeat(labels, repeats)[: processor.max_length]
 
 
-def record_losses(reference: Reference, records: list[Encoded]) -> Tensor:
-    """Mean cross-entropy of each record over its supervised tokens, float32 `[B]`.
+def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+    """Losses of a batch whose records all have an image, or none has one.
 
-    The records all have an image, or none has one. They are padded on the right and attention is causal, so no
-    position of a record sees the padding and no mask is needed.
+    They are padded on the right and attention is causal, so no position of a record sees the padding and no mask is
+    needed.
     """
-    embeddings, labels = _embed(reference, records)
-    hidden = reference.model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE
-    logits = reference.model.lm_head(hidden[:, :-1][supervised]).float()
-    losses = nn.functional.cross_entropy(logits, targets[supervised], reduction="none")
-    counts = supervised.sum(dim=1)
-    owner = torch.repeat_interleave(counts)
-    return torch.zeros(len(records), device=losses.device).index_add(0, owner, losses) / counts
+    embeddings, labels = _embed(reference, [record.inputs for record in records])
+    model = reference.model
+    hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return losses_at_supervised(hidden, model.lm_head, labels, el2n)
 
 
 @torch.no_grad()
-def _embed(reference: Reference, records: list[Encoded]) -> tuple[Tensor, Tensor]:
+def _embed(reference: Reference, records: list[Inputs]) -> tuple[Tensor, Tensor]:
     """Input embeddings `[B, T, hidden]` with image features in place, and labels `[B, T]`."""
     device, model = reference.device, reference.model
     width = max(len(record.input_ids) for record in records)
@@ -284,34 +271,8 @@ def _embed(reference: Reference, records: list[Encoded]) -> tuple[Tensor, Tensor
     input_ids, labels, mask = input_ids.to(device), labels.to(device), mask.to(device)
     if records[0].pixels is None:
         return model.model.embed_tokens(input_ids), labels
-    pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(device, reference.dtype)
+    pixels = torch.from_numpy(np.stack([np.asarray(record.pixels) for record in records])).to(device, reference.dtype)
     _, _, _, _, embeddings, labels = model.prepare_inputs_labels_for_multimodal(
         input_ids, None, mask, None, labels, pixels
     )
     return embeddings, labels
-
-
-def counted_matrices(reference: Reference, grad_modules: str, last_layers: int | None = None) -> dict[str, nn.Linear]:
-    """The LoRA matrices whose gradients count, in the model's order, by canonical name.
-
-    Args:
-        grad_modules: comma-separated parts of a module's path in its layer (`self_attn`, `q_proj,v_proj`), or `all`.
-        last_layers: count the last N layers alone.
-
-    Raises:
-        UserError: nothing is counted, or there are fewer layers.
-    """
-    wanted = {part.strip() for part in grad_modules.split(",") if part.strip()}
-    layers = reference.model.model.layers
-    if last_layers is not None and not 1 <= last_layers <= len(layers):
-        raise UserError(f"--last_layers {last_layers} is not one of 1 .. {len(layers)}")
-    matrices: dict[str, nn.Linear] = {}
-    # Only what lies below the language model's layers: the vision tower has a self_attn and a q_proj too.
-    for number, layer in list(enumerate(layers))[-last_layers if last_layers else 0 :]:
-        for path, module in layer.named_modules():
-            if hasattr(module, "lora_A") and (wanted == {"all"} or wanted & set(path.split("."))):
-                matrices[f"layers.{number}.{path}.A"] = module.lora_A["default"]
-                matrices[f"layers.{number}.{path}.B"] = module.lora_B["default"]
-    if not matrices:
-        raise UserError(f"--grad_modules {grad_modules} names no LoRA matrix of this adapter (try self_attn)")
-    return matrices

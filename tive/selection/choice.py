@@ -93,7 +93,7 @@ def reasons_left_out(mixture: Mixture, chunks: list[Chunk], norms: np.ndarray) -
     Raises:
         UserError: a record has a problem or no task, and the gradient step did not leave it out.
     """
-    reasons = {entry["row"]: _text(entry["reason"]) for chunk in chunks for entry in chunk.manifest.get("left_out", [])}
+    reasons = {entry.row: _text(entry.reason) for chunk in chunks for entry in chunk.left_out}
     unexpected = mixture.problems.keys() - reasons.keys()
     if unexpected:
         raise UserError(mixture.problems[min(unexpected)])

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from tive.data.records import copy_records
-from tive.features.chunks import COMMON_KEYS, Chunk
+from tive.features.chunks import Chunk
+from tive.features.manifest import COMMON_KEYS
 from tive.method.value import rounded_down
 from tive.selection.choice import Mixture, Task
 from tive.util.errors import UserError
@@ -137,7 +138,7 @@ def _summary(
             "gradient_path": os.path.abspath(arguments.gradient_path),
             "image_folder": next((made["image_folder"] for made in passes if made.get("image_folder")), None),
             "chunks": [{"file": chunk.path.name, "start": chunk.start, "stop": chunk.stop} for chunk in chunks],
-            "match": {key: match[key] for key in COMMON_KEYS} if match else None,
+            "match": {key: getattr(match, key) for key in COMMON_KEYS} if match else None,
         },
         "tasks": [
             {
@@ -158,7 +159,7 @@ def _summary(
             {"row": row, "id": mixture.ids[row], "task": mixture.tasks[row], "reason": reason}
             for row, reason in sorted(reasons.items())
         ],
-        "gradient_pass": [{key: made[key] for key in made if key not in ("left_out", "match")} for made in passes],
+        "gradient_pass": passes,
     }
 
 

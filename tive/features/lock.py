@@ -1,0 +1,108 @@
+"""Who computes a chunk: one process at a time, and whether the folder's files are of its run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tive.features.manifest import Run
+from tive.features.progress import FINAL_FILES, progress_folder
+from tive.util.errors import UserError
+from tive.util.files import sha256_of
+
+
+class ChunkIsHeld(UserError):
+    """Another process is computing the chunk."""
+
+
+@contextlib.contextmanager
+def hold_chunk(folder: Path, chunk: int) -> Iterator[None]:
+    """Take a chunk for this process while the block runs, and sweep up after killed ones.
+
+    Raises:
+        ChunkIsHeld: another process holds it.
+        UserError: the folder cannot be made or written.
+    """
+    path = folder / f".lock_{chunk}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"cannot write to --output_file {folder}: {error.strerror}; name another folder") from error
+    with file:
+        try:
+            # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ChunkIsHeld(
+                    f"another process is computing chunk {chunk} in {folder}; wait for it or take another chunk"
+                ) from error
+            print(f"{folder} is on a file system without locks: see that no other process computes chunk {chunk}")
+        for name in FINAL_FILES:
+            for left_behind in folder.glob(f".{name.format(chunk)}.*.tmp"):
+                left_behind.unlink(missing_ok=True)
+        yield
+
+
+def is_complete(folder: Path, run: Run, projector: str) -> bool:
+    """Whether the chunk's final files are there, whole, and made by the same run.
+
+    Args:
+        run: what is known before the model is loaded.
+        projector: the kind that was asked for, or `auto`.
+
+    Raises:
+        UserError: they were made by a different run.
+    """
+    manifest_path, output = folder / f"manifest_{run.chunk_idx}.json", folder / f"output_{run.chunk_idx}.pt"
+    if not manifest_path.is_file():
+        return False
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        made_by, checksum = manifest["run"], manifest["sha256"]
+        kind = {} if projector == "auto" else {"projector": projector}
+        _refuse(made_by | {"projector": made_by["projector"].split("/")[0]}, run.known() | kind, manifest_path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        print(f"{manifest_path} is damaged: computed again")
+        return False
+    if not output.is_file() or sha256_of(output) != checksum:
+        print(f"{output} is missing or damaged: computed again")
+        return False
+    return True
+
+
+def refuse_other_runs(folder: Path, run: Run) -> None:
+    """Refuse to go on with a chunk that a different run began, and to put chunks of different runs in one folder.
+
+    Raises:
+        UserError: what differs.
+    """
+    own = progress_folder(folder, run.chunk_idx) / "run.json"
+    for path in sorted([*folder.glob("progress_*/run.json"), *folder.glob("manifest_*.json")]):
+        try:
+            other = json.loads(path.read_bytes())
+            other = other["run"] if path.name.startswith("manifest") else other
+            _refuse(other, run.known(common=path != own), path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # removed meanwhile, or damaged: the checksums of its windows tell what is still of use
+
+
+def _refuse(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    names = [name for name in new if old.get(name) != new[name]]
+    if names:
+        differences = ", ".join(f"{name} {_short(old.get(name))}, now {_short(new[name])}" for name in names)
+        raise UserError(
+            f"{where} is of a run that differs: {differences}; give the same arguments, another --output_file, or "
+            "--overwrite to start afresh"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
