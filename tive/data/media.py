@@ -1,0 +1,91 @@
+"""Which media a record has: the one place that knows the keys and the forms in which public data name them."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+IMAGE_TAG = "<image>"
+# The keys that are read; a list of one path under either is that path.
+IMAGE_KEYS = ("image", "images")
+# The same picture in another spelling. Beside a picture under `image` or `images` they are notes on it.
+OTHER_IMAGE_KEYS = (
+    *("image_path", "image_paths", "image_file", "image_files", "image_name", "image_list"),
+    *("image_url", "image_urls", "image_bytes", "image_base64", "image_base64_str"),
+    *("img", "imgs", "img_path", "img_paths", "img_url", "img_urls"),
+)
+_VIDEO_KEYS = ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_list")
+_AUDIO_KEYS = ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_url", "speech", "sound")
+OTHER_MEDIA_KEYS = _VIDEO_KEYS + _AUDIO_KEYS
+# No system opens a longer path; what is longer is a file's content.
+_LONGEST_PATH = 4096
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a record shows beside its text.
+
+    Attributes:
+        images: paths as the record writes them, in its order; none where there is a problem.
+        problem: a medium that is not read, with its key and the remedy, in the words that follow a record's name
+            (`has a video ...`); None where there is none. It holds nothing of the value: many records share it.
+    """
+
+    images: tuple[str, ...]
+    problem: str | None = None
+
+
+def media_of(record: dict[str, Any]) -> Media:
+    """The media of a record, whatever key they stand under. A null or empty value is no medium."""
+    for key in OTHER_MEDIA_KEYS:
+        if key in record and not _is_empty(record[key]):
+            return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
+    found = []
+    for key in IMAGE_KEYS:
+        if key in record and not _is_empty(record[key]):
+            entries = record[key] if isinstance(record[key], list) else [record[key]]
+            for entry in entries:
+                problem = _path_problem(entry)
+                if problem:
+                    return Media((), f"has an `{key}` that {problem}")
+            found.append(tuple(entries))
+    if len(set(found)) > 1:
+        return Media((), "names different images under `image` and `images`; keep one of the two keys")
+    if found:
+        return Media(found[0])
+    for key in OTHER_IMAGE_KEYS:
+        if key in record and not _is_empty(record[key]):
+            return Media((), f"has its image under `{key}`, which is not read; give its path under `image`")
+    return Media(())
+
+
+def _is_empty(value: Any) -> bool:
+    entries = value if isinstance(value, list) else [value]
+    return all(entry is None or entry is False or entry in ("", [], {}) for entry in entries)
+
+
+def _path_problem(entry: Any) -> str | None:
+    if isinstance(entry, dict):
+        return "is an object; write the image to a file and give its path"
+    if not isinstance(entry, str) or not entry:
+        return "is neither a path nor a list of paths; give the path of its file"
+    if entry.startswith("data:") or len(entry) > _LONGEST_PATH:
+        return "holds the image itself; write it to a file and give its path"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
+        return "is an address; download the image and give its path"
+    return None
+
+
+def plain_path(image: str) -> str:
+    """An image's path as it is opened below the image folder: `./coco//1.jpg` is `coco/1.jpg`."""
+    return os.path.normpath(image)
+
+
+def has_tag_alone(record: dict[str, Any]) -> bool:
+    """Whether a record without media has the image's tag in a turn, where it is read as plain text."""
+    media = media_of(record)
+    if media.images or media.problem:
+        return False
+    return any(IMAGE_TAG in turn["value"] for turn in record["conversations"])
