@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
-from tive.data.records import name_of, task_of
+from tive.data.media import IMAGE_KEYS
+from tive.data.records import image_of, name_of, task_of
 from tive.data.stream import is_json_lines, stream_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
-OWN_KEYS = ("id", "image", "conversations")
+OWN_KEYS = ("id", *IMAGE_KEYS, "conversations")
 SHOWN = 10
 
 
@@ -100,7 +101,7 @@ def labelled(arguments: argparse.Namespace, rules: Rules, tally: Tally) -> Itera
         if task is None:
             tally.unmatched += 1
             if len(tally.first_unmatched) < SHOWN:
-                image = record.get("image")
+                image = image_of(record)
                 tally.first_unmatched.append(f"{name}, " + (f"image {image}" if image else "no image"))
             task = arguments.default or "(no rule matches)"
         tally.tasks[task] += 1

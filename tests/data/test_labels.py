@@ -102,6 +102,8 @@ NEAR_MISSES = {
     "the folder's name as a prefix of another": (record("vgg/1.jpg", [REGION]), None),
     "a folder of no source": (record("llava/1.jpg", ["What is it?"]), None),
     "an image in a list": ({**record(COCO, ["What is it?"]), "image": [COCO]}, "LLaVA-Instruct"),
+    "an image under `images`": ({**record(None, ["What is it?"]), "images": [COCO]}, "LLaVA-Instruct"),
+    "a path with a dot in front": (record(f"./{COCO}", ["What is it?"]), "LLaVA-Instruct"),
     "an image that is null": ({**record(None, ["What is it?"]), "image": None}, "ShareGPT"),
 }
 
@@ -454,7 +456,7 @@ MISTAKES = {
     "a record without conversations": ('[{"id": "x"}]', [], "record 0 (id 'x')", "conversations"),
     "a turn without text": ('[{"conversations": [{"from": "human"}]}]', [], "record 0", "conversations"),
     "an image that is a number": ('[{"conversations": [], "image": 3}]', [], "record 0", "image"),
-    "an empty list of images": ('[{"conversations": [], "image": []}]', [], "record 0", "image"),
+    "a video": ('[{"conversations": [], "video": "a.mp4"}]', [], "record 0", "`video`"),
 }
 
 

@@ -175,6 +175,9 @@ NEAR_RECORDS = st.fixed_dictionaries(
     optional={
         "id": JSON_VALUES,
         "image": st.text(max_size=8) | JSON_VALUES,
+        "images": st.lists(st.text(max_size=8), max_size=2) | JSON_VALUES,
+        "video": JSON_VALUES,
+        "image_path": JSON_VALUES,
         "conversations": st.lists(TURNS, max_size=4) | JSON_VALUES,
         "dataset": st.text(max_size=8) | JSON_VALUES,
     },
@@ -277,6 +280,9 @@ PROBLEMS = {
     "two human turns": (record_with(("human", "x"), ("human", "y")), "two human turns in a row (turn 1)"),
     "two gpt turns": (record_with(("gpt", "x"), ("human", "y"), ("gpt", "z"), ("gpt", "z")), "turns in a row (turn 3)"),
     "two images": (record_with(*GOOD_TURNS, image=["a", "b"]), "has 2 images"),
+    "two images under the other key": (record_with(*GOOD_TURNS, images=["a", "b"]), "has 2 images"),
+    "an image under a key that is not read": (record_with(*GOOD_TURNS, image_path="a.jpg"), "under `image_path`"),
+    "a video": (record_with(*GOOD_TURNS, image="a.jpg", video="a.mp4"), "under `video`"),
     "an image that is a number": (record_with(*GOOD_TURNS, image=3), "neither a path"),
     "an image that is null": (record_with(*GOOD_TURNS, image=None), "neither a path"),
     "an empty image": (record_with(*GOOD_TURNS, image=""), "neither a path"),
@@ -298,17 +304,20 @@ def test_a_record_that_cannot_be_trained_on_says_why(record, said):
     [
         *RECORDS[:2],
         record_with(*GOOD_TURNS, image=["a.jpg"]),
+        record_with(*GOOD_TURNS, images=["a.jpg"]),
+        record_with(("human", "Where?"), ("gpt", "There."), images=[], video=None),
         record_with(("gpt", "Hello."), *GOOD_TURNS, image="a.jpg"),
         record_with(("human", "What does <image> mean in HTML?"), ("gpt", "A tag, <image>.")),
     ],
-    ids=["image", "text only", "image in a list", "starts with gpt", "tags without an image"],
+    ids=["image", "text only", "image in a list", "images", "empty media", "starts with gpt", "tags without an image"],
 )
 def test_a_record_that_can_be_trained_on_has_no_problem(record):
     assert problem_of(record) is None
 
 
 def test_an_image_is_its_path_in_either_form():
-    assert image_of({"image": "a.jpg"}) == image_of({"image": ["a.jpg"]}) == "a.jpg"
+    assert image_of({"image": "a.jpg"}) == image_of({"image": ["a.jpg"]}) == image_of({"images": ["a.jpg"]}) == "a.jpg"
+    assert image_of({"image": "./a.jpg"}) == "a.jpg"
     assert image_of({}) is None
 
 
@@ -334,6 +343,10 @@ def test_an_image_is_its_path_in_either_form():
         ({"dataset": True}, "dataset", None),
         ({"dataset": ["a", "b"]}, "dataset", None),
         ({"meta": "text"}, "meta.source", None),
+        ({"image": "./coco/train2017/1.jpg"}, "image:/", "coco"),
+        ({"image": ".//coco/1.jpg"}, "image:/", "coco"),
+        ({"images": ["./coco/1.jpg"]}, "image:/", "coco"),
+        ({"image": "coco/1.jpg"}, "images:/", "coco"),
         ({"image": "1.jpg"}, "image:/", None),
         ({"image": "/1.jpg"}, "image:/", None),
         ({}, "image:/", None),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tive.data.records import IMAGE_TAG
+from tive.data.media import IMAGE_TAG, media_of
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -99,13 +99,10 @@ def count_tags(record: dict[str, Any]) -> tuple[int, int]:
 
 
 def _images(record: dict[str, Any]) -> list[str]:
-    images = record.get("image", record.get("images"))
-    if images is None or images == "":
-        return []
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise ValueError("has an image that is not a path")
-    return images
+    media = media_of(record)
+    if media.problem:
+        raise ValueError(media.problem)
+    return list(media.images)
 
 
 def _image_value(images: list[str]) -> str | list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from tive.data.records import IMAGE_TAG, image_of, value_at
+from tive.data.media import IMAGE_TAG, media_of
+from tive.data.records import image_of, value_at
 from tive.util.errors import UserError
 
 # Whether a record, its image (or None) and its questions (the text of the human turns) meet a condition.
@@ -72,10 +73,7 @@ def shape_problem(record: Any) -> str | None:
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and _is_text(turn.get("value")) for turn in turns):
         return "has no `conversations` that are a list of turns with a text `value`"
-    image = record.get("image")
-    if not (image is None or _is_text(image) or (isinstance(image, list) and image and all(map(_is_text, image)))):
-        return "has an `image` that is neither a path nor a list of paths"
-    return None
+    return media_of(record).problem
 
 
 def _is_text(value: Any) -> bool:

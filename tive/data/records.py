@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tive.data.media import IMAGE_KEYS, IMAGE_TAG, media_of, plain_path
 from tive.data.stream import append_raw, stream_records
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 
-IMAGE_TAG = "<image>"
 ROLES = ("human", "gpt")
 
 
@@ -103,13 +103,14 @@ def problem_of(record: Any) -> str | None:
     for number, turn in enumerate(turns[first:]):
         if turn["from"] != ROLES[number % 2]:
             return f"has two {turn['from']} turns in a row (turn {number + first})"
-    images = record.get("image", [])
-    images = images if isinstance(images, list) else [images]
-    if len(images) > 1:
-        return f"has {len(images)} images; one is supported"
-    if "image" in record and (not images or not isinstance(images[0], str) or not images[0]):
+    media = media_of(record)
+    if media.problem:
+        return media.problem
+    if len(media.images) > 1:
+        return f"has {len(media.images)} images; one is supported"
+    if "image" in record and not media.images:  # LLaVA's trainer stops at the key without a path
         return "has an `image` that is neither a path nor a list of one path"
-    if images and tagged > 1:
+    if media.images and tagged > 1:
         return f"has {IMAGE_TAG} in {tagged} turns and one image"
     return None
 
@@ -136,9 +137,9 @@ def name_of(path: str | os.PathLike[str], row: int, record: Any) -> str:
 
 
 def image_of(record: dict[str, Any]) -> str | None:
-    """The path of the record's image below the image folder, or None. The record is one that has no problem."""
-    image = record.get("image")
-    return image[0] if isinstance(image, list) else image
+    """The path of the record's (first) image below the image folder, or None. The record is one without a problem."""
+    images = media_of(record).images
+    return plain_path(images[0]) if images else None
 
 
 def value_at(record: dict[str, Any], key: str) -> Any:
@@ -165,7 +166,9 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     if colon and not separator:
         raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
     value = value_at(record, key)
-    if isinstance(value, list) and len(value) == 1:
+    if key in IMAGE_KEYS:  # whichever of the two keys the record has, and however its path is spelled
+        value = image_of(record)
+    elif isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         return None

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tive.data.media import media_of
 from tive.data.records import name_of, open_records, problem_of
 from tive.data.stream import is_json_lines
 from tive.util.errors import UserError, run
@@ -38,8 +39,11 @@ def training_problem_of(record: Any) -> str | None:
     problem = problem_of(record)
     if problem:
         return f"{problem}; repair or remove it"
-    if isinstance(record.get("image"), list):
-        return "has its image in a list, which LLaVA's trainer does not take; convert it with scripts/convert_data.py"
+    if media_of(record).images and not isinstance(record.get("image"), str):
+        return (
+            "has its image in a list or under `images`, which LLaVA's trainer does not take; convert it with "
+            "scripts/convert_data.py --to llava"
+        )
     if not any(turn["value"].split() for turn in record["conversations"]):
         return "has no text in any turn, and LLaVA's sampler stops at it; remove it"
     return None
