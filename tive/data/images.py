@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG", ".GIF", ".WEBP", ".BMP")
-# Formats whose readers run no other program, as the one of PostScript does.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-# Pillow warns above 89 million pixels and refuses above 179 million; LLaVA's trainer takes what is only warned of.
+_LOWER = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+EXTENSIONS = (*_LOWER, *(extension.upper() for extension in _LOWER))
+# Of the formats that the trainer's Pillow reads, those whose readers run no other program (as that of PostScript
+# does) and need no other handler.
+_FORMATS = (
+    *("AVIF", "BMP", "CUR", "DCX", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PNG"),
+    *("PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
+# The most pixels that Pillow reads in a file, and LLaVA's trainer with it. An image that is padded to a square is held
+# to it as a square, on every machine: 6 x 30,000 pixels of a few KB would take 12 GiB in the trainer.
+MOST_PIXELS = 178_956_970
+# Pixels of the padded square that are in memory at one time.
+_STRIP_PIXELS = 1 << 22
+# Asking for one file after the other would wait for a network's answer each time.
+_THREADS = 16
+# Pillow warns above half of MOST_PIXELS; LLaVA's trainer takes what is only warned of.
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Palette images with Transparency")
 
@@ -38,7 +56,8 @@ def path_of(folder: str, image: str) -> str:
 
 
 def find_image(folder: str, image: str) -> str:
-    """Path of a record's image file; one with another extension stands in for one that is not there (LLaVA issue 593).
+    """Path of a record's image file. Where it is not there, a file stands in for it whose name differs in its extension
+    (LLaVA issue 593), or, if there is one such file, in capitals or in the Unicode form of its letters.
 
     Raises:
         BadImage: as `path_of`, or there is no such file, or it is empty.
@@ -47,10 +66,10 @@ def find_image(folder: str, image: str) -> str:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        others = other_names(path) & names_in(os.path.dirname(path))
-        if not others:
+        stand_in = _stand_in(folder, path)
+        if stand_in is None:
             raise BadImage("missing image") from None
-        path = os.path.join(os.path.dirname(path), min(others))
+        path = stand_in
         found = os.stat(path)
     except OSError as error:
         raise BadImage(f"unreadable image: {error.strerror}") from error
@@ -63,10 +82,31 @@ def find_image(folder: str, image: str) -> str:
     return path
 
 
-def other_names(path: str) -> frozenset[str]:
-    """File names that an image may have when its extension is not the one in the data."""
-    stem = os.path.splitext(os.path.basename(path))[0]
-    return frozenset(stem + extension for extension in EXTENSIONS)
+def _stand_in(folder: str, path: str) -> str | None:
+    place = folder
+    *folders, name = os.path.relpath(path, folder).split(os.sep)
+    for part in folders:
+        below = os.path.join(place, part)
+        if not os.path.isdir(below):
+            alike = _names_alike(place).get(_alike(part), ())
+            if len(alike) != 1:
+                return None
+            below = os.path.join(place, alike[0])
+        place = below
+    stem = os.path.splitext(name)[0]
+    names = sorted({stem + extension for extension in EXTENSIONS} & names_in(place))
+    if not names:
+        alike_by_name = _names_alike(place)
+        names = list(alike_by_name.get(_alike(name), ()))
+        if not names:
+            names = [one for extension in _LOWER for one in alike_by_name.get(_alike(stem + extension), ())]
+        if len(names) > 1:  # two images whose names differ in capitals alone: either may be meant
+            return None
+    return os.path.join(place, names[0]) if names and names[0] in names_in(place) else None
+
+
+def _alike(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 @lru_cache(maxsize=64)
@@ -79,23 +119,118 @@ def names_in(folder: str) -> frozenset[str]:
         return frozenset()
 
 
-def open_image(path: str) -> Image.Image:
+@lru_cache(maxsize=64)
+def _names_alike(folder: str) -> dict[str, tuple[str, ...]]:
+    """The files and folders in a folder, by what is left of a name without capitals and Unicode form."""
+    alike: dict[str, tuple[str, ...]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                key = _alike(entry.name)
+                alike[key] = (*alike.get(key, ()), entry.name)
+    except OSError:
+        return {}
+    return alike
+
+
+@dataclass(frozen=True)
+class LookedFor:
+    """What became of the images that were looked for.
+
+    Attributes:
+        bad: image -> why it cannot be used.
+        renamed: image -> the file that stands in for it, as `find_image` says; LLaVA's trainer would not find it.
+    """
+
+    bad: dict[str, str]
+    renamed: dict[str, str]
+
+
+def look_for(folder: str, images: Iterable[str], read: Callable[[str], object] | None = None) -> LookedFor:
+    """See for each image whether it can be used.
+
+    Args:
+        images: paths below the folder, as the records write them.
+        read: also called with the path of each file, to read it whole (`open_image`).
+    """
+
+    def look(image: str) -> tuple[str | None, str | None]:
+        try:
+            path = find_image(folder, image)
+            if read is not None:
+                read(path)
+        except BadImage as reason:
+            return str(reason), None
+        return None, path if path != path_of(folder, image) else None
+
+    # In the order of their folders, whose listings are kept; many at a time, since a thread costs more than a look.
+    names = sorted(set(images))
+    size = 1000 if read is None else 8
+    blocks = [names[start : start + size] for start in range(0, len(names), size)]
+    title = "Looking for images" if read is None else "Opening images"
+    looked = LookedFor({}, {})
+    with ThreadPoolExecutor(_THREADS) as threads, tqdm(total=len(names), desc=title, unit=" images", delay=2) as bar:
+        found = threads.map(lambda block: [look(image) for image in block], blocks)
+        for block, states in zip(blocks, found, strict=True):
+            for image, (reason, stand_in) in zip(block, states, strict=True):
+                if reason is not None:
+                    looked.bad[image] = reason
+                elif stand_in is not None:
+                    looked.renamed[image] = stand_in
+            bar.update(len(block))
+    return looked
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """The formats that are read, in the order in which Pillow tries them."""
+    Image.init()
+    return [name for name in Image.ID if name in _FORMATS]
+
+
+def open_image(path: str, padded: bool = False) -> Image.Image:
     """Read an image whole, as RGB; the first frame of an animation.
+
+    Args:
+        padded: the image is to be padded to a square, and that is held to `MOST_PIXELS`.
 
     Raises:
         BadImage: it is truncated, no image, unreasonably large, or of one pixel.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             if image.size == (1, 1):
                 raise BadImage("unreadable image: one pixel, which LLaVA's trainer cannot take either")
+            if padded and max(image.size) ** 2 > MOST_PIXELS:
+                raise BadImage(f"unreadable image: above {MOST_PIXELS} pixels when it is padded to a square")
             return image.convert("RGB")
-    except BadImage:
+    except (BadImage, MemoryError):  # whether memory is short is not the image's fault
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"unreadable image: above {2 * Image.MAX_IMAGE_PIXELS} pixels") from error
+        raise BadImage(f"unreadable image: above {MOST_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
         raise BadImage("unreadable image: no image format that is known") from error
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = str(error).replace(str(path), "the file").splitlines()
         raise BadImage(f"unreadable image: {reason[0] if reason else type(error).__name__}") from error
+
+
+def resize_padded(
+    image: Image.Image, background: tuple[int, int, int], edge: int, resample: Image.Resampling
+) -> Image.Image:
+    """An RGB image in the middle of a square of `background`, resized to `edge` x `edge`.
+
+    Pixel for pixel what resizing the square gives, without the square: Pillow resizes every row by itself and then
+    every column, so a strip of rows is padded and made narrow at a time.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (edge, side), background)
+    rows = max(1, _STRIP_PIXELS // side)
+    for start in range(0, height, rows):
+        part = image.crop((0, start, width, min(start + rows, height)))
+        strip = Image.new("RGB", (side, part.height), background)
+        strip.paste(part, (left, 0))
+        narrow.paste(strip.resize((edge, part.height), resample), (0, top + start))
+    return narrow.resize((edge, edge), resample)
