@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-from tive.util.errors import run
+from tive.util.errors import run as run_script
 
 EXAMPLES = """
 one GPU:
   python compute_gradient_features.py --input_file data.json --image_folder images \\
       --model_path checkpoints/reference-lora --model_base vicuna-7b-v1.5 --output_file features
-all GPUs of this machine, one chunk each:
+all GPUs of this machine, one process each, which takes one open chunk after the other:
   bash scripts/compute_gradients.sh --input_file data.json ...
 or with torchrun, which tells each process its chunk; or a SLURM array:
   torchrun --nproc_per_node 8 compute_gradient_features.py --input_file data.json ...
@@ -23,6 +21,11 @@ or with torchrun, which tells each process its chunk; or a SLURM array:
 
 A run that stops, however it stops, is continued by the same command.
 """
+
+
+def chunk_index(text: str) -> int | str:
+    """`any`, or the number of a chunk."""
+    return text if text == "any" else int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +39,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--output_file", required=True, metavar="DIR", help="folder for the features, one set of files a chunk")
     add("--image_folder", default="", help="folder that the records' image paths start from")
     add("--num_chunks", type=int, help="cut the records into N chunks (default 1, or the number of processes)")
-    add("--chunk_idx", type=int, help="compute chunk K of 0 .. N-1 (default: from torchrun or SLURM, else 0)")
+    add(
+        "--chunk_idx",
+        type=chunk_index,
+        metavar="K|any",
+        help="compute chunk K of 0 .. N-1, or any open one after the other (default: from torchrun or SLURM, else 0)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:K")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: by the device")
     add("--batch_size", type=int, default=16, help="most records in a batch (16)")
@@ -63,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not a positive number")
+    if arguments.overwrite and arguments.chunk_idx == "any":
+        parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
     return arguments
 
 
@@ -72,15 +82,13 @@ def main() -> None:
     # on two cores without a GPU 43 records/s, against 28 with a passive wait and 15 to 40 with OpenMP's own.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.features.lock import hold_chunk, is_complete, refuse_other_runs
+    from tive.data.records import chunk_range
+    from tive.features.lock import compute_open_chunks
     from tive.features.manifest import Run
-    from tive.features.progress import Progress, remove_progress
-    from tive.gradient_pass import preflight
-    from tive.gradient_pass.batches import BatchLimits, GradientStep
-    from tive.gradient_pass.dry_run import dry_run
+    from tive.gradient_pass.batches import GradientStep
+    from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
-    from tive.gradient_pass.loading import EncodedRecords
-    from tive.gradient_pass.run import finish_chunk, run_pass
+    from tive.gradient_pass.preflight import read_data
     from tive.method.projection import make_projector
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder, target_modules
@@ -89,54 +97,29 @@ def main() -> None:
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
     dtype = dtype_of(arguments.dtype, device)
-    folder = Path(arguments.output_file)
-    chunk = f"chunk {place.chunk_idx} of {place.num_chunks} ({place.source})"
-    stop_on_bad_record = arguments.on_bad_record == "stop"
-
     family = family_of(arguments.model_path)
     files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
     family.check_files(files)
-    checked = preflight.check_data(
-        arguments.input_file,
-        place.num_chunks,
-        place.chunk_idx,
-        arguments.image_folder,
-        arguments.check_images == "full",
+    data = read_data(arguments.input_file, family.record_problem)
+    model = family.identity(files)
+    options = PassOptions(
+        folder=Path(arguments.output_file),
+        image_folder=arguments.image_folder,
+        open_images=arguments.check_images == "full",
+        stop_on_bad_record=arguments.on_bad_record == "stop",
+        overwrite=arguments.overwrite,
+        projector=arguments.projector,
+        num_workers=arguments.num_workers,
+        inputs={
+            "data_path": os.path.abspath(arguments.input_file),
+            "model_path": arguments.model_path,
+            "model_base": arguments.model_base,
+            "image_folder": os.path.abspath(arguments.image_folder),
+        },
     )
-    print(f"{chunk}: {len(checked.rows)} of {len(checked.records)} records, from record {checked.rows.start} on")
-    this_run = Run(
-        data_sha256=checked.records.sha256,
-        data_records=len(checked.records),
-        num_chunks=place.num_chunks,
-        chunk_idx=place.chunk_idx,
-        start=checked.rows.start,
-        stop=checked.rows.stop,
-        model=family.identity(files),
-        gradient="sgd",
-        optimizer_state=None,
-        checkpoint=None,
-        grad_modules=arguments.grad_modules,
-        last_layers=arguments.last_layers,
-        proj_seed=arguments.seed,
-        proj_dim=arguments.proj_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        batch_size=arguments.batch_size,
-        max_batch_tokens=arguments.max_batch_tokens,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        window=arguments.window,
-        el2n=arguments.el2n,
-    )
-    with contextlib.nullcontext() if arguments.dry_run else hold_chunk(folder, place.chunk_idx):
-        if not (arguments.dry_run or arguments.overwrite):
-            if is_complete(folder, this_run, arguments.projector):
-                remove_progress(folder, place.chunk_idx)
-                print(f"{chunk} is complete in {folder}")
-                return
-            refuse_other_runs(folder, this_run)
-        if not arguments.dry_run:
-            preflight.check_disk(folder, place.chunk_idx, 2 * len(checked.rows) * arguments.proj_dim)
-        preflight.report_bad_records(checked, folder, place.chunk_idx, stop_on_bad_record)
 
+    @functools.cache  # once for all chunks
+    def load() -> GradientStep:
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
@@ -144,32 +127,44 @@ def main() -> None:
         memory = int(arguments.projection_memory * 2**30)
         projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, parameters, memory)
         print(f"projector {projector.kind}: {projector.about}")
-        step = GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
-        limits = BatchLimits(arguments.batch_size, arguments.max_batch_tokens)
-        dataset = EncodedRecords(family, reference.processor, checked.records, arguments.image_folder)
-        if arguments.dry_run:
-            dry_run(arguments.dry_run, checked, dataset, step, limits, folder)
-            return
+        return GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
 
-        this_run = replace(this_run, counted_parameters=parameters, projector=projector.kind)
-        if not arguments.overwrite:
-            refuse_other_runs(folder, this_run)
-        progress = Progress(folder, this_run, arguments.overwrite)
-        workers = arguments.num_workers
-        if workers is None:
-            workers = 4 if device.type == "cuda" else 1
-        outcome = run_pass(checked, dataset, workers, step, limits, progress, stop_on_bad_record)
-        if outcome.stopped_by is not None:
-            print(f"{chunk} stopped; what is done is on disk, and the same command (without --overwrite) continues")
-            sys.exit(128 + outcome.stopped_by)
-        named = {
-            "data_path": os.path.abspath(arguments.input_file),
-            "model_path": arguments.model_path,
-            "model_base": arguments.model_base,
-            "image_folder": os.path.abspath(arguments.image_folder),
-        }
-        finish_chunk(folder, this_run, outcome, progress, step, named)
+    def compute(chunk_idx: int) -> None:
+        rows = chunk_range(len(data.records), place.num_chunks, chunk_idx)
+        name = f"chunk {chunk_idx} of {place.num_chunks} ({place.source})"
+        print(f"{name}: {len(rows)} of {len(data.records)} records, from record {rows.start} on")
+        run = Run(
+            data_sha256=data.records.sha256,
+            data_records=len(data.records),
+            num_chunks=place.num_chunks,
+            chunk_idx=chunk_idx,
+            start=rows.start,
+            stop=rows.stop,
+            model=model,
+            gradient="sgd",
+            optimizer_state=None,
+            checkpoint=None,
+            grad_modules=arguments.grad_modules,
+            last_layers=arguments.last_layers,
+            proj_seed=arguments.seed,
+            proj_dim=arguments.proj_dim,
+            dtype=str(dtype).removeprefix("torch."),
+            batch_size=arguments.batch_size,
+            max_batch_tokens=arguments.max_batch_tokens,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            window=arguments.window,
+            el2n=arguments.el2n,
+        )
+        if arguments.dry_run:
+            estimate_chunk(arguments.dry_run, data, run, options, load)
+        else:
+            compute_chunk(name, data, run, options, load)
+
+    if place.chunk_idx is not None or arguments.dry_run:
+        compute(place.chunk_idx or 0)
+    else:
+        compute_open_chunks(place.num_chunks, compute)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

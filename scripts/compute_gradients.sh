@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Step 3 over all GPUs of this machine: one process a GPU, one chunk a process; a free GPU takes the next chunk.
+# Step 3 over all GPUs of this machine: one process a GPU, each computes one open chunk after the other.
 #
 #   bash scripts/compute_gradients.sh --input_file data.json --image_folder images \
 #       --model_path checkpoints/reference-lora --model_base vicuna-7b-v1.5 --output_file features
@@ -7,11 +7,12 @@
 # All arguments go to compute_gradient_features.py. Variables:
 #   GPUS="0 1 2"     ids of the GPUs (default: all that torch sees; without one, "cpu"). "cpu cpu" runs two processes.
 #   NUM_CHUNKS=16    number of chunks (default: one a GPU). More, and smaller, leave no GPU idle at the end.
-#   STATUS_SECONDS   how often the running chunks are shown (default: 30)
+#   STATUS_SECONDS   how often the last line of each process is shown (default: 30)
 #
-# Each chunk's output goes to DIR/log_K.txt. A chunk that fails holds no other back, but its GPU takes no more. The same
-# call continues: what is done is verified and not computed again. Ctrl-C or SIGTERM lets each chunk finish its window;
-# a second Ctrl-C does not wait. Exit code: 0 all done, 1 a chunk failed, 130 or 143 stopped.
+# Each process's output goes to DIR/log_HOST_N.txt. The same call on other machines of one file system, with the same
+# NUM_CHUNKS, helps along: a chunk is computed by one process, and one of a lost process is taken over. The same call
+# continues after any stop. Ctrl-C or SIGTERM lets each process finish its window; a second Ctrl-C does not wait.
+# Exit code: 0 all chunks are complete, 1 some are not, 130 or 143 stopped.
 set -uo pipefail
 # shellcheck source=scripts/shell/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/python.sh"
@@ -20,14 +21,12 @@ if [[ $# == 0 || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     help_of "$0"
     exit
 fi
-arguments=("$@")
 folder='' previous=''
 for argument in "$@"; do
     [[ $previous != --output_file ]] || folder=$argument
     case $argument in
         --output_file=*) folder=${argument#*=} ;;
         --num_chunks* | --chunk_idx*) fail "$argument: set the number of chunks with NUM_CHUNKS" ;;
-        --overwrite) echo "note: with --overwrite each call starts afresh; leave it out to continue" ;;
         *) ;;
     esac
     previous=$argument
@@ -39,98 +38,77 @@ GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
 if [[ -z $GPUS ]]; then
     GPUS=$("$PYTHON" -c 'import torch; print(*range(torch.cuda.device_count()))') || fail "$PYTHON cannot import torch"
 fi
-GPUS=${GPUS//,/ }
-read -ra free <<<"${GPUS:-cpu}"
-NUM_CHUNKS=${NUM_CHUNKS:-${#free[@]}}
+read -ra gpus <<<"${GPUS//,/ }"
+((${#gpus[@]} > 0)) || gpus=(cpu)
+NUM_CHUNKS=${NUM_CHUNKS:-${#gpus[@]}}
 [[ $NUM_CHUNKS =~ ^[1-9][0-9]*$ ]] || fail "NUM_CHUNKS=$NUM_CHUNKS is not a positive number"
 export PYTHONUNBUFFERED=1
-processors=$(nproc)
-threads=$((processors / ${#free[@]}))
-
-declare -A gpu_of chunk_of # by process id
-next=0 stopped=0
-failed=()
+threads=$(($(nproc) / ${#gpus[@]}))
 
 say() {
     echo "$(date +%H:%M:%S) $*"
 }
 
-start_chunk() { # GPU CHUNK
-    local device=() log=$folder/log_$2.txt
-    say "chunk $2 of $NUM_CHUNKS: started on $1, log in $log"
-    echo "== $(date '+%F %T') chunk $2 on $1" >>"$log"
+# The last thing that a log says; a progress bar rewrites its line.
+last_words() {
+    tail -c 2000 "$1" | tr '\r' '\n' | grep -v '^ *$' | tail -n 1
+}
+
+processes=() logs=()
+for number in "${!gpus[@]}"; do
+    gpu=${gpus[number]}
+    log=$folder/log_$(hostname)_$number.txt
+    say "process $number: started on $gpu, log in $log"
+    echo "== $(date '+%F %T') on $gpu" >>"$log"
     (
-        if [[ $1 == cpu ]]; then
-            device=(--device cpu)
+        if [[ $gpu == cpu ]]; then
+            set -- "$@" --device cpu
             export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
         else
-            export CUDA_VISIBLE_DEVICES=$1
+            export CUDA_VISIBLE_DEVICES=$gpu
         fi
-        exec "$PYTHON" "$ROOT/compute_gradient_features.py" "${arguments[@]}" "${device[@]}" \
-            --num_chunks "$NUM_CHUNKS" --chunk_idx "$2"
+        exec "$PYTHON" "$ROOT/compute_gradient_features.py" "$@" --num_chunks "$NUM_CHUNKS" --chunk_idx any
     ) >>"$log" 2>&1 &
-    gpu_of[$!]=$1 chunk_of[$!]=$2
-}
+    processes+=($!) logs+=("$log")
+done
 
-# The last thing that a chunk's log says; a progress bar rewrites its line.
-last_words() {
-    tail -c 2000 "$folder/log_$1.txt" | tr '\r' '\n' | grep -v '^ *$' | tail -n 1
-}
-
-# Looks at a process that has ended; its GPU is free again if all went well.
-end_chunk() { # PROCESS
-    local chunk=${chunk_of[$1]} gpu=${gpu_of[$1]} code
-    wait "$1"
-    code=$?
-    unset "chunk_of[$1]" "gpu_of[$1]"
-    if ((code == 0)); then
-        say "chunk $chunk: $(last_words "$chunk")"
-        free+=("$gpu")
-    elif ((stopped)); then
-        say "chunk $chunk: stopped"
-    else
-        say "chunk $chunk FAILED (exit code $code) on $gpu, which takes no more chunks: $(last_words "$chunk")"
-        failed+=("$chunk")
-    fi
-}
-
+stopped=0
 stop() { # SIGNAL-NUMBER
     stopped=$1
-    say "stopping: each chunk finishes the records at hand"
-    kill -TERM "${!chunk_of[@]}" 2>/dev/null
+    say "stopping: each process finishes the records at hand"
+    kill -TERM "${processes[@]}" 2>/dev/null
 }
 trap 'stop 2' INT
 trap 'stop 15' TERM
 
 shown=$SECONDS
-while true; do
-    while ((!stopped && next < NUM_CHUNKS && ${#free[@]} > 0)); do
-        start_chunk "${free[0]}" "$next"
-        free=("${free[@]:1}")
-        next=$((next + 1))
-    done
-    ((${#chunk_of[@]} > 0)) || break
+while [[ -n $(jobs -rp) ]]; do
     sleep 1 &
     wait $! # unlike sleep itself, it lets a signal through at once
-    running=" $(jobs -rp | tr '\n' ' ') "
-    for process in "${!chunk_of[@]}"; do
-        [[ $running == *" $process "* ]] || end_chunk "$process"
-    done
     if ((SECONDS - shown >= ${STATUS_SECONDS:-30})); then
         shown=$SECONDS
-        for process in "${!chunk_of[@]}"; do
-            say "chunk ${chunk_of[$process]} on ${gpu_of[$process]}: $(last_words "${chunk_of[$process]}")"
+        for number in "${!gpus[@]}"; do
+            say "process $number on ${gpus[number]}: $(last_words "${logs[number]}")"
         done
     fi
 done
 
+for number in "${!processes[@]}"; do
+    wait "${processes[number]}"
+    code=$?
+    ((code == 0 || stopped)) ||
+        echo "error: process $number on ${gpus[number]} ended with $code: $(last_words "${logs[number]}") (whole log: ${logs[number]})" >&2
+done
 if ((stopped)); then
     say "stopped; the same call continues"
     exit $((128 + stopped))
 fi
-for chunk in "${failed[@]}"; do
-    echo "error: chunk $chunk failed: $(last_words "$chunk") (whole log: $folder/log_$chunk.txt)" >&2
+missing=()
+for ((chunk = 0; chunk < NUM_CHUNKS; chunk++)); do
+    [[ -f $folder/manifest_$chunk.json ]] || missing+=("$chunk")
 done
-((next == NUM_CHUNKS)) || echo "error: chunks $next to $((NUM_CHUNKS - 1)) were not started: no GPU is left" >&2
-((${#failed[@]} == 0)) || exit 1
+if ((${#missing[@]} > 0)); then
+    echo "error: not complete: chunk ${missing[*]} of $NUM_CHUNKS; the same call continues" >&2
+    exit 1
+fi
 say "all $NUM_CHUNKS chunks are complete in $folder"

@@ -17,7 +17,6 @@ from tive.gradient_pass.launch import Place, place_of
 from tive.util.errors import UserError
 
 SHELL = ROOT / "scripts" / "compute_gradients.sh"
-SBATCH = ROOT / "scripts" / "compute_gradients.sbatch"
 
 
 def torchrun(rank: int, world: int, local: int) -> dict[str, str]:
@@ -41,6 +40,8 @@ def srun(rank: int, world: int, local: int) -> dict[str, str]:
         ((None, None), {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Place(1, 0, 0, "arguments")),
         ((64, None), {"SLURM_ARRAY_TASK_ID": "17"}, Place(64, 17, 0, "SLURM array task 17")),
         ((64, 2), {"SLURM_ARRAY_TASK_ID": "17"}, Place(64, 2, 0, "arguments")),
+        ((64, "any"), {"SLURM_ARRAY_TASK_ID": "17"}, Place(64, None, 0, "the next that is open")),
+        ((None, "any"), torchrun(11, 16, 3), Place(16, None, 3, "the next that is open")),
         (
             (64, None),
             {"SLURM_ARRAY_TASK_ID": "7", **srun(3, 8, 3)},
@@ -90,137 +91,84 @@ def test_a_slurm_array_computes_what_the_chunks_arguments_do(tmp_path, monkeypat
     assert torch.equal(saved[0]["features"], saved[1]["features"])
 
 
-# What the launchers start instead of Python, so that their own part is tested without a model: it notes its
-# arguments, and its chunk's plan says what it does.
+# What the loop over GPUs starts instead of Python, so that its own part is tested without a model: it notes its
+# arguments, and the plan of its GPU says what it does.
 STUB = """#!/usr/bin/env bash
-chunk=${SLURM_ARRAY_TASK_ID:-}
-while (($#)); do [[ $1 != --chunk_idx ]] || chunk=$2; [[ $1 != --num_chunks ]] || count=$2; all+="$1 "; shift; done
-echo "$chunk/$count on ${CUDA_VISIBLE_DEVICES:-none}: $all" >>"$NOTES"
-trap 'echo "chunk $chunk stopped"; exit 143' TERM
-echo "working on $chunk"
-[[ ! -f $PLANS/$chunk ]] || source "$PLANS/$chunk"
-echo "chunk $chunk done"
+echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"
+trap 'echo "stopped"; exit 143' TERM
+echo "working on $CUDA_VISIBLE_DEVICES"
+source "$PLANS/$CUDA_VISIBLE_DEVICES"
 """
 
 
 @pytest.fixture
-def stub(tmp_path):
-    """Starts a launcher on the stub; returns the process, its notes and the folder of its logs."""
+def loop(tmp_path):
+    """Starts the loop over GPUs 4 and 6 on the stub; returns the process."""
     program = tmp_path / "python"
     program.write_text(STUB)
     program.chmod(0o755)
-    notes = tmp_path / "notes"
-    notes.touch()
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "notes").touch()
 
-    def start(script: Path, plans: dict[int, str] | None = None, arguments: tuple[str, ...] = (), **environment: str):
-        folder = tmp_path / "plans"
-        folder.mkdir(exist_ok=True)
-        for chunk, plan in (plans or {}).items():
-            (folder / str(chunk)).write_text(plan)
+    def start(plans: dict[int, str], *arguments: str, **environment: str):
+        for gpu in (4, 6):
+            (tmp_path / "plans" / str(gpu)).write_text(plans.get(gpu, ""))
+        settings = {"PYTHON": program, "NOTES": tmp_path / "notes", "PLANS": tmp_path / "plans", "GPUS": "4,6"}
         return subprocess.Popen(
-            ["bash", str(script), "--output_file", str(tmp_path / "out"), "--seed", "1 2", *arguments],
-            env={**os.environ, "PYTHON": str(program), "NOTES": str(notes), "PLANS": str(folder), **environment},
+            ["bash", str(SHELL), "--output_file", str(tmp_path / "out"), "--seed", "1 2", *arguments],
+            env={**os.environ, **{name: str(value) for name, value in settings.items()}, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    start.notes, start.out = notes, tmp_path / "out"
     return start
 
 
-def test_a_free_gpu_takes_the_next_chunk_and_each_chunk_has_its_log(stub):
-    process = stub(SHELL, {0: "sleep 3.5"}, GPUS="4 6", NUM_CHUNKS="4", STATUS_SECONDS="1")
+def complete(folder: Path, *chunks: int) -> str:
+    return f"touch {' '.join(f'{folder}/out/manifest_{chunk}.json' for chunk in chunks)}"
+
+
+def test_each_gpu_gets_a_process_that_takes_open_chunks_and_has_its_log(loop, tmp_path):
+    process = loop(
+        {4: "sleep 2; " + complete(tmp_path, 0), 6: complete(tmp_path, 1, 2)}, NUM_CHUNKS="3", STATUS_SECONDS="1"
+    )
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    started = dict(line.split(": ")[0].split(" on ") for line in stub.notes.read_text().splitlines())
-    assert started == {"0/4": "4", "1/4": "6", "2/4": "6", "3/4": "6"}
-    assert all("--seed 1 2 --num_chunks 4" in line for line in stub.notes.read_text().splitlines())
-    for chunk in range(4):
-        assert (stub.out / f"log_{chunk}.txt").read_text().endswith(f"working on {chunk}\nchunk {chunk} done\n")
-    assert "chunk 0 on 4: working on 0" in out  # shown while it runs
-    assert "all 4 chunks are complete" in out
+    assert process.returncode == 0 and "all 3 chunks are complete" in out, out
+    assert "process 0 on 4: working on 4" in out  # shown while it runs
+    started = (tmp_path / "notes").read_text().splitlines()
+    assert sorted(line[:2] for line in started) == ["4:", "6:"]
+    assert all(line.endswith("--seed 1 2 --num_chunks 3 --chunk_idx any") for line in started)
+    logs = sorted((tmp_path / "out").glob("log_*.txt"))
+    assert [log.read_text().splitlines()[1] for log in logs] == ["working on 4", "working on 6"]
 
 
-def test_a_failed_chunk_is_named_with_its_log_holds_no_other_back_and_runs_again_at_the_next_call(stub):
-    failing = {1: "echo 'error: image 5 is missing'; exit 2"}
-    process = stub(SHELL, failing, GPUS="0 1", NUM_CHUNKS="4")
+def test_a_process_that_fails_is_named_with_its_log_and_the_chunks_that_it_leaves(loop, tmp_path):
+    process = loop({4: "echo 'error: image 5 is missing'; exit 2", 6: complete(tmp_path, 1)})
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"error: chunk 1 failed: error: image 5 is missing (whole log: {stub.out}/log_1.txt)" in out
-    chunks = [line.split(":")[0] for line in stub.notes.read_text().splitlines()]
-    # The GPU may be what is broken: it takes no more.
-    assert sorted(chunks) == ["0/4 on 0", "1/4 on 1", "2/4 on 0", "3/4 on 0"]
-    process = stub(SHELL, {1: ""}, GPUS="0 1", NUM_CHUNKS="4")
-    assert "all 4 chunks are complete" in process.communicate(timeout=60)[0] and process.returncode == 0
-
-
-def test_without_a_gpu_left_the_chunks_that_did_not_start_are_named(stub):
-    process = stub(SHELL, {0: "exit 1"}, GPUS="0", NUM_CHUNKS="3")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "chunks 1 to 2 were not started: no GPU is left" in out
+    assert "error: process 0 on 4 ended with 2: error: image 5 is missing (whole log: " in out
+    assert "error: not complete: chunk 0 of 2; the same call continues" in out
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_every_process_of_the_loop_and_starts_no_more(stub, number, code):
-    process = stub(SHELL, dict.fromkeys(range(3), "for i in {1..300}; do sleep 0.1; done"), GPUS="0 1", NUM_CHUNKS="3")
-    while stub.notes.read_text().count("\n") < 2:
+def test_a_signal_stops_every_process_of_the_loop(loop, tmp_path, number, code):
+    process = loop(dict.fromkeys((4, 6), "for i in {1..300}; do sleep 0.1; done"))
+    while (tmp_path / "notes").read_text().count("\n") < 2:
         time.sleep(0.02)
+    time.sleep(0.2)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "chunk 0: stopped" in out and "chunk 1: stopped" in out and "the same call continues" in out
-    assert stub.notes.read_text().count("\n") == 2
-    for chunk in range(2):
-        assert (stub.out / f"log_{chunk}.txt").read_text().endswith(f"chunk {chunk} stopped\n")
+    assert process.returncode == code and "stopped; the same call continues" in out
+    for log in (tmp_path / "out").glob("log_*.txt"):
+        assert log.read_text().endswith("stopped\n")
 
 
-def test_the_loop_refuses_what_it_sets_itself(stub):
-    for arguments in (("--num_chunks", "3"), ("--chunk_idx=0",)):
-        process = stub(SHELL, None, arguments, GPUS="0")
+def test_the_loop_refuses_what_it_sets_itself(loop):
+    for argument in ("--num_chunks=3", "--chunk_idx=0"):
+        process = loop({}, argument)
         assert "NUM_CHUNKS" in process.communicate(timeout=60)[0] and process.returncode == 2
-
-
-@pytest.fixture
-def slurm(tmp_path):
-    """The environment of array task 5 on a node, with stand-ins for SLURM's commands."""
-    commands = tmp_path / "slurm"
-    commands.mkdir()
-    (commands / "srun").write_text('#!/usr/bin/env bash\n"$@"\n')
-    (commands / "scontrol").write_text('#!/usr/bin/env bash\necho "scontrol $*"\n')
-    for command in commands.iterdir():
-        command.chmod(0o755)
-    return {
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_ARRAY_JOB_ID": "900",
-        "SLURM_ARRAY_TASK_ID": "5",
-        "SLURM_JOB_ID": "906",
-    }
-
-
-def test_an_array_task_starts_its_chunk_and_passes_on_how_it_ended(stub, slurm, tmp_path):
-    copy = tmp_path / "slurm_script"  # SLURM runs a copy
-    copy.write_bytes(SBATCH.read_bytes())
-    process = stub(copy, {}, **slurm, NUM_CHUNKS="9")
-    assert "requeue" not in process.communicate(timeout=60)[0] and process.returncode == 0
-    assert "5/9 on none: compute_gradient_features.py --num_chunks 9 --output_file" in stub.notes.read_text()
-    process = stub(copy, {5: "exit 2"}, **slurm)
-    assert "requeue" not in process.communicate(timeout=60)[0] and process.returncode == 2
-
-
-def test_a_task_near_its_time_limit_is_queued_again(stub, slurm):
-    process = stub(SBATCH, {5: "exit 143"}, **slurm)  # SLURM signals what srun started, and not the script
-    assert "scontrol requeue 900_5" in process.communicate(timeout=60)[0] and process.returncode == 143
-
-
-def test_a_task_that_is_cancelled_is_not_queued_again(stub, slurm):
-    process = stub(SBATCH, {5: "for i in {1..300}; do sleep 0.1; done"}, **slurm)
-    while not stub.notes.read_text():
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert "requeue" not in process.communicate(timeout=60)[0] and process.returncode == 143
 
 
 def test_torchrun_loses_a_process_and_the_loop_over_devices_continues_its_chunks(tmp_path):
@@ -250,7 +198,8 @@ def test_torchrun_loses_a_process_and_the_loop_over_devices_continues_its_chunks
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing" in (out / "log_1.txt").read_text()
+    logs = "".join(log.read_text() for log in out.glob("log_*.txt"))
+    assert "continuing" in logs and "chunk 1 of 2 (the next that is open) done" in logs
     for chunk in range(2):
         assert run_step(tmp_path / "plain", "--window", 2, "--num_chunks", 2, "--chunk_idx", chunk).code == 0
         saved = [torch.load(folder / f"output_{chunk}.pt", weights_only=True) for folder in (out, tmp_path / "plain")]

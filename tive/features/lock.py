@@ -6,7 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,39 @@ def hold_chunk(folder: Path, chunk: int) -> Iterator[None]:
             for left_behind in folder.glob(f".{name.format(chunk)}.*.tmp"):
                 left_behind.unlink(missing_ok=True)
         yield
+
+
+def compute_open_chunks(num_chunks: int, compute: Callable[[int], None]) -> None:
+    """Compute the lowest open chunk again and again, until each is complete, failed here, or held by another process.
+
+    A chunk of a process that was lost is open again, and is taken like any other.
+
+    Args:
+        compute: computes a chunk, or finds it complete; raises `ChunkIsHeld` where another process does.
+
+    Raises:
+        UserError: chunks failed; each is named with its reason.
+    """
+    done: set[int] = set()
+    held: set[int] = set()
+    failed: dict[int, UserError] = {}
+    while open_chunks := sorted(set(range(num_chunks)) - done - held - failed.keys()):
+        chunk = open_chunks[0]
+        try:
+            compute(chunk)
+        except ChunkIsHeld:
+            held.add(chunk)
+        except UserError as error:
+            print(f"chunk {chunk} failed: {error}")
+            failed[chunk] = error
+        else:
+            done.add(chunk)
+            held.clear()  # it took a while: what was held may be open now
+    if held:
+        print(f"other processes are computing {', '.join(f'chunk {chunk}' for chunk in sorted(held))}")
+    if failed:
+        reasons = "; ".join(f"chunk {chunk}: {error}" for chunk, error in failed.items())
+        raise UserError(f"{len(failed)} of {num_chunks} chunks failed: {reasons}")
 
 
 def is_complete(folder: Path, run: Run, projector: str) -> bool:

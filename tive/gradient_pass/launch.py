@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from tive.util.errors import UserError
 
 
 @dataclass(frozen=True)
 class Place:
-    """Chunk `chunk_idx` of `num_chunks`, on the machine's GPU number `local_rank`; `source` says who decided."""
+    """Chunk `chunk_idx` of `num_chunks`, on the machine's GPU number `local_rank`; `source` says who decided.
+
+    `chunk_idx` is None for a process that takes one open chunk after the other.
+    """
 
     num_chunks: int
-    chunk_idx: int
+    chunk_idx: int | None
     local_rank: int
     source: str
 
 
-def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping[str, str]) -> Place:
+def place_of(num_chunks: int | None, chunk_idx: int | Literal["any"] | None, environment: Mapping[str, str]) -> Place:
     """The chunk of this process: from the arguments, or from its number under torchrun, srun or in a SLURM array.
 
     In an array whose tasks run several processes each, task A's process R of W has chunk `A * W + R`.
@@ -40,6 +44,8 @@ def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping
         rank, world, local, launcher = 0, 1, number("LOCAL_RANK"), ""
     array = number("SLURM_ARRAY_TASK_ID")
 
+    if chunk_idx == "any":
+        return Place(num_chunks or world, None, local or 0, "the next that is open")
     if chunk_idx is not None:
         if world > 1:
             raise UserError(f"--chunk_idx gives all {world} processes of {launcher} the same chunk; leave it out")
@@ -59,6 +65,7 @@ def place_of(num_chunks: int | None, chunk_idx: int | None, environment: Mapping
         if num_chunks is not None and num_chunks > 1:
             raise UserError(f"--num_chunks {num_chunks} without --chunk_idx; say which of 0 .. {num_chunks - 1}")
         place = Place(1 if num_chunks is None else num_chunks, 0, local or 0, "arguments")
+    assert place.chunk_idx is not None
     if not 0 <= place.chunk_idx < place.num_chunks:
         raise UserError(
             f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check --num_chunks, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tive.data.images import BadImage, find_image, open_image, path_of
-from tive.data.records import RecordFile, chunk_range, image_of, open_records, problem_of
+from tive.data.records import RecordFile, image_of, open_records, problem_of
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError
@@ -24,9 +25,18 @@ SHOWN = 10
 _THREADS = 16
 
 
+@dataclass(frozen=True)
+class DataFile:
+    """A data file, read once: what keeps records from being used, and the images that the others name, by row."""
+
+    records: RecordFile
+    problems: dict[int, str]
+    images: dict[int, str]
+
+
 @dataclass
 class Checked:
-    """A data file and what is wrong in this process's chunk of it.
+    """A data file and what is wrong in one chunk of it.
 
     Attributes:
         rows: the chunk's rows.
@@ -40,29 +50,39 @@ class Checked:
     renamed: list[int] = field(default_factory=list)
 
 
-def check_data(path: str, num_chunks: int, chunk_idx: int, image_folder: str, open_images: bool) -> Checked:
-    """Read the data file, check this chunk's records and that their images are there.
+def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFile:
+    """Read the data file and check every record.
 
     Args:
-        open_images: also read every image whole.
+        record_problem: what keeps the model's family from reading a record, if anything does.
 
     Raises:
-        UserError: the data file cannot be read, or the image folder is not there.
+        UserError: the data file cannot be read.
     """
     problems: dict[int, str] = {}
     images: dict[int, str] = {}
 
     def visit(row: int, record: Any) -> None:
-        problem = problem_of(record)
+        problem = record_problem(record)
         if problem:
             problems[row] = problem
         elif image := image_of(record):
             images[row] = image
 
-    records = open_records(path, visit)
-    rows = chunk_range(len(records), num_chunks, chunk_idx)
-    checked = Checked(records, rows, {row: problems[row] for row in rows if row in problems})
-    images = {row: images[row] for row in rows if row in images}
+    return DataFile(open_records(path, visit), problems, images)
+
+
+def check_chunk(data: DataFile, rows: range, image_folder: str, open_images: bool) -> Checked:
+    """Check that the images of a chunk's records are there.
+
+    Args:
+        open_images: also read every image whole.
+
+    Raises:
+        UserError: the image folder is not there.
+    """
+    checked = Checked(data.records, rows, {row: data.problems[row] for row in rows if row in data.problems})
+    images = {row: data.images[row] for row in rows if row in data.images}
     if images and not os.path.isdir(image_folder):
         raise UserError(f"--image_folder {image_folder or '(not given)'} is not a folder, and records have images")
     _check_images(images, image_folder, checked, open_images)

@@ -213,7 +213,13 @@ def refuse_many(left_out: list[LeftOutRecord], reasons: tuple[str, ...], checked
 
 
 def finish_chunk(
-    folder: Path, run: Run, outcome: Outcome, progress: Progress, step: GradientStep, inputs: dict[str, str]
+    name: str,
+    folder: Path,
+    run: Run,
+    outcome: Outcome,
+    progress: Progress,
+    step: GradientStep,
+    inputs: dict[str, str],
 ) -> None:
     """Write the chunk's files, whose windows are all on disk, remove what it does not need any more, and say so.
 
@@ -236,7 +242,7 @@ def finish_chunk(
     print(
         f"written: {folder}/output_{run.chunk_idx}.pt, output_norm_{run.chunk_idx}.json, "
         f"manifest_{run.chunk_idx}.json\n"
-        f"{len(run.rows) - len(left_out)} features, {len(left_out)} records left out, "
+        f"{name} done: {len(run.rows) - len(left_out)} features, {len(left_out)} records left out, "
         f"{outcome.cost['records_per_second']:.2f} records/s, padding efficiency "
         f"{outcome.cost['padding_efficiency']:.2f}, peak memory {outcome.cost['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
