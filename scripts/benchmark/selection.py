@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from tive.features.chunks import Chunk
-from tive.method.influence import influences
+from tive.features.spans import spans_of
+from tive.method.influence import group_means, products
 from tive.method.value import draw
 from tive.util.errors import UserError
 from tive.util.text import print_table
@@ -43,10 +44,12 @@ def run(arguments: argparse.Namespace) -> None:
         features = random_features(path, sizes[-1], arguments.proj_dim)
         tasks = np.random.default_rng(0).integers(0, arguments.tasks, sizes[-1])
         for size in sizes:
-            chunk = Chunk(path, 0, size, [features[:size]], np.ones(size), {}, {})
+            chunk = Chunk(path, 0, size, [features[:size]], {"norms": np.ones(size)})
             with peak_own_memory() as memory:
                 start = time.perf_counter()
-                influence, _ = influences([chunk], tasks[:size])
+                spans, groups = spans_of([chunk]), tasks[:size]
+                means = group_means(spans, groups)
+                influence = products(spans, means.means, groups, means.lengths).values
                 for task in range(arguments.tasks):
                     scores = influence[tasks[:size] == task]
                     draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
