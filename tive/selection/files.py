@@ -165,7 +165,7 @@ def write_selection(files: Files, records: RecordFile, scores: Scores, summary: 
         whole_file(files.subset) as subset_file,
     ):
         hashing = HashingFile(subset_file)
-        copy_records(hashing, records, rows)
+        copy_records(hashing, records, rows)  # type: ignore[arg-type]  # `write` is all that it asks for
         _write_scores(scores_file, scores)
         distinct = int(np.count_nonzero(scores.times_selected))
         subset = Subset(file=files.subset.name, records=len(rows), distinct=distinct, sha256=hashing.sha256)
