@@ -106,11 +106,11 @@ def test_every_score_decides_within_a_task(score, column):
 def test_budgets_that_vanish_in_rounding_are_said_with_the_remedy(capsys):
     third = {"norm": np.ones(450)}
     said = printed(capsys, [3] * 150, Options(p=0.5), **third)
-    assert "75 of 225 records (33.3%) are lost because each task's budget is rounded down" in said
+    assert "rounding down loses 75 of 225 records (33.3%)" in said
     assert "--rounding largest_remainder selects exactly 225" in said
-    assert "rounding:" not in printed(capsys, [3] * 150, Options(p=0.5, rounding="largest_remainder"), **third)
+    assert "rounding down" not in printed(capsys, [3] * 150, Options(p=0.5, rounding="largest_remainder"), **third)
     # Less than 1% and no task without a record is not worth a word.
-    assert "rounding:" not in printed(capsys, [4000, 4000], Options(), norm=np.ones(8000))
+    assert "rounding down" not in printed(capsys, [4000, 4000], Options(), norm=np.ones(8000))
 
 
 def test_tasks_that_get_nothing_are_counted_and_named(capsys):

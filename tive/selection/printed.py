@@ -118,14 +118,13 @@ def _rounding(choice: Choice) -> Iterator[str]:
         return
     said = []
     if selected < total:
-        lost = f"{total - selected:,} of {total:,} records ({1 - selected / total:.1%})"
-        said.append(f"{lost} are lost because each task's budget is rounded down")
+        said.append(f"rounding down loses {total - selected:,} of {total:,} records ({1 - selected / total:.1%})")
     if without:
         said.append(f"{len(without):,} of {len(choice.included):,} tasks get nothing ({_listed(without)})")
     remedy = "raise --p to reach them"
     if selected < total:
         remedy = f"--rounding largest_remainder selects exactly {total:,}"
-    yield f"rounding: {', and '.join(said)}; {remedy}"
+    yield f"{', and '.join(said)}; {remedy}"
 
 
 def _small_shares(choice: Choice) -> Iterator[str]:
