@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import math
+from dataclasses import replace
 
+from tive.features.read_ahead import read_ahead
+from tive.selection.options import INSTANCE_SCORES, ROUNDINGS, SAMPLINGS, TASK_BUDGETS, Options
 from tive.util.errors import UserError, run
 
 EXAMPLES = """
 the paper's selection, 15% of the records:
   python select_data_TIVE.py --data_path data.json --gradient_path features --save_path selected
-influence decides within a task (README, "Choosing q"), and no task is left out:
+influence decides within a task (docs/selection.md, "Choosing q"), and no task is left out:
   python select_data_TIVE.py ... --q 50 --exclude_tasks none
 gradient norm instead of influence, the best instead of a draw:
   python select_data_TIVE.py ... --instance_score norm --sampling top
 
-Writes to --save_path:
+Writes to --save_path, with every option that is not the default in the names:
   Tive_q_{q}_p_{p}.json          the subset: records as they came, in the data file's order
-  Tive_q_{q}_p_{p}_scores.csv    of every record: norm, influence, weight, times selected
+  Tive_q_{q}_p_{p}_scores.csv    of every record: norm, influence, other scores, weight, times selected
   Tive_q_{q}_p_{p}_summary.json  arguments, hashes, versions, tasks: enough to rebuild and check the subset
 """
 
@@ -37,68 +39,72 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--exclude_tasks",
         nargs="*",
-        default=["textcaps"],
+        default=list(Options.exclude_tasks),
         metavar="TASK",
         help="tasks to leave out, or none (textcaps)",
     )
     add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
-    add("--task_budget", default="difficulty", choices=("difficulty", "size", "equal"), help="budget by (difficulty)")
-    add("--instance_score", default="influence", choices=("influence", "norm", "random"), help="score (influence)")
-    add(
-        "--sampling", default="weighted", choices=("weighted", "top"), help="draw by weight or take the best (weighted)"
-    )
+    add("--task_budget", default="difficulty", choices=TASK_BUDGETS, help="what a task's budget follows (difficulty)")
+    add("--instance_score", default="influence", choices=INSTANCE_SCORES, help="what decides within it (influence)")
+    add("--sampling", default="weighted", choices=SAMPLINGS, help="draw by weight, or take the best (weighted)")
+    add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")
     add("--device", default="cpu", help="where the two passes are computed: cpu, cuda or cuda:K (cpu)")
     arguments = parser.parse_args()
-    if not 0 < arguments.p <= 1:
-        raise UserError(f"--p {arguments.p} is not a share; give a number above 0 and up to 1")
-    if not (arguments.q >= 0 and math.isfinite(arguments.q)):
-        raise UserError(f"--q {arguments.q} is not a sharpness; give a number from 0 up")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
     if arguments.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {arguments.device} has no double precision; give cpu, cuda or cuda:K")
-    if arguments.sampling == "top" and arguments.instance_score == "random":
-        raise UserError("--sampling top has no meaning for --instance_score random; leave one of them out")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
-    import numpy as np
-
     from tive.features.chunks import open_chunks
-    from tive.features.read_ahead import read_ahead
-    from tive.method.influence import influences
-    from tive.selection import choice as selection
-    from tive.selection import files as outcome
+    from tive.features.spans import spans_of
+    from tive.method.influence import group_means, products
+    from tive.selection import mixture as read
+    from tive.selection.choice import choose, is_excluded
+    from tive.selection.files import Scores, check_writable, files_of, tive_stem, write_selection
+    from tive.selection.printed import bar, print_choice
+    from tive.selection.summary import inputs_of, summary_of
     from tive.util.device import usable_device
 
     device = usable_device(arguments.device)
-    files = outcome.files_of(arguments)
+    check_writable(arguments.save_path)
     read_ahead(arguments.gradient_path)
-    mixture = selection.read_mixture(arguments.data_path, arguments.task_key)
+    mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
+    read.refuse_adam(chunks)
+    options = replace(options, exclude_tasks=read.excluded_tasks(options.exclude_tasks, mixture.task_names))
+    stem = tive_stem(options, mixture.task_names, arguments.task_key)
+    files = files_of(arguments.save_path, stem, arguments.data_path)
 
-    norms = selection.gradient_norms(chunks)
-    reasons = selection.reasons_left_out(mixture, chunks, norms)
-    excluded = selection.excluded_names(arguments.exclude_tasks, mixture)
-    tasks, task_of_row = selection.group_by_task(mixture, excluded, reasons)
-    influence, lengths = influences(chunks, task_of_row, device)
-    selection.leave_out_features(tasks, task_of_row, lengths, reasons)
+    scores = read.record_scores(chunks, options.columns)
+    reasons = read.reasons_left_out(mixture, chunks, scores, options.columns)
+    groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
+    spans = spans_of(chunks)
+    with bar("Task means", len(groups)) as done:
+        means = group_means(spans, groups, device=device, progress=done.update)
+    with bar("Influence", len(groups)) as done:
+        influence = products(spans, means.means, groups, means.lengths, device, done.update).values
+    reasons |= read.reasons_of_features(means.lengths, groups)
+    scores = {"norm": scores["norm"], "influence": influence} | scores
 
-    selection.give_budgets(tasks, norms, arguments.p, arguments.task_budget)
-    instance_scores = {"influence": influence, "norm": norms, "random": np.zeros_like(norms)}[arguments.instance_score]
-    weights, times = np.full_like(norms, np.nan), np.zeros(len(norms), int)
-    for task in tasks:
-        if not task.excluded:
-            weights[task.counted], times[task.counted] = selection.draw_task(
-                task, instance_scores[task.counted], arguments.q, arguments.seed, arguments.sampling
-            )
-
-    scores = outcome.Scores(norms, influence, weights, times)
-    outcome.write_selection(files, arguments, mixture, chunks, tasks, scores, reasons)
-    outcome.report(files, arguments, mixture, tasks, scores, reasons)
+    choice = choose(mixture.task_names, mixture.task, scores, reasons, options)
+    columns = scores | {"weight": choice.weights}
+    write_selection(
+        files,
+        mixture.records,
+        Scores(mixture.ids, mixture.tasks, columns, choice.times_selected, reasons),
+        summary_of(
+            vars(arguments),
+            inputs_of(mixture.records, arguments.gradient_path, chunks),
+            chunks,
+            choice.tasks,
+            mixture.left_out(reasons),
+        ),
+    )
+    print_choice(choice, files)
 
 
 if __name__ == "__main__":

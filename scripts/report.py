@@ -10,7 +10,7 @@ from tive.report import sections, tables
 from tive.report.choice import choice_of
 from tive.report.page import page
 from tive.report.samples import Sample, extremes, open_checked, read_samples
-from tive.report.selection import SUMMARY_END, Selection, find_summary, read_selection
+from tive.selection.files import SUMMARY_END, Selection, find_summary, read_selection
 from tive.util.errors import UserError, run
 from tive.util.files import whole_file
 
@@ -74,7 +74,7 @@ def samples_of(selection: Selection, rows: list[int], arguments: argparse.Namesp
             raise
         print(f"without images and conversations: {error}", file=sys.stderr)
         return {}, str(error)
-    return read_samples(records, rows, arguments.image_folder or selection.summary["inputs"].get("image_folder")), ""
+    return read_samples(records, rows, arguments.image_folder or selection.summary.inputs.image_folder), ""
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import tempfile
 import threading
 import time
@@ -15,9 +14,11 @@ import numpy as np
 import torch
 
 from tive.features.chunks import Chunk
-from tive.method.influence import influences
+from tive.features.spans import spans_of
+from tive.method.influence import group_means, products
 from tive.method.value import draw
 from tive.util.errors import UserError
+from tive.util.memory import anonymous_memory
 from tive.util.text import print_table
 
 Q, SHARE = 0.001, 0.15
@@ -36,32 +37,37 @@ def run(arguments: argparse.Namespace) -> None:
     if min(*arguments.sizes, arguments.proj_dim, arguments.tasks) < 1:
         raise UserError("--sizes, --proj_dim and --tasks must be 1 or more")
     sizes = sorted(arguments.sizes)
-    rows = [("records", "two passes and draw", "records/s", "own memory", "all pairs", "difference")]
-    all_pairs_seconds: Callable[[int], float] = lambda _: 0.0  # noqa: E731 - replaced by what is measured
+    rows: list[tuple[str, ...]] = [
+        ("records", "two passes and draw", "records/s", "own memory", "all pairs", "difference")
+    ]
+    seconds_a_pair = 0.0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "features.f16"
         features = random_features(path, sizes[-1], arguments.proj_dim)
         tasks = np.random.default_rng(0).integers(0, arguments.tasks, sizes[-1])
         for size in sizes:
-            chunk = Chunk(path, 0, size, [features[:size]], np.ones(size), {}, {})
+            groups = tasks[:size]
+            chunk = Chunk(path, 0, size, [features[:size]], {"norms": np.ones(size)})
             with peak_own_memory() as memory:
                 start = time.perf_counter()
-                influence, _ = influences([chunk], tasks[:size])
+                spans = spans_of([chunk])
+                means = group_means(spans, groups)
+                influence = products(spans, means.means, groups, means.lengths).values
                 for task in range(arguments.tasks):
-                    scores = influence[tasks[:size] == task]
+                    scores = influence[groups == task]
                     draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
                 seconds = time.perf_counter() - start
-            expected = all_pairs_seconds(size)
+            expected = seconds_a_pair * size**2
             if expected > arguments.limit:
                 all_pairs, difference = f"stopped (about {duration(expected)})", ""
             else:
                 start = time.perf_counter()
-                naive = all_pairs_influence(features[:size], tasks[:size])
+                naive = all_pairs_influence(features[:size], groups)
                 taken = time.perf_counter() - start
                 all_pairs, difference = duration(taken), f"{np.abs(naive - influence).max():.0e}"
-                all_pairs_seconds = lambda new, size=size, taken=taken: taken * (new / size) ** 2  # noqa: E731
+                seconds_a_pair = taken / size**2
             rows.append((f"{size:,}", duration(seconds), f"{size / seconds:,.0f}", memory(), all_pairs, difference))
-        del features, chunk
+        del features, chunk, spans
     print(f"{arguments.proj_dim} numbers a feature, {arguments.tasks} tasks, {torch.get_num_threads()} threads")
     print_table(rows)
 
@@ -92,15 +98,13 @@ def peak_own_memory() -> Iterator[Callable[[], str]]:
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
-        with contextlib.suppress(OSError):
-            while not stop.wait(0.01):
-                found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-                peak[0] = max(peak[0], int(found[1]) if found else 0)
+        while not stop.wait(0.01):
+            peak[0] = max(peak[0], anonymous_memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield lambda: f"{peak[0] / 2**20:.2f} GiB" if peak[0] else "-"
+        yield lambda: f"{peak[0] / 2**30:.2f} GiB" if peak[0] else "-"
     finally:
         stop.set()
         watcher.join()

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from tive.method.value import (
     draw,
+    draw_middle,
     draw_top,
     effective_sample_size,
     equal_shares,
     instance_weights,
+    rounded,
     rounded_down,
     task_budgets,
     task_value,
@@ -83,6 +85,27 @@ WRITTEN_DOWN = [28, 36, 40, 41, 46, 47]
 def test_top_takes_the_best_and_the_earlier_of_equal_ones():
     assert draw_top(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert draw_top(np.zeros(4), 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("number, middle", [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1, 4]), (5, [0, 1, 2, 3, 4])])
+def test_the_middle_has_as_many_above_as_below(number, middle):
+    assert draw_middle(np.array([5.0, 6.0, 1.0, 9.0, 4.0]), number).tolist() == middle
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(0, 1000), min_size=1, max_size=30))
+def test_rounding_by_the_largest_remainder_holds_the_total_and_moves_no_budget_by_one(amounts):
+    budgets = np.array(amounts)
+    whole = rounded(budgets, "largest_remainder")
+    assert whole.sum() == rounded_down(float(budgets.sum()))
+    assert (np.abs(whole - budgets) < 1 + 1e-8).all()
+    assert (rounded(budgets, "down") == [rounded_down(amount) for amount in amounts]).all()
+
+
+def test_the_largest_remainder_gives_to_the_tasks_that_lost_most_and_to_the_earlier_of_equal_ones():
+    assert rounded(np.array([1.2, 0.9, 2.4, 0.5]), "largest_remainder").tolist() == [1, 1, 2, 1]
+    assert rounded(np.full(150, 1.5), "largest_remainder").tolist() == [2] * 75 + [1] * 75
+    assert rounded(np.full(6, 1 / 3), "largest_remainder").tolist() == [1, 1, 0, 0, 0, 0]
 
 
 @settings(max_examples=200)

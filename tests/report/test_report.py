@@ -353,20 +353,20 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "named"),
     [
-        (["tasks"], "x", "`tasks`"),
-        (["tasks"], [], "`tasks`"),
-        (["tasks", 1, "records"], -1, "`records`"),
-        (["tasks", 1, "value"], float("nan"), "`value`"),
-        (["tasks", 1, "selected"], 10**400, "`selected`"),
+        (["tasks"], "x", "`$.tasks`"),
+        (["tasks"], [], "`$.tasks`"),
+        (["tasks", 1, "records"], -1, "`$.tasks[1].records`"),
+        (["tasks", 1, "value"], float("nan"), "`$.tasks[1].value`"),
+        (["tasks", 1, "selected"], 10**400, "`$.tasks[1].selected`"),
         (["tasks", 1, "task"], "captions", "twice"),
         (["tasks", 1, "task"], "unknown", "line 11"),
         (["tasks", 1, "selected"], 4, "'vqa'"),
-        (["arguments", "q"], "<b>", "`arguments.q`"),
-        (["arguments"], None, "`arguments`"),
-        (["inputs", "data_path"], 3, "`inputs.data_path`"),
-        (["inputs", "image_folder"], [], "`inputs.image_folder`"),
-        (["left_out"], [3], "`left_out`"),
-        (["gradient_pass"], None, "`gradient_pass`"),
+        (["arguments", "q"], "<b>", "`$.arguments.q`"),
+        (["arguments"], None, "`$.arguments`"),
+        (["inputs", "data_path"], 3, "`$.inputs.data_path`"),
+        (["inputs", "image_folder"], [], "`$.inputs.image_folder`"),
+        (["left_out"], [3], "`$.left_out[0]`"),
+        (["gradient_pass"], None, "`$.gradient_pass`"),
     ],
 )
 def test_a_damaged_summary_is_named(
@@ -425,7 +425,7 @@ def test_extreme_numbers_still_make_a_page(copy: Path) -> None:
     change_summary(copy, "arguments", "q", value=1e299)
     change_summary(copy, "inputs", "data_path", value="a\0b\ud800")
     change_summary(copy, "gradient_pass", value=[{}])
-    change_summary(copy, "created", value=["<b>"])
+    change_summary(copy, "created", value="<b>")
     report(copy)
     page = Page(copy / "report.html")
     assert "At q = 1e+299 the weights all but decide the draw" in page.text

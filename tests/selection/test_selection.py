@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import select_data_TIVE
-from scripts import benchmark
 from tests.helpers.feature_files import (
     call,
     mixture,
@@ -26,9 +25,11 @@ from tests.helpers.feature_files import (
     write_release_features,
 )
 from tive.data.records import open_records
+from tive.features import spans as span_module
 from tive.features.chunks import open_chunks
+from tive.features.spans import spans_of
 from tive.method import influence as influence_module
-from tive.method.influence import influences
+from tive.method.influence import group_means, products
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "legacy_features"
@@ -49,7 +50,13 @@ def paths(folder: Path, out: Path) -> list[str | Path]:
 
 
 class Outcome:
-    def __init__(self, out: Path, stem: str = "Tive_q_0.001_p_0.15") -> None:
+    """The selection of this stem, or the only one, that a folder holds."""
+
+    def __init__(self, out: Path, stem: str | None = None) -> None:
+        if stem is None:
+            (summary,) = out.glob("*_summary.json")
+            stem = summary.name.removesuffix("_summary.json")
+        self.stem = stem
         self.subset_text = (out / f"{stem}.json").read_text()
         self.subset = json.loads(self.subset_text)
         with open(out / f"{stem}_scores.csv", newline="") as file:
@@ -109,14 +116,16 @@ def chunkings(request, tmp_path_factory):
 def test_influence_is_the_all_pairs_mean_for_any_chunking_block_and_threads(
     chunkings, monkeypatch, span_rows, block_rows, threads
 ):
-    monkeypatch.setattr(influence_module, "SPAN_ROWS", span_rows)
+    monkeypatch.setattr(span_module, "SPAN_ROWS", span_rows)
     monkeypatch.setattr(influence_module, "BLOCK_ROWS", block_rows)
     folders, codes, expected = chunkings
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for chunks in folders.values():
-            np.testing.assert_allclose(influences(chunks, codes)[0], expected, atol=1e-11)
+            spans = spans_of(chunks)
+            values = products(spans, group_means(spans, codes).means, codes).values
+            np.testing.assert_allclose(values, expected, atol=1e-11)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -181,7 +190,7 @@ def test_the_same_seed_draws_the_same_subset_for_any_chunking_and_another_seed_a
     texts = []
     for seed, gradients in ((3, folder / "features"), (3, tmp_path / "again"), (4, folder / "features")):
         call(main, *paths(folder, tmp_path / "out"), "--gradient_path", gradients, "--seed", seed, "--q", 20)
-        texts.append(Outcome(tmp_path / "out", "Tive_q_20.0_p_0.15").subset_text)
+        texts.append(Outcome(tmp_path / "out", f"Tive_q_20.0_p_0.15_seed-{seed}").subset_text)
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -191,7 +200,8 @@ def test_a_tasks_draw_does_not_depend_on_the_other_tasks(made, tmp_path):
         # By size, the budget of a task does depend on the others: all of p goes to those that are left.
         p = 0.2 if "," not in excluded else 0.2 * 63 / 69
         call(main, *paths(made[0], tmp_path), "--p", p, "--task_budget", "size", "--exclude_tasks", excluded)
-        outcome = Outcome(tmp_path, f"Tive_q_0.001_p_{p}_budget-size")
+        exclusion = "_exclude-chat+textcaps" if "," in excluded else ""
+        outcome = Outcome(tmp_path, f"Tive_q_0.001_p_{p}_budget-size{exclusion}")
         drawn.append(
             [line["row"] for line in outcome.scores if line["task"] == "vqa" and line["times_selected"] == "1"]
         )
@@ -276,7 +286,8 @@ def test_json_lines_and_other_task_keys_are_read(tmp_path):
     features, norms = random_features(len(records))
     write_features(tmp_path / "features", tmp_path / "data.json", features, norms)
     call(main, *paths(tmp_path, tmp_path), "--task_key", "meta.source")
-    assert set(Outcome(tmp_path).tasks) == {"vqa", "textcaps", "boxes", "chat"}
+    outcome = Outcome(tmp_path, "Tive_q_0.001_p_0.15_task_key-meta.source")
+    assert set(outcome.tasks) == {"vqa", "textcaps", "boxes", "chat"}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +330,7 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
     features, norms = random_features(40)
     write_features(tmp_path / "features", tmp_path / "data.json", features, norms)
     call(main, *paths(tmp_path, tmp_path), "--p", 0.5, "--exclude_tasks", "a,b")
-    outcome = Outcome(tmp_path, "Tive_q_0.001_p_0.5")
+    outcome = Outcome(tmp_path)
     assert [line["id"] for line in outcome.scores[:6]] == ["", "7", "[1, 2]", "x\ny", "\\udfff", "true"]
     assert {line["task"] for line in outcome.scores} == set(outcome.tasks)
     assert outcome.tasks["a,b"]["excluded"]
@@ -328,12 +339,12 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (["--p", 0], "--p 0.0"),
-        (["--p", 1.5], "--p 1.5"),
-        (["--p", "nan"], "--p nan"),
-        (["--q", -1], "--q -1.0"),
-        (["--q", "inf"], "--q inf"),
-        (["--seed", -1], "--seed -1"),
+        (["--p", 0], "p = 0.0"),
+        (["--p", 1.5], "p = 1.5"),
+        (["--p", "nan"], "p = nan"),
+        (["--q", -1], "q = -1.0"),
+        (["--q", "inf"], "q = inf"),
+        (["--seed", -1], "seed -1"),
         (["--sampling", "top", "--instance_score", "random"], "no meaning"),
         (["--p", 0.001], "less than one record"),
         (["--chunk_num", 2], "--chunk_num 2"),
@@ -411,11 +422,12 @@ def test_the_script_runs_by_itself_from_anywhere(made, tmp_path):
     assert "Choosing q" in shown.stdout
 
 
-def test_the_benchmark_compares_both_ways_and_stops_the_slow_one(capsys):
-    arguments = ["selection", "--sizes", 300, 900, "--proj_dim", 8, "--tasks", 3]
-    call(benchmark.main, *arguments)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+def test_the_benchmark_compares_both_ways_and_stops_the_slow_one():
+    def benchmark(*arguments: str) -> str:
+        command = [sys.executable, ROOT / "scripts" / "benchmark.py", "selection", "--proj_dim", "8", "--tasks", "3"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout
+
+    lines = [line.split() for line in benchmark("--sizes", "300", "900").splitlines()]
     for size in ("300", "900"):
         assert float(next(line for line in lines if line[:1] == [size])[-1]) < 1e-6
-    call(benchmark.main, *arguments, "--limit", 0)
-    assert capsys.readouterr().out.count("stopped (about") == 1
+    assert benchmark("--sizes", "300", "900", "--limit", "0").count("stopped (about") == 1

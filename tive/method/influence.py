@@ -1,7 +1,8 @@
-"""Instance influence in two streaming passes, linear in the records (paper, section 3.3).
+"""Influence in linear passes over the features: the means of groups of records, and products with given means.
 
-`I_s = mean over s' in t of cos(f_s, f_s')` over record s's own task t needs no pairs: with `u = f / ||f||` and
-`m_t = mean of u over t`, it is `<u_s, m_t>`. The first pass sums up `m_t`, the second takes the products.
+`I_s = mean over s' in t of cos(f_s, f_s')` over record s's own task t (TIVE, section 3.3) needs no pairs: with
+`u = f / ||f||` and `m_t = mean of u over t`, it is `<u_s, m_t>`. `group_means` is one pass, `products` the other.
+LESS (arXiv 2402.04333) takes the means of its target's subtasks, and the products of the training records with each.
 
 Sums are float64, because then neither chunking, block size nor machine changes a result beyond 1e-12; each thread
 works on its own rows and the sums are added in the rows' order, so the number of threads changes no bit.
@@ -9,138 +10,177 @@ works on its own rows and the sums are added in the rows' order, so the number o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
-
-from tive.features.chunks import Chunk
 
 CPU = torch.device("cpu")
-SPAN_ROWS = 4096
 BLOCK_ROWS = 64
-_ADVICE_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class Span:
-    """Consecutive rows of one chunk, which one thread works on: `pieces` are memory-mapped `[k, d]` tensors.
+class Span(Protocol):
+    """The features of consecutive records, which one thread works on: rows `start .. start + rows - 1`."""
 
-    `place` is where the span starts in its file and where the next one ends, as shares of the file.
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    def load(self) -> torch.Tensor:
+        """The features `f`, floating point `[rows, d]`."""
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """The groups' means.
+
+    Attributes:
+        means: float64 `[G, d]`, `m_t = mean over s in t of u_s`; zero for a group without records.
+        counts: int64 `[G]`, the records in each mean.
+        lengths: float64 `[N]`, `||f_s||`; NaN for a record in no group.
     """
 
-    path: Path
-    start: int
-    pieces: list[torch.Tensor]
-    place: tuple[float, float]
+    means: torch.Tensor
+    counts: np.ndarray
+    lengths: np.ndarray
 
 
-def influences(chunks: list[Chunk], tasks: np.ndarray, device: torch.device = CPU) -> tuple[np.ndarray, np.ndarray]:
-    """Influence of every record on its task, and the length of its features, both float64 `[N]`.
+@dataclass(frozen=True)
+class Products:
+    """The products of records with means.
 
-    A record whose length is zero or not finite counts in no mean; its influence is NaN. So are both numbers of a
-    record that is not asked for.
+    Attributes:
+        values: float64 `[N]` or `[N, G]`, `<u_s, m>` rounded to 12 decimals; NaN for a record that was not asked for,
+            or whose features are zero or not finite.
+        lengths: float64 `[N]`, `||f_s||`; NaN for a record that was not asked for.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+
+def group_means(
+    spans: Sequence[Span],
+    groups: np.ndarray,
+    weights: np.ndarray | None = None,
+    device: torch.device = CPU,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> GroupMeans:
+    """The mean of the unit features of every group, in one pass.
+
+    A record whose features are zero or not finite counts in no mean.
 
     Args:
-        chunks: features of the records `0 .. N - 1`, in order.
-        tasks: int `[N]`, the task of each record; negative for a record that must count in nothing.
+        spans: the features of the records `0 .. N - 1`, in order.
+        groups: int `[N]`, the group of each record, from 0 up; negative for a record that must count in nothing.
+        weights: float `[N]`, by which each unit feature is multiplied before the mean is taken: with `||g_s||` it is
+            the mean of the gradients themselves.
+        progress: called with the number of rows that are done.
     """
-    spans = _spans(chunks)
-    lengths, values = np.full(len(tasks), np.nan), np.full(len(tasks), np.nan)
+    lengths = np.full(len(groups), np.nan)
 
     def add_up(span: Span) -> dict[int, torch.Tensor]:
         sums: dict[int, torch.Tensor] = {}
-        for rows, task, features in _by_task(span, tasks, device):
+        for rows, group, features in _by_group(span, groups, device):
             length = torch.linalg.vector_norm(features, dim=1)
             lengths[rows] = length.cpu().numpy()
-            counted = torch.isfinite(length) & (length > 0)
-            if not counted.all():
-                features, length = features[counted], length[counted]
-            total = features.T @ (1 / length)
-            sums[task] = sums[task] + total if task in sums else total
+            usable = torch.isfinite(length) & (length > 0)
+            if not usable.all():
+                features, length, rows = features[usable], length[usable], rows[usable.cpu().numpy()]
+            factors = 1 / length
+            if weights is not None:
+                factors *= torch.from_numpy(weights[rows].astype(np.float64)).to(device)
+            total = features.T @ factors
+            sums[group] = sums[group] + total if group in sums else total
         return sums
 
-    means: dict[int, torch.Tensor] = {}
-    for sums in _in_threads(add_up, spans, device, "Task means"):
-        for task, total in sums.items():
-            means[task] = means[task] + total if task in means else total
-    counted = np.isfinite(lengths) & (lengths > 0)
-    sizes = np.bincount(tasks[counted], minlength=max(means, default=0) + 1)
-    for task, total in means.items():
-        means[task] = total / max(1, int(sizes[task]))
+    means = torch.zeros(int(groups.max(initial=-1)) + 1, 0, dtype=torch.float64, device=device)
+    for sums in _in_threads(add_up, spans, device, progress):
+        for group, total in sums.items():
+            if not means.shape[1]:
+                means = means.new_zeros(len(means), len(total))
+            means[group] += total
+    usable = np.isfinite(lengths) & (lengths > 0)
+    counts = np.bincount(groups[usable], minlength=len(means))
+    means /= torch.from_numpy(np.maximum(counts, 1)).to(device)[:, None]
+    return GroupMeans(means, counts, lengths)
+
+
+def products(
+    spans: Sequence[Span],
+    means: torch.Tensor,
+    groups: np.ndarray | None = None,
+    lengths: np.ndarray | None = None,
+    device: torch.device = CPU,
+    progress: Callable[[int], object] = lambda rows: None,
+) -> Products:
+    """`<u_s, m>` of every record with the mean of its own group, or with every mean, in one pass.
+
+    Args:
+        spans: the features of the records `0 .. N - 1`, in order.
+        means: float64 `[G, d]`.
+        groups: int `[N]`, the mean that each record is multiplied with, negative for none: the values are `[N]`.
+            None for all the means: the values are `[N, G]`.
+        lengths: float64 `[N]`, `||f_s||` where `group_means` of the same records has them already.
+        progress: called with the number of rows that are done.
+    """
+    count = sum(span.rows for span in spans)
+    means = means.to(device)
+    values = np.full(count if groups is not None else (count, len(means)), np.nan)
+    known = lengths is not None
+    lengths = np.full(count, np.nan) if lengths is None else lengths
+    wanted = np.zeros(count, np.int64) if groups is None else groups
 
     def multiply(span: Span) -> None:
-        for rows, task, features in _by_task(span, tasks, device):
-            values[rows] = (features @ means[task]).cpu().numpy()
+        for rows, group, features in _by_group(span, wanted, device):
+            if not known:
+                lengths[rows] = torch.linalg.vector_norm(features, dim=1).cpu().numpy()
+            values[rows] = (features @ (means.T if groups is None else means[group])).cpu().numpy()
 
-    # Backwards: where memory does not hold all files, it holds what the first pass read last.
-    for _ in _in_threads(multiply, spans[::-1], device, "Influence"):
+    # Backwards: where memory does not hold all files, it holds what a pass before this one read last.
+    for _ in _in_threads(multiply, spans[::-1], device, progress):
         pass
+    usable = np.isfinite(lengths) & (lengths > 0)
     # What differs between machines below 1e-12 must not break a tie between equal records.
-    values[counted] = np.round(values[counted] / lengths[counted], 12)
-    values[~counted] = np.nan
-    return values, lengths
-
-
-def _spans(chunks: list[Chunk]) -> list[Span]:
-    spans = []
-    for chunk in chunks:
-        groups: list[list[torch.Tensor]] = []
-        room = 0
-        for piece in (piece for block in chunk.blocks for piece in block.split(SPAN_ROWS) if len(piece)):
-            # The release's tensors of 16 rows are gathered until a span is full.
-            if len(piece) > room:
-                groups.append([])
-                room = SPAN_ROWS
-            groups[-1].append(piece)
-            room -= len(piece)
-        row = chunk.start
-        for number, pieces in enumerate(groups):
-            spans.append(Span(chunk.path, row, pieces, (number / len(groups), (number + 2) / len(groups))))
-            row += sum(len(piece) for piece in pieces)
-    return spans
+    values[usable] = np.round((values[usable].T / lengths[usable]).T, 12)
+    values[~usable] = np.nan
+    return Products(values, lengths)
 
 
 def _in_threads(
-    function: Callable[[Span], _Result], spans: list[Span], device: torch.device, title: str
+    function: Callable[[Span], _Result], spans: Sequence[Span], device: torch.device, progress: Callable[[int], object]
 ) -> Iterator[_Result]:
     """`function` of every span, in order. A thread has a span to itself: small shared operations would only wait."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with tqdm(total=sum(map(_rows_of, spans)), desc=title, unit=" records", unit_scale=True, delay=1) as bar:
-            for span, result in zip(spans, pool.map(function, spans), strict=True):
-                yield result
-                bar.update(_rows_of(span))
+        for span, result in zip(spans, pool.map(function, spans), strict=True):
+            yield result
+            progress(span.rows)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
-def _rows_of(span: Span) -> int:
-    return sum(len(piece) for piece in span.pieces)
-
-
-def _by_task(span: Span, tasks: np.ndarray, device: torch.device) -> Iterator[tuple[np.ndarray, int, torch.Tensor]]:
-    """Yield `(rows [k], their task, their features float64 [k, d])`: the span's rows, gathered by task.
+def _by_group(span: Span, groups: np.ndarray, device: torch.device) -> Iterator[tuple[np.ndarray, int, torch.Tensor]]:
+    """Yield `(rows [k], their group, their features float64 [k, d])`: the span's rows, gathered by group.
 
     The features are overwritten by the next ones: a block stays in the processor's cache.
     """
-    _read_ahead(span)
-    block = span.pieces[0] if len(span.pieces) == 1 else torch.cat(span.pieces)
-    block = block.to(device)
-    codes = tasks[span.start : span.start + len(block)]
+    codes = groups[span.start : span.start + span.rows]
     order = np.argsort(codes, kind="stable")
     order = order[np.searchsorted(codes[order], 0) :]
     codes = codes[order]
+    if not len(order):
+        return
+    block = span.load().to(device)
     gathered = torch.empty(BLOCK_ROWS, block.shape[1], dtype=block.dtype, device=device)
     converted = torch.empty(BLOCK_ROWS, block.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(order), BLOCK_ROWS):
@@ -151,13 +191,3 @@ def _by_task(span: Span, tasks: np.ndarray, device: torch.device) -> Iterator[tu
         edges = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
         for first, last in pairwise(edges):
             yield span.start + rows[first:last], int(found[first]), features[first:last]
-
-
-def _read_ahead(span: Span) -> None:
-    """Ask the system for this span and the next: mapped rows out of order read a cold disk in small steps."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with open(span.path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for offset in range(int(size * span.place[0]), int(size * span.place[1]), _ADVICE_BYTES):
-            os.posix_fadvise(file.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)

@@ -21,7 +21,7 @@ def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
     """Records each task is given, `p * N * V_t / sum over t' of V_t'`, before rounding down.
 
     Args:
-        values: `[T]`, positive: `V_t`; or `n_t` for budgets by size, or ones for equal budgets.
+        values: `[T]`, not negative, not all zero: `V_t`; or what else the budgets shall be in proportion to.
         records: N, every record of the data file, those of excluded tasks too.
     """
     values = np.asarray(values, np.float64)
@@ -31,6 +31,23 @@ def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
 def rounded_down(amount: float) -> int:
     """The whole records in an amount; 0.29 * 100 is 29 although floating point puts it a hair below."""
     return math.floor(amount + 1e-9)
+
+
+def rounded(amounts: np.ndarray, rounding: str) -> np.ndarray:
+    """Whole records for each task, int64 `[T]`.
+
+    Args:
+        amounts: float `[T]`, not negative.
+        rounding: `down`, as the paper does; or by the `largest_remainder` (Hamilton's method): what rounding down
+            leaves of the total goes one each to the tasks that lost most, the earlier ones where they lost the same,
+            so that the sum is that of the amounts, rounded down.
+    """
+    whole = np.array([rounded_down(amount) for amount in amounts.tolist()], np.int64)
+    if rounding == "largest_remainder":
+        left = rounded_down(float(amounts.sum())) - int(whole.sum())
+        # Rounded, so that floating point decides between no two equal tasks.
+        whole[np.argsort(-np.round(amounts - whole, 9), kind="stable")[:left]] += 1
+    return whole
 
 
 def instance_weights(scores: np.ndarray, q: float) -> np.ndarray:
@@ -63,6 +80,16 @@ def draw(scores: np.ndarray, q: float, number: int, seed: int, task: str) -> np.
 def draw_top(scores: np.ndarray, number: int) -> np.ndarray:
     """The indices of the `number` largest of `scores` `[n_t]`, sorted; ties go to the earlier record."""
     return np.sort(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:number])
+
+
+def draw_middle(scores: np.ndarray, number: int) -> np.ndarray:
+    """The indices of the `number` in the middle of the order of `scores` `[n_t]`, sorted: as many lie above as below.
+
+    It is how perplexity is used for pruning data (Marion et al., arXiv 2309.04564): the middle of its distribution,
+    neither what the model knows already nor what nobody could learn. The later ones where the rest is odd.
+    """
+    first = (len(scores) - number + 1) // 2
+    return np.sort(np.argsort(np.asarray(scores, np.float64), kind="stable")[first : first + number])
 
 
 def equal_shares(sizes: list[int], total: int) -> list[int]:

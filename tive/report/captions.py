@@ -9,7 +9,7 @@ import numpy as np
 
 from tive.report.choice import Choice
 from tive.report.markup import Markup, join, name
-from tive.report.selection import Selection
+from tive.selection.files import Selection
 
 
 def short(value: float | None) -> str:
@@ -70,7 +70,12 @@ def task_values(selection: Selection) -> Markup:
     rule = {
         "size": "The budgets of this selection follow the tasks' sizes instead.",
         "equal": "The budgets of this selection are equal instead.",
-    }.get(str(selection.arguments.get("task_budget")), "Budgets are in proportion to it, whatever a task's size.")
+        "loss": "The budgets of this selection follow the tasks' mean loss instead.",
+        "length": "The budgets of this selection follow the tasks' mean number of supervised tokens instead.",
+        "el2n": "The budgets of this selection follow the tasks' mean EL2N instead.",
+    }.get(
+        str(selection.summary.arguments.get("task_budget")), "Budgets are in proportion to it, whatever a task's size."
+    )
     if len(known) == 1:
         return join([name(hardest.name), f" has the value {short(hardest.value)}. ", rule])
     first = [name(hardest.name), f" ({short(hardest.value)}): its value is {ratio} times that of "]
@@ -80,7 +85,7 @@ def task_values(selection: Selection) -> Markup:
 
 
 def distribution(selection: Selection, column: str) -> Markup:
-    values = getattr(selection, column)
+    values = selection.column(column)
     drawn = selection.drawn
     higher, known, largest = 0, 0, (0.0, "", 0.0, 0.0)
     for index, task in enumerate(selection.tasks):
@@ -104,10 +109,11 @@ def distribution(selection: Selection, column: str) -> Markup:
 def choice(selection: Selection, choice: Choice, drawn_share: float) -> Markup:
     """What the weights do at the selection's q, and at which q they would do more."""
     weighted = "; q plays no part, and the curve shows what drawing with weights would do."
-    if selection.arguments.get("instance_score") == "random":
+    if selection.summary.arguments.get("instance_score") == "random":
         used = f"This selection draws at random within each task{weighted}"
-    elif selection.arguments.get("sampling") == "top":
-        used = f"This selection takes the highest scores of each task{weighted}"
+    elif (sampling := selection.summary.arguments.get("sampling")) in ("top", "middle"):
+        which = "highest scores" if sampling == "top" else "middle of the scores"
+        used = f"This selection takes the {which} of each task{weighted}"
     else:
         used = _at_q(choice, drawn_share)
     half, narrow = choice.q_where(0.5), choice.q_where(drawn_share)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tive.method.value import effective_sample_size, instance_weights
-from tive.report.selection import Selection
+from tive.selection.files import Selection
+from tive.selection.options import SCORE_COLUMNS
 
 Q_GRID = np.logspace(-4, 5, 91)
 
@@ -32,7 +33,7 @@ class Choice:
 
     Attributes:
         q: the selection's own.
-        score: the column the weights are made of, `influence` or `norm`.
+        score: the column of the scores file that the weights are made of.
         tasks: indices into the selection's tasks.
         qs: float64 `[k]`.
         sizes: int64 `[tasks]`, the records that have a score.
@@ -77,13 +78,16 @@ class Choice:
 
 
 def choice_of(selection: Selection) -> Choice | None:
-    """The curve of a selection, from the scores of its records; None when no task has any.
+    """The curve of a selection, from the scores of its records; None when no task has any, or another
+    method than TIVE selected, which draws by no weights.
 
-    The weights are made of the norm where the selection asked for it, and of the influence otherwise.
+    The weights are made of the score that the selection asked for; of the influence where it drew at random.
     """
-    score = "norm" if selection.arguments.get("instance_score") == "norm" else "influence"
-    values = getattr(selection, score)
-    q = float(selection.arguments["q"])
+    if selection.summary.method != "TIVE":
+        return None
+    score = SCORE_COLUMNS.get(str(selection.summary.arguments.get("instance_score")), "influence")
+    values = selection.column(score)
+    q = float(selection.summary.arguments["q"])
     tasks, sizes, curves, ranges = [], [], [], []
     for index, task in enumerate(selection.tasks):
         scores = values[selection.rows_of(index)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from tive.report.captions import percent, plural
 from tive.report.choice import Choice
 from tive.report.markup import Markup, name, tag
-from tive.report.selection import Selection
+from tive.selection.files import Selection
 
 # Nothing may be loaded and no script may run, should any text of the data ever be taken for markup.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -20,7 +20,7 @@ def page(selection: Selection, choice: Choice | None, sections: list[tuple[str, 
         sections: anchor, title and content of each.
     """
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    file = Path(selection.summary["inputs"]["data_path"]).name
+    file = Path(selection.summary.inputs.data_path).name
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -35,7 +35,7 @@ def page(selection: Selection, choice: Choice | None, sections: list[tuple[str, 
         (f"{selected:,}", f"records selected of {len(selection.ids):,}"),
         (percent(selected / max(1, len(selection.ids))), "of the data"),
         (f"{len(selection.tasks):,}", "tasks" if len(selection.tasks) > 1 else "task"),
-        (f"{len(selection.summary['left_out']):,}", "left out"),
+        (f"{len(selection.summary.left_out):,}", "left out"),
     ]
     if choice is not None:
         facts.append((percent(choice.share_at_q), f"effective size at q = {choice.q:g}"))

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from tive.report.choice import Choice
 from tive.report.markup import Markup
-from tive.report.selection import Selection
+from tive.selection.files import Selection
 
 # Blue, orange and grey stay apart for every kind of colour vision. The page's style sheet has a --name for each.
 COLOURS = {
@@ -92,7 +92,7 @@ def distribution(selection: Selection, tasks: Sequence[int], column: str) -> Fig
     Args:
         column: `influence`, on a linear axis, or `norm`, on a logarithmic one.
     """
-    values = getattr(selection, column)
+    values = selection.column(column)
     logarithmic = column == "norm"
     usable = np.isfinite(values) & ((values > 0) | (not logarithmic))
     # One axis for every task, also of other pages of the plot.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.records import RecordFile, image_of, open_records, problem_of
-from tive.report.selection import Selection
+from tive.selection.files import Selection
 from tive.util.errors import UserError
 
 THUMBNAIL = 192
@@ -35,11 +35,11 @@ def extremes(selection: Selection, count: int) -> list[tuple[np.ndarray, np.ndar
 
     A task of fewer than `2 * count` records shares them between the two; no record is in both.
     """
-    pairs = []
+    pairs, influence = [], selection.column("influence")
     for index in range(len(selection.tasks)):
         rows = selection.rows_of(index)
-        rows = rows[np.isfinite(selection.influence[rows])]
-        rows = rows[np.argsort(selection.influence[rows], kind="stable")]
+        rows = rows[np.isfinite(influence[rows])]
+        rows = rows[np.argsort(influence[rows], kind="stable")]
         least = min(count, len(rows) // 2)
         pairs.append((rows[::-1][: min(count, len(rows) - least)], rows[:least]))
     return pairs
@@ -54,13 +54,13 @@ def open_checked(selection: Selection, data_path: str | None) -> RecordFile:
     Raises:
         UserError: it is not there, or it has changed since.
     """
-    inputs = selection.summary["inputs"]
-    path = data_path or inputs["data_path"]
+    inputs = selection.summary.inputs
+    path = data_path or inputs.data_path
     try:
         records = open_records(path)
     except ValueError as error:
         raise UserError(f"{path!r} is no file name ({error}); name the data file with --data_path") from error
-    if records.sha256 != inputs["data_sha256"] or len(records) != len(selection.ids):
+    if records.sha256 != inputs.data_sha256 or len(records) != len(selection.ids):
         raise UserError(
             f"{records.path} is not the file the selection was made from (SHA-256); name it with --data_path"
         )

@@ -15,7 +15,8 @@ from tive.report import captions, plots
 from tive.report.captions import percent, plural, short
 from tive.report.choice import Choice
 from tive.report.markup import Markup, join, name, table, tag
-from tive.report.selection import Selection, Task
+from tive.selection.files import Selection
+from tive.selection.summary import Task
 
 TASKS_A_PLOT = 30
 
@@ -95,7 +96,7 @@ def task_values(selection: Selection, pictures: Pictures) -> Markup:
 
 
 def distribution(selection: Selection, pictures: Pictures, column: str) -> Markup:
-    values = getattr(selection, column)
+    values = selection.column(column)
     if not np.isfinite(values).any():
         return tag("p", f"No record has a {column}.")
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from tive.report.captions import percent, plural, short
 from tive.report.markup import Markup, join, name, table, tag
 from tive.report.samples import Sample
-from tive.report.selection import Selection, number
+from tive.selection.files import Selection
 
 OPEN_TASKS = 10
 CASES = 100
@@ -41,8 +43,8 @@ def records(
 def _card(selection: Selection, row: int, sample: Sample | None) -> Markup:
     times = int(selection.times_selected[row])
     state = tag("span", "drawn" + (f" {times} times" if times > 1 else ""), class_="drawn") if times else "not drawn"
-    facts = [("influence", selection.influence[row]), ("norm", selection.norm[row]), ("weight", selection.weight[row])]
-    values = " · ".join(f"{what} {short(value)}" for what, value in facts)
+    facts = [(what, short(selection.column(what)[row])) for what in ("influence", "norm", "weight")]
+    values = " · ".join(f"{what} {value}" for what, value in facts)
     text = [tag("p", state, " · ", values), tag("p", f"row {row}, id ", name(selection.ids[row]), class_="quiet")]
     picture = tag("span", sample.no_image if sample else "not read", class_="missing")
     if sample is not None and sample.image:
@@ -56,16 +58,16 @@ def _card(selection: Selection, row: int, sample: Sample | None) -> Markup:
 
 def left_out(selection: Selection) -> Markup:
     """Records without a gradient: how many for each reason and task, and one of them."""
-    entries = selection.summary["left_out"]
+    entries = selection.summary.left_out
     if not entries:
         return tag("p", "None: every record has a gradient.")
-    cases = [(str(entry.get("reason")), str(entry.get("task"))) for entry in entries]
+    cases = [(entry.reason, str(entry.task)) for entry in entries]
     examples = dict(reversed(list(zip(cases, entries, strict=True))))
     counts = Counter(cases)
     found = sorted(counts, key=lambda case: (-counts[case], case))
     lines = []
     for case in found[:CASES]:
-        example = join([f"row {str(examples[case].get('row'))[:20]}, id ", name(str(examples[case].get("id")), 40)])
+        example = join([f"row {examples[case].row}, id ", name(str(examples[case].id), 40)])
         lines.append([name(case[0], 200), name(case[1]), f"{counts[case]:,}", example])
     share = percent(len(entries) / max(1, len(selection.ids)))
     said = f"{plural(len(entries), 'record')} of {len(selection.ids):,} ({share}): in no mean, and never drawn."
@@ -76,7 +78,7 @@ def left_out(selection: Selection) -> Markup:
 
 def cost(selection: Selection) -> Markup:
     """What the gradient pass took, from the chunks' manifests."""
-    chunks = selection.summary["gradient_pass"]
+    chunks = selection.summary.gradient_pass
     if not chunks:
         return tag("p", "Not known: the feature files have no manifests (those of the paper's release do not).")
 
@@ -109,6 +111,13 @@ def cost(selection: Selection) -> Markup:
     return join([_facts(facts), tag("p", said, class_="quiet"), folded])
 
 
+def number(value: Any) -> float | None:
+    """A finite number of reasonable size as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        return None
+    return float(value)
+
+
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
@@ -126,13 +135,12 @@ def memory(size: float | None) -> str:
 def origin(selection: Selection) -> Markup:
     """Arguments, versions and hashes: what it takes to make the subset again and to check it."""
     summary = selection.summary
-    inputs = {key: value for key, value in summary["inputs"].items() if key not in ("chunks", "match")}
-    blocks = [("Arguments", selection.arguments), ("Inputs", inputs)]
-    blocks += [("Gradient features", summary["inputs"].get("match")), ("Subset", summary["subset"])]
-    blocks += [("Versions", summary["versions"])]
-    if summary["gradient_pass"]:
-        blocks.append(("Versions of the gradient pass", summary["gradient_pass"][0].get("versions")))
-    parts = [tag("p", f"Selected {summary['created']}.")] if "created" in summary else []
+    inputs = {key: value for key, value in structs.asdict(summary.inputs).items() if key not in ("chunks", "match")}
+    blocks = [("Arguments", summary.arguments), ("Inputs", inputs), ("Gradient features", summary.inputs.match)]
+    blocks += [("Subset", structs.asdict(summary.subset)), ("Versions", summary.versions)]
+    if summary.gradient_pass:
+        blocks.append(("Versions of the gradient pass", summary.gradient_pass[0].get("versions")))
+    parts = [tag("p", f"Selected {summary.created}.")] if summary.created else []
     for title, content in blocks:
         if isinstance(content, dict) and content:
             pairs = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in content.items())

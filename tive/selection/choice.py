@@ -1,202 +1,158 @@
-"""The steps of the selection between the data file, the feature files and the formulas of `tive.method.value`."""
+"""The selection as one function, from arrays and options to what was chosen and why (paper, section 3.3)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from tive.data.records import RecordFile, checked_task, open_records, rows_by_task, task_of
-from tive.features.chunks import Chunk
 from tive.method.value import (
     draw,
+    draw_middle,
     draw_top,
     effective_sample_size,
     instance_weights,
-    rounded_down,
+    rounded,
     task_budgets,
     task_value,
 )
+from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, Options
+from tive.selection.summary import Task
 from tive.util.errors import UserError
 
 NO_TASK = "(no task)"
 
 
-@dataclass
-class Mixture:
-    """A data file: the id and task of every record as text, and what is wrong with records by row."""
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen of N records, and why.
 
-    records: RecordFile
-    ids: list[str] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    problems: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass
-class Task:
-    """A task of the mixture: `rows` are its records, `counted` those that the method takes into account.
-
-    `budget` is p * N * V_t / sum of V before rounding down, `selected` the records written (repeated ones each time).
+    Attributes:
+        tasks: values, budgets and what was selected, in order of the tasks' names as given.
+        task: int `[N]`, index into `tasks`.
+        weights: float64 `[N]`, `softmax(q * score)` over the record's task; NaN for a record that cannot be drawn.
+        times_selected: int64 `[N]`.
+        reasons: why records cannot be drawn, by row; those of excluded tasks are not among them.
     """
 
-    name: str
-    rows: np.ndarray
-    excluded: bool
-    counted: np.ndarray
-    value: float | None = None
-    budget: float | None = None
-    selected: int = 0
-    distinct: int = 0
-    effective_sample_size: float | None = None
+    options: Options
+    tasks: tuple[Task, ...]
+    task: np.ndarray
+    weights: np.ndarray
+    times_selected: np.ndarray
+    reasons: dict[int, str]
+
+    @property
+    def included(self) -> list[Task]:
+        return [task for task in self.tasks if not task.excluded]
 
 
-def read_mixture(path: str, task_key: str) -> Mixture:
-    """Read a data file. A record that the gradient step may have left out is no error yet.
+def is_excluded(task_names: Sequence[str], options: Options) -> np.ndarray:
+    """Which tasks nothing is drawn from, bool `[T]`."""
+    return np.array([name in options.exclude_tasks or name == NO_TASK for name in task_names], bool)
+
+
+def choose(
+    task_names: Sequence[str],
+    task: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    reasons: Mapping[int, str],
+    options: Options,
+) -> Choice:
+    """Task values, task budgets, instance weights, and the records drawn.
+
+    Args:
+        task_names: the T tasks.
+        task: int `[N]`, index into `task_names` of each record's task.
+        scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`Options.columns`).
+        reasons: why records cannot be drawn, by row: they count in nothing but N.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: every task is excluded, one that is not has no record left, or none gets a whole record.
     """
-    ids: list[str] = []
-    tasks: list[str] = []
-    problems: dict[int, str] = {}
-
-    def visit(row: int, record: Any) -> None:
-        try:
-            task = checked_task(path, row, record, task_key)
-        except UserError as error:
-            problems[row] = str(error)
-            task = (task_of(record, task_key) if isinstance(record, dict) else None) or NO_TASK
-        tasks.append(task)
-        ids.append(_text(record.get("id") if isinstance(record, dict) else None))
-
-    return Mixture(open_records(path, visit), ids, tasks, problems)
-
-
-def _text(value: Any) -> str:
-    """An id or a reason as text that can be written and printed, half a surrogate pair too."""
-    if not isinstance(value, str):
-        return "" if value is None else json.dumps(value)
-    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
-
-
-def gradient_norms(chunks: list[Chunk]) -> np.ndarray:
-    """`||g_s||` of every record, float64 `[N]`."""
-    return np.concatenate([chunk.norms for chunk in chunks])
-
-
-def reasons_left_out(mixture: Mixture, chunks: list[Chunk], norms: np.ndarray) -> dict[int, str]:
-    """Why records cannot count, by row: the gradient step's reason, or a norm that is zero or not finite.
-
-    Raises:
-        UserError: a record has a problem or no task, and the gradient step did not leave it out.
-    """
-    reasons = {entry.row: _text(entry.reason) for chunk in chunks for entry in chunk.left_out}
-    unexpected = mixture.problems.keys() - reasons.keys()
-    if unexpected:
-        raise UserError(mixture.problems[min(unexpected)])
-    for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
-        reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
-    return reasons
-
-
-def excluded_names(wanted: Sequence[str], mixture: Mixture) -> set[str]:
-    """The tasks that `--exclude_tasks` names: one by one or with commas between; `none` is no task.
-
-    A name that the data lacks is only noted: the default is LLaVA's captions, which other mixtures do not have.
-    """
-    known = dict.fromkeys(mixture.tasks)
-    names = {name.strip() for text in wanted for name in ([text] if text in known else text.split(","))} - {""}
-    if names == {"none"}:
-        names = names & known.keys()
-    for name in sorted(names - known.keys()):
-        print(f"note: the data has no task {name} to exclude")
-    return names & known.keys()
-
-
-def group_by_task(mixture: Mixture, excluded: set[str], reasons: dict[int, str]) -> tuple[list[Task], np.ndarray]:
-    """The tasks in order of their first record, and for each record the number of its task `[N]`.
-
-    The number is -1 where the record counts in nothing: it was left out, or its task is excluded.
-
-    Raises:
-        UserError: every task is excluded.
-    """
-    counted = np.ones(len(mixture.tasks), bool)
-    counted[list(reasons)] = False
-    codes = np.full(len(mixture.tasks), -1)
-    tasks = []
-    for number, (name, rows) in enumerate(rows_by_task(mixture.tasks).items()):
-        task = Task(name, rows, name in excluded or name == NO_TASK, rows[counted[rows]])
-        tasks.append(task)
-        if not task.excluded:
-            codes[task.counted] = number
-    if all(task.excluded for task in tasks):
-        raise UserError(
-            f"every task of {mixture.records.path} is excluded ({', '.join(task.name for task in tasks)}); "
-            "name fewer with --exclude_tasks"
-        )
-    return tasks, codes
-
-
-def leave_out_features(tasks: list[Task], codes: np.ndarray, lengths: np.ndarray, reasons: dict[int, str]) -> None:
-    """Note the records whose features proved to be zero or not finite, and count them no more.
-
-    Raises:
-        UserError: a task that is not excluded has no record left.
-    """
-    useless = (codes >= 0) & ~(np.isfinite(lengths) & (lengths > 0))
-    for row in np.flatnonzero(useless).tolist():
-        reasons[row] = "features are zero" if lengths[row] == 0 else "features not finite"
-    for task in tasks:
-        task.counted = task.counted[~useless[task.counted]]
-        if not task.excluded and not len(task.counted):
+    excluded = is_excluded(task_names, options)
+    if excluded.all():
+        raise UserError(f"every task is excluded ({', '.join(task_names)}); exclude fewer")
+    usable = np.ones(len(task), bool)
+    usable[list(reasons)] = False
+    rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
+    counted = [rows[usable[rows]] for rows in rows_of]
+    included = np.flatnonzero(~excluded).tolist()
+    for index in included:
+        if not len(counted[index]):
+            row = int(rows_of[index][0])
             raise UserError(
-                f"all {len(task.rows)} records of task {task.name} are left out (record {task.rows[0]}: "
-                f"{reasons[int(task.rows[0])]}); repair them and take their gradients again, or name the task "
-                "with --exclude_tasks"
+                f"all {len(rows_of[index])} records of task {task_names[index]} are left out (record {row}: "
+                f"{reasons[row]}); repair them and take their gradients again, or exclude the task"
             )
 
+    values = {index: task_value(scores["norm"][counted[index]]) for index in included}
+    bases = [_basis(options.task_budget, scores, len(rows_of[index]), counted[index]) for index in included]
+    if not sum(bases) > 0:
+        raise UserError(f"the mean {options.task_budget} of every task is 0; choose another task_budget")
+    budgets = task_budgets(np.array(bases), options.p, len(task))
+    whole = dict(zip(included, rounded(budgets, options.rounding).tolist(), strict=True))
+    if not any(whole.values()):
+        raise UserError(
+            f"p = {options.p} of {len(task):,} records in {len(included):,} tasks is less than one record for every "
+            "task; give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
+        )
 
-def give_budgets(tasks: list[Task], norms: np.ndarray, p: float, task_budget: str) -> None:
-    """Set every task's value and budget.
+    weights, times = np.full(len(task), np.nan), np.zeros(len(task), np.int64)
+    sizes = {}
+    for index in included:
+        rows = counted[index]
+        instance_scores = _instance_scores(options, scores, rows)
+        weights[rows] = instance_weights(instance_scores, options.q)
+        sizes[index] = effective_sample_size(weights[rows])
+        times[rows] = _times_selected(instance_scores, whole[index], task_names[index], options)
+    before = dict(zip(included, budgets.tolist(), strict=True))
+    basis = dict(zip(included, bases, strict=True))
+    tasks = tuple(
+        Task(
+            name=name,
+            records=len(rows_of[index]),
+            counted=len(counted[index]),
+            excluded=bool(excluded[index]),
+            value=values.get(index),
+            basis=basis.get(index),
+            budget=whole.get(index),
+            budget_before_rounding=before.get(index),
+            selected=int(times[rows_of[index]].sum()),
+            distinct=int(np.count_nonzero(times[rows_of[index]])),
+            effective_sample_size=sizes.get(index),
+        )
+        for index, name in enumerate(task_names)
+    )
+    return Choice(options, tasks, task, weights, times, dict(reasons))
 
-    Args:
-        task_budget: `difficulty` (the paper's), by `size` or `equal`.
 
-    Raises:
-        UserError: no task gets a whole record.
-    """
-    included = [task for task in tasks if not task.excluded]
-    records = sum(len(task.rows) for task in tasks)
-    for task in included:
-        task.value = task_value(norms[task.counted])
-    basis = {
-        "difficulty": [task.value for task in included],
-        "size": [len(task.rows) for task in included],
-        "equal": [1.0 for _ in included],
-    }[task_budget]
-    for task, budget in zip(included, task_budgets(np.array(basis), p, records).tolist(), strict=True):
-        task.budget = budget
-    if not any(rounded_down(budget) for budget in (task.budget for task in included)):
-        raise UserError(f"--p {p} of {records} records is less than one record for every task; raise --p")
+def _basis(task_budget: str, scores: Mapping[str, np.ndarray], records: int, counted: np.ndarray) -> float:
+    """What a task's budget is in proportion to: its records, 1, or the mean of a score over its counted records."""
+    if task_budget in BUDGET_COLUMNS:
+        return task_value(scores[BUDGET_COLUMNS[task_budget]][counted])
+    return {"size": float(records), "equal": 1.0}[task_budget]
 
 
-def draw_task(task: Task, scores: np.ndarray, q: float, seed: int, sampling: str) -> tuple[np.ndarray, np.ndarray]:
-    """Instance weights and times selected, both `[n_t]`, of a task's counted records.
+def _instance_scores(options: Options, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    if options.instance_score == "random":
+        return np.zeros(len(rows))
+    return scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
+
+
+def _times_selected(scores: np.ndarray, budget: int, task: str, options: Options) -> np.ndarray:
+    """How often each record of a task is taken, int64 `[n_t]`.
 
     A budget above the records takes each `budget // n_t` times and draws the remainder.
-
-    Args:
-        scores: `[n_t]`, the instance score of each counted record.
-        sampling: `weighted` by softmax(q * score), or the `top` scores.
     """
-    weights = instance_weights(scores, q)
-    whole, rest = divmod(rounded_down(task.budget), len(scores))
-    times = np.full(len(scores), whole)
-    times[draw_top(scores, rest) if sampling == "top" else draw(scores, q, rest, seed, task.name)] += 1
-    task.selected, task.distinct = int(times.sum()), int(np.count_nonzero(times))
-    task.effective_sample_size = effective_sample_size(weights)
-    return weights, times
+    whole, rest = divmod(budget, len(scores))
+    times = np.full(len(scores), whole, np.int64)
+    if options.sampling == "top":
+        drawn = draw_top(scores, rest)
+    elif options.sampling == "middle":
+        drawn = draw_middle(scores, rest)
+    else:
+        drawn = draw(scores, options.q, rest, options.seed, task)
+    times[drawn] += 1
+    return times

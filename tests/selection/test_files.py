@@ -1,0 +1,223 @@
+"""What the selection writes is read back by the same code, under a name that no other choice has."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import select_data_TIVE
+from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
+from tive.data.records import open_records
+from tive.selection.files import (
+    Files,
+    Scores,
+    check_writable,
+    files_of,
+    find_summary,
+    read_selection,
+    tive_stem,
+    write_selection,
+)
+from tive.selection.options import Options
+from tive.selection.summary import Inputs, LeftOut, Task, summary_of
+from tive.util.errors import UserError
+
+main = select_data_TIVE.main
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, list[str | Path]]:
+    """A folder with data and features, and the arguments that select from it into `out`."""
+    (tmp_path / "data.json").write_text(json.dumps(mixture()))
+    write_features(tmp_path / "features", tmp_path / "data.json", *random_features(len(mixture())))
+    arguments = ["--data_path", tmp_path / "data.json", "--gradient_path", tmp_path / "features"]
+    return tmp_path, [*arguments, "--save_path", tmp_path / "out"]
+
+
+def change_chunks(folder: Path, change) -> None:
+    for path in folder.glob("output_*.pt"):
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+
+def columns(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
+
+
+def test_every_score_of_the_pass_is_in_the_scores_file(made):
+    folder, arguments = made
+    call(main, *arguments)
+    names, lines = columns(folder / "out" / "Tive_q_0.001_p_0.15_scores.csv")
+    first, last = ["row", "id", "task", "norm", "influence"], ["weight", "times_selected", "left_out"]
+    assert names == [*first, "loss", "supervised_tokens", "tokens", *last]
+    expected = scores_of(random_features(len(mixture()))[1])
+    assert [float(line["loss"]) for line in lines] == expected.losses.tolist()
+    assert [line["supervised_tokens"] for line in lines] == [str(count) for count in expected.supervised_tokens]
+    assert [line["tokens"] for line in lines] == [str(count) for count in expected.tokens]
+
+
+def test_features_of_earlier_runs_select_by_influence_and_norm_and_lack_the_columns(made, capsys):
+    folder, arguments = made
+
+    def strip(content):
+        for key in ("losses", "supervised_tokens", "tokens"):
+            del content[key]
+
+    change_chunks(folder / "features", strip)
+    call(main, *arguments)
+    call(main, *arguments, "--instance_score", "norm")
+    names, _ = columns(folder / "out" / "Tive_q_0.001_p_0.15_scores.csv")
+    assert names == ["row", "id", "task", "norm", "influence", "weight", "times_selected", "left_out"]
+    before = set((folder / "out").iterdir())
+    for option in (["--instance_score", "loss"], ["--task_budget", "loss"], ["--instance_score", "length"]):
+        line = refusal(capsys, main, *arguments, *option)
+        assert "output_0.pt holds no `" in line and "take the gradients again" in line
+    assert "--el2n" in refusal(capsys, main, *arguments, "--instance_score", "el2n")
+    assert set((folder / "out").iterdir()) == before
+
+
+def test_a_score_that_is_no_number_leaves_its_record_out_where_it_decides(made):
+    folder, arguments = made
+
+    def break_one(content):
+        content["losses"][2] = float("nan")
+
+    change_chunks(folder / "features", break_one)
+    call(main, *arguments, "--instance_score", "loss", "--q", 1)
+    _, lines = columns(folder / "out" / "Tive_q_1.0_p_0.15_score-loss_scores.csv")
+    assert [line["row"] for line in lines if line["left_out"] == "loss not a number"] == ["2", "28", "54"]
+    call(main, *arguments)
+    _, lines = columns(folder / "out" / "Tive_q_0.001_p_0.15_scores.csv")
+    assert not any(line["left_out"] for line in lines)
+
+
+def test_no_choice_overwrites_the_files_of_another(made):
+    folder, arguments = made
+    choices = [
+        [],
+        ["--seed", 1],
+        ["--exclude_tasks", "none"],
+        ["--exclude_tasks", "vqa", "chat"],
+        ["--exclude_tasks", "vqa"],
+        ["--rounding", "largest_remainder"],
+        ["--task_budget", "loss"],
+        ["--instance_score", "loss"],
+        ["--instance_score", "loss", "--sampling", "top"],
+        ["--instance_score", "loss", "--sampling", "middle"],
+        ["--task_key", "id:/", "--exclude_tasks", "none"],
+        ["--q", 3, "--p", 0.3],
+    ]
+    for number, choice in enumerate(choices, start=1):
+        call(main, *arguments, *choice)
+        assert len(list((folder / "out").glob("*_summary.json"))) == number, choice
+    # The default exclusion is the same whether it is named, and whether the data has such a task at all.
+    call(main, *arguments, "--exclude_tasks", "textcaps")
+    assert len(list((folder / "out").iterdir())) == 3 * len(choices)
+
+
+def test_names_of_tasks_that_suit_no_file_name_are_replaced_and_stay_apart():
+    stems = {
+        tive_stem(Options(exclude_tasks=tasks), ["a/b", "a", "b", "a+b", "none", "x" * 300], "dataset")
+        for tasks in (("a/b",), ("a", "b"), ("a+b",), (), ("none",), ("x" * 300,))
+    }
+    assert len(stems) == 6
+    assert all("/" not in stem and len(stem) < 100 for stem in stems)
+
+
+def test_an_unwritable_folder_is_found_before_anything_is_read(made, capsys, tmp_path):
+    _, arguments = made
+    (tmp_path / "file").write_text("")
+    for folder in ("/proc/none", tmp_path / "file", tmp_path / "file" / "below"):
+        line = refusal(capsys, main, *arguments, "--save_path", folder, "--data_path", "nowhere.json")
+        assert f"cannot write {folder}" in line
+    check_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+
+
+def test_adam_features_are_refused_with_the_remedy(made, capsys):
+    folder, arguments = made
+    for kind in ("adam", "adam_release"):
+        write_features(
+            folder / kind,
+            folder / "data.json",
+            *random_features(len(mixture())),
+            change=lambda match, kind=kind: match.update(gradient=kind),
+        )
+        line = refusal(capsys, main, *arguments, "--gradient_path", folder / kind)
+        assert f"holds {kind} gradients" in line and "select_data_LESS.py" in line and "--gradient sgd" in line
+    assert not (folder / "out").exists()
+
+
+def test_what_is_read_is_what_was_written(made):
+    folder, arguments = made
+    call(main, *arguments, "--instance_score", "loss", "--q", 2)
+    selection = read_selection(find_summary(folder / "out", None))
+    names, lines = columns(folder / "out" / f"{selection.stem}_scores.csv")
+    assert list(selection.numbers) == names[3:-2]
+    for name, column in selection.numbers.items():
+        assert column.tolist() == [float(line[name] or "nan") for line in lines] or np.isnan(column).any()
+    assert [selection.tasks[index].name for index in selection.task] == [line["task"] for line in lines]
+    assert selection.summary.method == "TIVE" and selection.summary.arguments["instance_score"] == "loss"
+    assert selection.summary.subset.records == selection.times_selected.sum()
+    assert np.isnan(selection.column("el2n")).all()
+
+
+def write_other(folder: Path, data: Path) -> Files:
+    """A selection of another method, with scores of its own."""
+    records = open_records(data)
+    count = len(records)
+    times = (np.arange(count) % 5 == 0).astype(np.int64)
+    numbers = {"score": np.linspace(-1, 1, count), "rank": np.arange(count), "score_vqa, part": np.ones(count)}
+    files = files_of(folder, "Less_p_0.2", data)
+    task = Task("all", records=count, counted=count - 1, selected=int(times.sum()), distinct=int(times.sum()))
+    write_selection(
+        files,
+        records,
+        Scores([str(row) for row in range(count)], ["all"] * count, numbers, times, {3: "features are zero"}),
+        summary_of(
+            {"p": 0.2, "within": "mean"},
+            Inputs(str(data), records.sha256, count, "features"),
+            [],
+            [task],
+            [LeftOut(3, "features are zero")],
+            method="LESS",
+            details={"checkpoints": [{"step": 105, "weight": 0.6}]},
+        ),
+    )
+    return files
+
+
+def test_another_methods_selection_is_written_and_read_by_the_same_code(made):
+    folder, _ = made
+    files = write_other(folder / "less", folder / "data.json")
+    assert files.subset.name == "Less_p_0.2.json" and len(json.loads(files.subset.read_text())) == 16
+    selection = read_selection(find_summary(folder / "less", None))
+    assert list(selection.numbers) == ["score", "rank", "score_vqa, part"]
+    assert selection.summary.method == "LESS" and selection.summary.details["checkpoints"][0]["weight"] == 0.6
+    assert selection.left_out == {3: "features are zero"}
+    assert selection.column("score")[0] == -1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "row,id,task,norm,times_selected",
+        "id,row,task,times_selected,left_out",
+        "row,id,task,norm,norm,times_selected,left_out",
+    ],
+)
+def test_a_scores_file_of_other_columns_is_refused_with_those_it_must_have(made, header):
+    folder, arguments = made
+    call(main, *arguments)
+    path = folder / "out" / "Tive_q_0.001_p_0.15_scores.csv"
+    path.write_text(f"{header}\n" + path.read_text().partition("\n")[2])
+    with pytest.raises(UserError, match="line 1: the columns are not row,id,task, scores, times_selected,left_out"):
+        read_selection(find_summary(folder / "out", None))

@@ -1,0 +1,191 @@
+"""What a selection is made from: the data file's tasks, the scores in the feature files, and the records left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tive.data.records import RecordFile, checked_task, open_records, rows_by_task, task_of
+from tive.features.chunks import Chunk
+from tive.selection.choice import NO_TASK
+from tive.selection.summary import LeftOut
+from tive.util.errors import UserError
+
+# What a feature file keeps of each record, and the scores file's column for it.
+COLUMN_OF = {
+    "norms": "norm",
+    "losses": "loss",
+    "supervised_tokens": "supervised_tokens",
+    "tokens": "tokens",
+    "el2n": "el2n",
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A data file of N records.
+
+    Attributes:
+        ids: `[N]`, as text.
+        task_names: in order of their first record.
+        task: int `[N]`, index into `task_names`.
+        problems: what is wrong with records, by row.
+    """
+
+    records: RecordFile
+    ids: list[str]
+    task_names: list[str]
+    task: np.ndarray
+    problems: dict[int, str]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each record, by name."""
+        return [self.task_names[index] for index in self.task.tolist()]
+
+    def left_out(self, reasons: Mapping[int, str]) -> list[LeftOut]:
+        """The summary's entry for each row of `reasons`."""
+        return [
+            LeftOut(row=row, id=self.ids[row], task=self.task_names[self.task[row]], reason=reason)
+            for row, reason in sorted(reasons.items())
+        ]
+
+
+def read_mixture(path: str, task_key: str) -> Mixture:
+    """Read a data file. A record that the gradient step may have left out is no error yet.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    ids: list[str] = []
+    tasks: list[str] = []
+    problems: dict[int, str] = {}
+
+    def visit(row: int, record: Any) -> None:
+        try:
+            task = checked_task(path, row, record, task_key)
+        except UserError as error:
+            problems[row] = str(error)
+            task = (task_of(record, task_key) if isinstance(record, dict) else None) or NO_TASK
+        tasks.append(task)
+        ids.append(_text(record.get("id") if isinstance(record, dict) else None))
+
+    records = open_records(path, visit)
+    rows_of = rows_by_task(tasks)
+    task_of_row = np.empty(len(tasks), np.int64)
+    for index, rows in enumerate(rows_of.values()):
+        task_of_row[rows] = index
+    return Mixture(records, ids, list(rows_of), task_of_row, problems)
+
+
+def _text(value: Any) -> str:
+    """An id or a reason as text that can be written and printed, half a surrogate pair too."""
+    if not isinstance(value, str):
+        return "" if value is None else json.dumps(value)
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+
+
+def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that are named for exclusion, one by one or with commas between; `none` is no task.
+
+    A name that the data lacks is only noted: the default is LLaVA's captions, which other mixtures do not have.
+    """
+    known = set(task_names)
+    names = {name.strip() for text in wanted for name in ([text] if text in known else text.split(","))} - {""}
+    if names == {"none"}:
+        names &= known
+    for name in sorted(names - known):
+        print(f"note: the data has no task {name} to exclude")
+    return tuple(sorted(names & known))
+
+
+def record_scores(chunks: Sequence[Chunk], needed: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """What the feature files know of every record beside its features, `[N]` each, by the scores file's column.
+
+    `norm` is always there; `loss`, `el2n` (float64), `supervised_tokens` and `tokens` (int64) where every chunk has
+    them.
+
+    Raises:
+        UserError: a column that is needed is not there.
+    """
+    scores = {}
+    for key, column in COLUMN_OF.items():
+        lacking = [chunk.path for chunk in chunks if key not in chunk.scores]
+        if not lacking:
+            values = np.concatenate([chunk.scores[key] for chunk in chunks])
+            scores[column] = values.astype(np.int64) if key.endswith("tokens") else values
+        elif column in needed:
+            how = "compute_gradient_features.py --el2n" if key == "el2n" else "compute_gradient_features.py"
+            raise UserError(
+                f"{lacking[0]} holds no `{key}`; take the gradients again with {how}, or choose by another score"
+            )
+    return scores
+
+
+def refuse_adam(chunks: Sequence[Chunk]) -> None:
+    """TIVE's values and influences are those of the gradient itself.
+
+    Raises:
+        UserError: the features are of gradients as the Adam optimizer would apply them.
+    """
+    for chunk in chunks:
+        if chunk.match is not None and chunk.match.gradient.startswith("adam"):
+            raise UserError(
+                f"{chunk.path} holds {chunk.match.gradient} gradients, which are for select_data_LESS.py; take those "
+                "that TIVE selects by with compute_gradient_features.py --gradient sgd in another folder"
+            )
+
+
+def reasons_left_out(
+    mixture: Mixture, chunks: Sequence[Chunk], scores: Mapping[str, np.ndarray], needed: Collection[str] = ()
+) -> dict[int, str]:
+    """Why records cannot count, by row: the gradient step's reason, or a score that is no number.
+
+    Args:
+        needed: the columns of `scores` that must be finite; a norm must be above zero.
+
+    Raises:
+        UserError: a record has a problem or no task, and the gradient step did not leave it out.
+    """
+    reasons = {entry.row: _text(entry.reason) for chunk in chunks for entry in chunk.left_out}
+    unexpected = mixture.problems.keys() - reasons.keys()
+    if unexpected:
+        raise UserError(mixture.problems[min(unexpected)])
+    norms = scores["norm"]
+    for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
+        reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
+    for column in sorted(set(needed) & scores.keys() - {"norm"}):
+        for row in np.flatnonzero(~np.isfinite(scores[column])).tolist():
+            reasons.setdefault(row, f"{column} not a number")
+    return reasons
+
+
+def reasons_of_features(lengths: np.ndarray, groups: np.ndarray) -> dict[int, str]:
+    """Why records cannot count, by row: their features are zero, or not finite.
+
+    Args:
+        lengths: float64 `[N]`, `||f_s||`.
+        groups: int `[N]`, negative for a record that was not asked for.
+    """
+    useless = (groups >= 0) & ~(np.isfinite(lengths) & (lengths > 0))
+    return {
+        row: "features are zero" if lengths[row] == 0 else "features not finite"
+        for row in np.flatnonzero(useless).tolist()
+    }
+
+
+def counted_groups(task: np.ndarray, excluded: np.ndarray, reasons: Collection[int]) -> np.ndarray:
+    """The task of each record for the passes over the features, int `[N]`; -1 where it counts in nothing.
+
+    Args:
+        task: int `[N]`, index of each record's task.
+        excluded: bool `[T]`.
+        reasons: the rows of records that were left out.
+    """
+    groups = np.where(excluded[task], -1, task)
+    groups[list(reasons)] = -1
+    return groups

@@ -1,0 +1,181 @@
+"""What a selection's summary says: written and read by the same structs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+
+from tive.data.records import RecordFile
+from tive.features.chunks import Chunk
+from tive.features.manifest import COMMON_KEYS
+from tive.util.errors import UserError
+from tive.util.files import read_json
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
+Size = Annotated[float, Meta(ge=0, lt=1e300)]
+
+
+class Task(Struct, frozen=True, rename={"name": "task"}):
+    """One task of a selection; what is not defined for it, or for the method, is None.
+
+    Attributes:
+        records: of the data file; `counted` those that the method takes into account.
+        value: `V_t`, its mean gradient norm.
+        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1.
+        budget: in records; `budget_before_rounding` is `p * N * basis / sum of basis`.
+        selected: records written, a repeated one each time; `distinct` counts it once.
+        effective_sample_size: of its instance weights, between 1 and `counted`.
+    """
+
+    name: str
+    records: Count
+    counted: Count
+    selected: Count
+    distinct: Count
+    excluded: bool = False
+    value: Size | None = None
+    basis: Size | None = None
+    budget: Count | None = None
+    budget_before_rounding: Size | None = None
+    effective_sample_size: Size | None = None
+
+
+class LeftOut(Struct, frozen=True):
+    """A record that counts in no mean and is never drawn."""
+
+    row: Count
+    reason: str
+    id: str | None = None
+    task: str | None = None
+
+
+class Inputs(Struct, frozen=True):
+    """What the selection was made from. `match` is what the chunks have in common, None for the release's files."""
+
+    data_path: str
+    data_sha256: str
+    data_records: Count
+    gradient_path: str
+    image_folder: str | None = None
+    chunks: list[dict[str, Any]] = []
+    match: dict[str, Any] | None = None
+
+
+class Subset(Struct, frozen=True):
+    """The file of selected records. `distinct` counts a record that is written twice once."""
+
+    file: str
+    records: Count
+    sha256: str
+    distinct: Count | None = None
+
+
+class Summary(Struct, frozen=True):
+    """A selection's arguments, inputs and results: enough to make the subset again and to check it.
+
+    Attributes:
+        method: `TIVE`, or the name of another method that wrote it.
+        details: what this method alone has to say.
+        gradient_pass: the manifests of the feature files, without what stands elsewhere in the summary.
+    """
+
+    arguments: dict[str, Any]
+    versions: dict[str, Any]
+    inputs: Inputs
+    tasks: Annotated[list[Task], Meta(min_length=1)]
+    left_out: list[LeftOut]
+    subset: Subset
+    gradient_pass: list[dict[str, Any]]
+    method: str = "TIVE"
+    created: str = ""
+    details: dict[str, Any] = {}
+
+
+def inputs_of(records: RecordFile, gradient_path: str | os.PathLike[str], chunks: Sequence[Chunk]) -> Inputs:
+    """The data file and the features that a selection was made from."""
+    match = chunks[0].match
+    return Inputs(
+        data_path=os.path.abspath(records.path),
+        data_sha256=records.sha256,
+        data_records=len(records),
+        gradient_path=os.path.abspath(gradient_path),
+        image_folder=next((folder for chunk in chunks if (folder := chunk.manifest.get("image_folder"))), None),
+        chunks=[{"file": chunk.path.name, "start": chunk.start, "stop": chunk.stop} for chunk in chunks],
+        match={key: getattr(match, key) for key in COMMON_KEYS} if match else None,
+    )
+
+
+def passes_of(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+    """What the gradient pass cost, chunk by chunk, as strict JSON: Python reads NaN, which nobody else does."""
+    made = [chunk.manifest for chunk in chunks if chunk.manifest]
+    return json.loads(json.dumps(made), parse_constant=lambda _: None)
+
+
+def summary_of(
+    arguments: Mapping[str, Any],
+    inputs: Inputs,
+    chunks: Sequence[Chunk],
+    tasks: Sequence[Task],
+    left_out: Sequence[LeftOut],
+    method: str = "TIVE",
+    details: Mapping[str, Any] | None = None,
+) -> Callable[[Subset], Summary]:
+    """The summary of a selection, as soon as its subset is written."""
+    return partial(
+        Summary,
+        dict(arguments),
+        {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        inputs,
+        list(tasks),
+        list(left_out),
+        gradient_pass=passes_of(chunks),
+        method=method,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        details=dict(details or {}),
+    )
+
+
+def encode_summary(summary: Summary) -> bytes:
+    content = json.dumps(msgspec.to_builtins(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    # A path of bytes that are no UTF-8 has half a surrogate pair for each.
+    return content.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def read_summary(path: Path) -> Summary:
+    """Read a summary.
+
+    Raises:
+        UserError: the file cannot be read, or is not what a selection writes; the key is named.
+    """
+    try:
+        summary = msgspec.convert(read_json(path), Summary)
+        if summary.method == "TIVE":
+            msgspec.convert({"arguments": summary.arguments}, _TiveArguments)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is not a selection's summary: {error}; make the selection again") from error
+    names = [task.name for task in summary.tasks]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path} names a task twice; make the selection again")
+    return summary
+
+
+class _Drawn(Struct):
+    q: Size
+    p: Size = 0.15
+
+
+class _TiveArguments(Struct):
+    """Of TIVE's arguments, those that are computed with when the summary is read."""
+
+    arguments: _Drawn
