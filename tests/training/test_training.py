@@ -293,6 +293,23 @@ def test_a_reference_model_has_adapter_and_projector(lora_run: Path, parts: Path
     assert not torch.equal(weights[name], before["model.mm_projector.0.weight"])
 
 
+def names_and_state(checkpoint: Path) -> tuple[list[list[str]], dict]:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    return json.loads((checkpoint / "optimizer_names.json").read_text()), state
+
+
+def test_every_moment_of_the_optimizer_has_the_name_of_its_parameter(lora_run: Path) -> None:
+    names, state = names_and_state(lora_run / "checkpoint-2")
+    assert [len(group) for group in names] == [len(group["params"]) for group in state["param_groups"]]
+    weights = load_file(lora_run / "checkpoint-2" / "adapter_model.safetensors")
+    weights |= torch.load(lora_run / "checkpoint-2" / "non_lora_trainables.bin", weights_only=True)
+    flat = [name for group in names for name in group]
+    assert sorted(name.replace(".default", "") for name in flat) == sorted(weights)
+    for index, name in enumerate(flat):
+        assert state["state"][index]["exp_avg"].shape == weights[name.replace(".default", "")].shape, name
+    assert all("mm_projector" in name for name in names[-1])  # they have a learning rate of their own
+
+
 def test_a_reference_model_loads_from_any_folder(settings: dict[str, str], parts: Path, lora_run: Path) -> None:
     assert json.loads((lora_run / "config.json").read_text())["mm_vision_tower"] == str(parts / "model" / "clip")
     adapter = json.loads((lora_run / "adapter_config.json").read_text())
@@ -346,7 +363,7 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
         arguments = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
         arguments = arguments[arguments.index("tive.training.train") + 1 :]
         changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
-        command = [sys.executable, ROOT / "tests" / "deepspeed_on_cpu.py", *arguments, *changed]
+        command = [sys.executable, ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py", *arguments, *changed]
         ended = subprocess.run(command, env=settings | place | device, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
 
@@ -356,7 +373,10 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
     whole = trained_weights(tmp_path / "whole")
     assert all(tensor.abs().max() > 1e-3 for name, tensor in whole.items() if "lora_B" in name)
     assert_same_weights(whole, trained_weights(tmp_path / "stopped"))
-    assert trained_weights(tmp_path / "whole" / "checkpoint-2").keys() == whole.keys()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert trained_weights(checkpoint).keys() == whole.keys()
+    names = json.loads((checkpoint / "optimizer_names.json").read_text())
+    assert {name.replace(".default", "") for group in names for name in group} == whole.keys()
 
 
 def test_the_quickstart_data_are_the_same_for_the_same_seed(parts: Path, tmp_path: Path) -> None:
