@@ -73,7 +73,7 @@ def _numpy_state_allowed() -> contextlib.AbstractContextManager[Any]:
     """Lets `torch.load(weights_only=True)` read the state of numpy's generator; older torch reads it anyway."""
     if not hasattr(torch.serialization, "safe_globals"):
         return contextlib.nullcontext()
-    reconstruct = np.core.multiarray._reconstruct
+    reconstruct = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
     return torch.serialization.safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
 
 
