@@ -1,4 +1,4 @@
-"""Run LLaVA's own trainer; `finetune_lora.sh` and `finetune.sh` start it as `python -m tive.training.train`.
+"""Run LLaVA's own trainer; `finetune_lora.sh` and `finetune.sh` start this module.
 
 The training is `llava.train.train.train`, untouched. This entry stands in for `llava.train.train_mem`, which demands
 flash-attn, and for `llava.train.train`, to keep these from costing anybody a run:
@@ -14,6 +14,9 @@ flash-attn, and for `llava.train.train`, to keep these from costing anybody a ru
 - transformers sets the seed after LLaVA has drawn the adapter: the same command gave another reference model each time.
 - A relative path of the base or the vision tower is written into the model, which then loads from one folder only.
 - The optimizer's state in a checkpoint is a list without names: `optimizer_names.json` beside it has them.
+- Nothing in a model tells its template, its base or its vision tower: `tive_training.json` does, and the gradient step
+  computes what stands there. A setting that it could not follow is refused before anything is loaded.
+- A base that is a LLaVA model lost its trained projector to the pre-trained one: it is kept unless another is named.
 
 LLaVA's modality-grouped sampler takes records that all have images, or none, since its version 1.2 (issues 609, 715).
 """
@@ -21,6 +24,7 @@ LLaVA's modality-grouped sampler takes records that all have images, or none, si
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 
@@ -30,32 +34,57 @@ import transformers.trainer
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 from transformers.utils import is_flash_attn_2_available, is_torch_sdpa_available
 
+from tive.training.settings import base_config, check_base, check_settings, projector_of, read_settings
 from tive.training.trainer import ReferenceTrainer, load_deepspeed_checkpoint
 from tive.util.errors import UserError, run
 
 
-def check_projector(arguments: argparse.Namespace) -> None:
+def check_projector(path: str, settings: argparse.Namespace) -> None:
     """Fail before the base is loaded when the projector belongs to another base or another vision tower."""
-    if not (arguments.pretrain_mm_mlp_adapter and arguments.vision_tower):
-        return
-    weights = torch.load(arguments.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises many kinds
+        raise UserError(f"{path} cannot be read as a projector; download LLaVA's mm_projector.bin again") from error
     matrices = [tensor for name, tensor in weights.items() if "mm_projector" in name and tensor.ndim == 2]
     if not matrices:
-        raise UserError(
-            f"{arguments.pretrain_mm_mlp_adapter} holds no mm_projector weights; name LLaVA's mm_projector.bin"
-        )
-    base, _ = PretrainedConfig.get_config_dict(arguments.model_name_or_path, cache_dir=arguments.cache_dir)
-    vision, _ = PretrainedConfig.get_config_dict(arguments.vision_tower)
+        raise UserError(f"{path} holds no mm_projector weights; name LLaVA's mm_projector.bin")
+    base, _ = PretrainedConfig.get_config_dict(settings.model_name_or_path, cache_dir=settings.cache_dir)
+    vision, _ = PretrainedConfig.get_config_dict(settings.vision_tower)
     vision_width = vision.get("vision_config", vision).get("hidden_size")
     for what, name, width, expected in (
-        ("vision tower", arguments.vision_tower, vision_width, matrices[0].shape[1]),
-        ("base model", arguments.model_name_or_path, base.get("hidden_size"), matrices[-1].shape[0]),
+        ("vision tower", settings.vision_tower, vision_width, matrices[0].shape[1]),
+        ("base model", settings.model_name_or_path, base.get("hidden_size"), matrices[-1].shape[0]),
     ):
         if width is not None and width != expected:
             raise UserError(
-                f"{arguments.pretrain_mm_mlp_adapter} is the projector of another {what}: it has width {expected}, "
+                f"{path} is the projector of another {what}: it has width {expected}, "
                 f"{name} has {width}; name the one that was trained for both"
             )
+
+
+def without(arguments: list[str], name: str) -> list[str]:
+    """Arguments without an option and its value, in either form (`--name value`, `--name=value`)."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(f"--{name}="):
+            skip = False
+        elif argument == f"--{name}":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def llava_arguments(arguments: list[str], settings: argparse.Namespace, projector: str | None) -> list[str]:
+    """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold anywhere."""
+    arguments = without(arguments, "pretrain_mm_mlp_adapter")
+    if projector is not None:
+        arguments += ["--pretrain_mm_mlp_adapter", projector]
+    for name in ("model_name_or_path", "vision_tower"):
+        path = getattr(settings, name)
+        if path and os.path.isdir(path):
+            arguments += [f"--{name}", os.path.abspath(path)]
+    return arguments
 
 
 def main() -> None:
@@ -67,14 +96,17 @@ def main() -> None:
         raise UserError(
             f"LLaVA's trainer has no argument {unknown[0]}; `python -m tive.training.train --help` lists those it has"
         )
-    check_projector(arguments)
-    for name in ("model_name_or_path", "vision_tower"):
-        path = getattr(arguments, name)
-        if path and os.path.isdir(path):
-            sys.argv += [f"--{name}", os.path.abspath(path)]
+    settings = read_settings()
+    check_settings(settings)
+    base = base_config(settings)
+    check_base(settings, base)
+    projector = projector_of(settings, base)
+    if projector is not None and settings.vision_tower:
+        check_projector(projector, settings)
+    sys.argv[1:] = llava_arguments(sys.argv[1:], settings, projector)
 
-    llava_train.LLaVATrainer = ReferenceTrainer
-    if arguments.lora_enable:
+    llava_train.LLaVATrainer = functools.partial(ReferenceTrainer, settings=settings, projector=projector)
+    if settings.lora_enable:
         transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
     set_seed(arguments.seed)
     # LLaVA's own environment has torch 2.0, for which transformers has no SDPA.
