@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: sets ROOT, the project's folder, and PYTHON, the interpreter that runs it:
-# $PYTHON where it is set, else the project's .venv, else the python3 on the path.
+# $PYTHON where it is set, else the project's .venv, else the python3 on the path. Packages come from its environment
+# alone, not from an inherited PYTHONPATH, which may lead to another LLaVA.
+unset PYTHONPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 fail() {
@@ -20,3 +22,8 @@ elif [[ -x $ROOT/.venv/bin/python ]]; then
 else
     PYTHON=python3
 fi
+
+# run_module MODULE ARGUMENT...: as python -m, but without the working folder among the places to import from.
+run_module() {
+    "$PYTHON" "$ROOT/scripts/shell/run_module.py" "$@"
+}

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 
 MODEL=${MODEL:-lmsys/vicuna-7b-v1.5}
 VISION_TOWER=${VISION_TOWER:-openai/clip-vit-large-patch14-336}
-PROJECTOR=${PROJECTOR:-./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin}
+PROJECTOR=${PROJECTOR-auto}           # a file; auto: MODEL's own, else LLaVA-1.5's pre-trained one; empty: MODEL's own
 EPOCHS=${EPOCHS:-1}
 BATCH_SIZE=${BATCH_SIZE:-16}
 GRADIENT_ACCUMULATION=${GRADIENT_ACCUMULATION:-1}
@@ -23,7 +23,7 @@ train_llava() {
     if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
         help_of "$0"
         echo
-        sed -n 's/^\([A-Z_]*\)=\${[A-Z_]*:-\(.*\)}/  \1=\2/p' "$0" "$ROOT/scripts/shell/train.sh"
+        sed -n 's/^\([A-Z_]*\)=\${[A-Z_]*:\{0,1\}-\([^}]*\)}/  \1=\2/p' "$0" "$ROOT/scripts/shell/train.sh"
         return
     fi
     local recipe=(
@@ -39,31 +39,37 @@ train_llava() {
         --model_max_length "$MAX_LENGTH" --gradient_checkpointing True --lazy_preprocess True
         --dataloader_num_workers "$WORKERS" --logging_steps 1 --report_to "$REPORT_TO"
     )
-    export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-    "$PYTHON" -m tive.training.check "${recipe[@]}" "$@"
+    [[ $PRECISION =~ ^(auto|bf16|fp16|fp32)$ ]] || fail "PRECISION=$PRECISION is none of auto, bf16, fp16, fp32"
+    run_module tive.training.check "${recipe[@]}" "$@"
 
-    local count=0 capability=0 launch
-    if [[ $GPUS != none ]]; then
-        read -r count capability < <("$PYTHON" -c 'import torch
-count = torch.cuda.device_count()
-print(count, torch.cuda.get_device_capability()[0] if count else 0)')
+    if [[ $GPUS == none ]]; then
+        train_on_cpu "GPUS=none" "${recipe[@]}" "$@"
+        return
+    fi
+    local count capability
+    [[ $GPUS == all ]] || export CUDA_VISIBLE_DEVICES=$GPUS
+    read -r count capability < <(run_module tive.training.gpus)
+    if [[ $GPUS != all && $(tr -cd , <<<"$GPUS" | wc -c) -ne $((count - 1)) ]]; then
+        fail "GPUS=$GPUS: torch sees $count of them; name GPUs of this machine (0,1), or none"
     fi
     if ((count == 0)); then
-        launch=("$PYTHON" -m tive.training.train "${recipe[@]}" --use_cpu True)
-        echo "device        CPU: $([[ $GPUS == none ]] && echo "GPUS=none" || echo "no GPU found")"
-    else
-        [[ $PRECISION != auto ]] || PRECISION=$( ((capability >= 8)) && echo bf16 || echo fp16)
-        launch=("$PYTHON" -m deepspeed.launcher.runner --master_port "$MASTER_PORT")
-        # Without --include, DeepSpeed takes every GPU, or those of CUDA_VISIBLE_DEVICES.
-        [[ $GPUS == all ]] || launch+=(--include "localhost:$GPUS")
-        launch+=(--module tive.training.train --deepspeed "$DEEPSPEED_CONFIG" "${recipe[@]}")
-        case $PRECISION in
-            bf16) launch+=(--bf16 True --tf32 True) ;;
-            fp16) launch+=(--fp16 True) ;;
-            fp32) ;;
-            *) fail "PRECISION=$PRECISION is none of auto, bf16, fp16, fp32" ;;
-        esac
-        echo "device        GPU $GPUS ($count seen), $PRECISION, $BATCH_SIZE records each x $GRADIENT_ACCUMULATION a step"
+        train_on_cpu "no GPU found" "${recipe[@]}" "$@"
+        return
     fi
-    "${launch[@]}" "$@"
+    [[ $PRECISION != auto ]] || PRECISION=$( ((capability >= 8)) && echo bf16 || echo fp16)
+    local precision=()
+    case $PRECISION in
+        bf16) precision=(--bf16 True --tf32 True) ;;
+        fp16) precision=(--fp16 True) ;;
+    esac
+    echo "device        GPU $GPUS ($count seen), $PRECISION, $BATCH_SIZE records each x $GRADIENT_ACCUMULATION a step"
+    run_module torch.distributed.run --nproc_per_node "$count" --master_port "$MASTER_PORT" \
+        "$ROOT/scripts/shell/run_module.py" tive.training.train \
+        --deepspeed "$DEEPSPEED_CONFIG" "${recipe[@]}" "${precision[@]}" "$@"
+}
+
+# train_on_cpu REASON ARGUMENT...
+train_on_cpu() {
+    echo "device        CPU: $1"
+    run_module tive.training.train --use_cpu True "${@:2}"
 }

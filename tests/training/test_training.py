@@ -106,6 +106,7 @@ BAD_SETTINGS = {
     "MODEL": ("./nowhere", "base model: ./nowhere is not there; set MODEL"),
     "VISION_TOWER": ("./nowhere", "vision tower: ./nowhere is not there; set VISION_TOWER"),
     "PROJECTOR": ("nowhere.bin", "projector: nowhere.bin is not there; set PROJECTOR"),
+    "PRECISION": ("fp8", "PRECISION=fp8 is none of auto, bf16, fp16, fp32"),
 }
 
 
@@ -151,23 +152,37 @@ def test_a_checkpoint_that_broke_off_is_refused(settings: dict[str, str], tmp_pa
     assert_refused(launch("finetune.sh", settings), "checkpoint-9 is incomplete")
 
 
-def enter(monkeypatch: pytest.MonkeyPatch, **arguments: str) -> None:
+def enter(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], **changed: str) -> None:
+    """Run the entry in this process on the settings, with arguments of LLaVA's added."""
+    arguments = {
+        "output_dir": "nowhere",
+        "data_path": settings["DATA_PATH"],
+        "model_name_or_path": settings["MODEL"],
+        "vision_tower": settings["VISION_TOWER"],
+        "pretrain_mm_mlp_adapter": settings["PROJECTOR"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": "False",
+        "version": "v1",
+        **changed,
+    }
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["tive.training.train", "--output_dir", "nowhere", *words])
+    monkeypatch.setattr(sys, "argv", ["tive.training.train", *words])
     run(tive.training.train.main)
 
 
-def refusal_of_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **arguments: str) -> str:
+def refusal_of_entry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: dict[str, str], **changed: str
+) -> str:
     with pytest.raises(SystemExit) as stop:
-        enter(monkeypatch, **arguments)
+        enter(monkeypatch, settings, **changed)
     assert stop.value.code == 2
     return capsys.readouterr().err
 
 
 def test_an_argument_that_llava_lacks_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refusal = refusal_of_entry(monkeypatch, capsys, learning_rat="1")
+    refusal = refusal_of_entry(monkeypatch, capsys, settings, learning_rat="1")
     assert refusal.startswith("error: LLaVA's trainer has no argument --learning_rat;")
 
 
@@ -186,34 +201,35 @@ def test_a_projector_of_another_model_is_refused(
 ) -> None:
     weights = torch.load(settings["PROJECTOR"], weights_only=True)
     torch.save(weights | {f"model.mm_projector.{layer}.weight": torch.zeros(shape)}, tmp_path / "projector.bin")
-    refusal = refusal_of_entry(
-        monkeypatch,
-        capsys,
-        model_name_or_path=settings["MODEL"],
-        vision_tower=settings["VISION_TOWER"],
-        pretrain_mm_mlp_adapter=f"{tmp_path}/projector.bin",
-    )
+    refusal = refusal_of_entry(monkeypatch, capsys, settings, pretrain_mm_mlp_adapter=f"{tmp_path}/projector.bin")
     assert refusal.startswith("error: ") and f"is the projector of another {part}" in refusal
 
 
-def test_the_seed_holds_for_what_llava_draws_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_holds_for_what_llava_draws_first(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapter is drawn before transformers' trainer sets the seed."""
     drawn: list[float] = []
     monkeypatch.setattr(tive.training.train.llava_train, "train", lambda **_: drawn.append(torch.rand(1).item()))
     for seed in ("1", "1", "2"):
-        enter(monkeypatch, seed=seed, use_cpu="True")
+        enter(monkeypatch, settings, seed=seed, use_cpu="True")
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 # What is launched. A stand-in for Python answers the question for GPUs and writes down the last command.
 
 
+def stand_in(folder: Path, gpus: str) -> str:
+    """A program that says which GPUS there are, and writes down the command that it gets otherwise."""
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = tive.training.gpus ] && echo {gpus} || printf "%s\\n" "$@" >{folder}/command\n'
+    )
+    python.chmod(0o755)
+    return str(python)
+
+
 def command_on(gpus: str, settings: dict[str, str], script: str, *arguments: str) -> list[str]:
     folder = Path(settings["OUTPUT_DIR"]).parent
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {gpus} || printf "%s\\n" "$@" >{folder}/command\n')
-    python.chmod(0o755)
-    launch(script, settings | {"PYTHON": str(python)}, *arguments).check_returncode()
+    launch(script, settings | {"PYTHON": stand_in(folder, gpus)}, *arguments).check_returncode()
     return (folder / "command").read_text().splitlines()
 
 
@@ -224,9 +240,11 @@ def value_of(command: list[str], name: str) -> str:
 def test_on_gpus_deepspeed_starts_the_release_settings(settings: dict[str, str]) -> None:
     defaults = {name: value for name, value in settings.items() if name in ("PATH", "OUTPUT_DIR", "OMP_NUM_THREADS")}
     command = command_on("8 9", defaults | {"GPUS": "all"}, "finetune_lora.sh")
-    assert command[:2] == ["-m", "deepspeed.launcher.runner"] and "--include" not in command
+    run_module = str(ROOT / "scripts" / "shell" / "run_module.py")
+    assert command[:2] == [run_module, "torch.distributed.run"]
+    assert command[command.index("tive.training.train") - 1] == run_module
     expected = {
-        "--module": "tive.training.train",
+        "--nproc_per_node": "8",
         "--deepspeed": str(ROOT / "scripts" / "deepspeed" / "zero3.json"),
         "--model_name_or_path": "lmsys/vicuna-7b-v1.5",
         "--vision_tower": "openai/clip-vit-large-patch14-336",
@@ -260,9 +278,16 @@ def test_on_gpus_deepspeed_starts_the_release_settings(settings: dict[str, str])
 
 
 def test_the_gpus_named_are_used_with_the_precision_they_have(settings: dict[str, str]) -> None:
-    command = command_on("4 7", settings | {"GPUS": "1,3"}, "finetune.sh")
-    assert value_of(command, "--include") == "localhost:1,3"
+    command = command_on("2 7", settings | {"GPUS": "1,3"}, "finetune.sh")
+    assert value_of(command, "--nproc_per_node") == "2"
     assert value_of(command, "--fp16") == "True" and "--bf16" not in command
+
+
+def test_gpus_that_are_not_there_are_refused(settings: dict[str, str], tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "1 7")
+    assert_refused(
+        launch("finetune.sh", settings | {"GPUS": "1,3", "PYTHON": python}), "GPUS=1,3: torch sees 1 of them"
+    )
 
 
 def test_arguments_of_the_user_come_last(settings: dict[str, str]) -> None:
@@ -291,6 +316,23 @@ def test_a_reference_model_has_adapter_and_projector(lora_run: Path, parts: Path
     before = torch.load(parts / "model" / "mm_projector.bin", weights_only=True)
     (name,) = [name for name in weights if name.endswith("mm_projector.0.weight")]
     assert not torch.equal(weights[name], before["model.mm_projector.0.weight"])
+
+
+def names_and_state(checkpoint: Path) -> tuple[list[list[str]], dict]:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    return json.loads((checkpoint / "optimizer_names.json").read_text()), state
+
+
+def test_every_moment_of_the_optimizer_has_the_name_of_its_parameter(lora_run: Path) -> None:
+    names, state = names_and_state(lora_run / "checkpoint-2")
+    assert [len(group) for group in names] == [len(group["params"]) for group in state["param_groups"]]
+    weights = load_file(lora_run / "checkpoint-2" / "adapter_model.safetensors")
+    weights |= torch.load(lora_run / "checkpoint-2" / "non_lora_trainables.bin", weights_only=True)
+    flat = [name for group in names for name in group]
+    assert sorted(name.replace(".default", "") for name in flat) == sorted(weights)
+    for index, name in enumerate(flat):
+        assert state["state"][index]["exp_avg"].shape == weights[name.replace(".default", "")].shape, name
+    assert all("mm_projector" in name for name in names[-1])  # they have a learning rate of their own
 
 
 def test_a_reference_model_loads_from_any_folder(settings: dict[str, str], parts: Path, lora_run: Path) -> None:
@@ -346,7 +388,7 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
         arguments = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
         arguments = arguments[arguments.index("tive.training.train") + 1 :]
         changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
-        command = [sys.executable, ROOT / "tests" / "deepspeed_on_cpu.py", *arguments, *changed]
+        command = [sys.executable, ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py", *arguments, *changed]
         ended = subprocess.run(command, env=settings | place | device, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
 
@@ -356,7 +398,10 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
     whole = trained_weights(tmp_path / "whole")
     assert all(tensor.abs().max() > 1e-3 for name, tensor in whole.items() if "lora_B" in name)
     assert_same_weights(whole, trained_weights(tmp_path / "stopped"))
-    assert trained_weights(tmp_path / "whole" / "checkpoint-2").keys() == whole.keys()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert trained_weights(checkpoint).keys() == whole.keys()
+    names = json.loads((checkpoint / "optimizer_names.json").read_text())
+    assert {name.replace(".default", "") for group in names for name in group} == whole.keys()
 
 
 def test_the_quickstart_data_are_the_same_for_the_same_seed(parts: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,36 @@ from typing import Any
 from tive.data.media import media_of
 from tive.data.records import name_of, open_records, problem_of
 from tive.data.stream import is_json_lines
+from tive.training.settings import (
+    LLAVA_DISTRIBUTIONS,
+    LLAVA_VERSION,
+    base_config,
+    check_base,
+    check_settings,
+    has_projector,
+    projector_of,
+    read_settings,
+)
 from tive.util.errors import UserError, run
+from tive.util.packages import package_in_use
 
 # What LLaVA leaves in the folder of a run that has ended.
 TRAINED = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 TRAINED_IN_SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def read_arguments() -> argparse.Namespace:
-    """The few of LLaVA's arguments that are looked at; of a repeated argument the last one counts, as for LLaVA."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    for name in ("data_path", "output_dir", "model_name_or_path"):
-        parser.add_argument(f"--{name}", required=True)
-    for name in ("image_folder", "vision_tower", "pretrain_mm_mlp_adapter"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--lora_enable", default="False")
-    arguments, _ = parser.parse_known_args()
-    return arguments
+def check_llava() -> str:
+    """Which LLaVA the training uses: the one that is installed, of a version that this project knows."""
+    found = package_in_use("llava", LLAVA_DISTRIBUTIONS)
+    if found is None:
+        raise UserError(f"{sys.executable} has no llava; run `bash scripts/setup.sh`")
+    folder, version = found
+    if version is None or not version.startswith(f"{LLAVA_VERSION}."):
+        raise UserError(
+            f"llava is {folder}, {f'version {version}' if version else 'which no pip installed'}; this project needs "
+            f"LLaVA {LLAVA_VERSION} (`bash scripts/setup.sh` installs it)"
+        )
+    return f"{version} ({folder})"
 
 
 def training_problem_of(record: Any) -> str | None:
@@ -98,6 +112,11 @@ def check_model(name: str, what: str, variable: str) -> str:
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise UserError(f"{what}: the folder {name} holds no config.json; name a model's folder with {variable}")
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            raise UserError(
+                f"{what}: {name} is a LoRA adapter, not a whole model; merge it into its base with LLaVA's "
+                f"merge_lora_weights.py, and set {variable} to the result"
+            )
         return f"{name} (folder)"
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{what}: {name} is not there; set {variable} to a folder or to a name on huggingface.co")
@@ -136,30 +155,40 @@ def check_output(folder: str) -> str:
     return f"{path}, going on from {last.name}"
 
 
+def check_projector_file(settings: argparse.Namespace, base: dict[str, Any]) -> str:
+    """Where the projector's weights come from."""
+    path = projector_of(settings, base)
+    if path is not None and not os.path.isfile(path):
+        raise UserError(f"projector: {path} is not there; set PROJECTOR to LLaVA's mm_projector.bin (docs/training.md)")
+    if has_projector(base):
+        return f"{path}, in place of the one in the base" if path else "the base's own"
+    return path or "untrained"
+
+
 def main() -> None:
-    arguments = read_arguments()
-    output = check_output(arguments.output_dir)
-    records, images, with_image = check_records(arguments.data_path)
-    check_images(arguments.image_folder, images, arguments.data_path)
-    projector = arguments.pretrain_mm_mlp_adapter
-    if projector and not os.path.isfile(projector):
-        raise UserError(
-            f"projector: {projector} is not there; set PROJECTOR to LLaVA's mm_projector.bin (README, step 2)"
-        )
-    base = check_model(arguments.model_name_or_path, "base model", "MODEL")
-    tower = arguments.vision_tower
+    settings = read_settings()
+    check_settings(settings)
+    llava = check_llava()
+    output = check_output(settings.output_dir)
+    records, images, with_image = check_records(settings.data_path)
+    check_images(settings.image_folder, images, settings.data_path)
+    base = check_model(settings.model_name_or_path, "base model", "MODEL")
+    config = base_config(settings)
+    check_base(settings, config)
+    projector = check_projector_file(settings, config)
+    tower = settings.vision_tower
     vision = check_model(tower, "vision tower", "VISION_TOWER") if tower else "none"
 
-    print(f"data          {arguments.data_path}: {records:,} records, {with_image:,} with an image")
+    print(f"data          {settings.data_path}: {records:,} records, {with_image:,} with an image")
     print(
-        f"images        {arguments.image_folder}: {len(images):,} files, all there" if images else "images        none"
+        f"images        {settings.image_folder}: {len(images):,} files, all there" if images else "images        none"
     )
     print(f"base model    {base}")
     print(f"vision tower  {vision}")
-    print(f"projector     {projector or 'untrained'}")
-    print(
-        f"trains        {'a LoRA adapter and the projector' if arguments.lora_enable == 'True' else 'the whole model'}"
-    )
+    print(f"projector     {projector}")
+    print(f"trains        {'a LoRA adapter and the projector' if settings.lora_enable else 'the whole model'}")
+    print(f"template      {settings.version}, images {settings.image_aspect_ratio}")
+    print(f"LLaVA         {llava}")
     print(f"goes to       {output}")
 
 

@@ -1,11 +1,56 @@
-"""A table on the terminal."""
+"""Text for the terminal: made harmless, shortened, and laid out in tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
+LABEL_LIMIT = 60
+
+
+def shown(text: str, limit: int) -> str:
+    """A text as it may be printed: on one line, harmless to a terminal, of `limit` characters at most.
+
+    What Python's `repr` escapes (control characters, line breaks, halves of surrogate pairs, marks that turn the
+    direction of writing) is escaped here too. A longer text loses its middle, so that a message keeps its remedy.
+    """
+    if len(text) > limit:
+        tail = limit // 4
+        text = text[: limit - tail - 3] + "..." + text[len(text) - tail :]
+    if text.isprintable():
+        return text
+    escaped = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+    return escaped if len(escaped) <= limit else escaped[: max(limit - 3, 0)] + "..."
+
+
+def shown_value(value: Any, limit: int = 40) -> str:
+    """A value of a data file in a message: a text in quotes, a number as it is, a list or an object by its kind."""
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    return f"'{shown(value, limit - 2)}'" if isinstance(value, str) else shown(str(value), limit)
+
+
+def listed(items: Sequence[Any], limit: int = 8) -> str:
+    """The first of some items, and how many more there are."""
+    first = ", ".join(shown(str(item), LABEL_LIMIT) for item in items[:limit])
+    return first + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
+
+
+def duration(seconds: float) -> str:
+    """A time span in the unit that suits it: `12.3 s`, `45.0 min`, `3.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_table(rows: Iterable[tuple[str, ...]]) -> None:
     """Print a table whose first row is its header: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    lines = [[shown(cell, LABEL_LIMIT) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
         print("  ".join(cells).rstrip())

@@ -1,0 +1,160 @@
+"""What a training used, written beside the model: the file between the training (steps 2 and 5) and the gradient step.
+
+LLaVA's trainer leaves a model without a word about the template it was trained with or the base it belongs to. Our
+entry writes `tive_training.json` into the output folder and into each checkpoint. Step 3 computes what stands there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tive.util.errors import UserError
+from tive.util.files import read_json, sha256_of, write_json
+
+RECORD_FILE = "tive_training.json"
+FORMAT = 1
+# What LLaVA's trainer (llava-torch 1.2.2) trains a LLaMA model with and the gradient step computes the same way. Its
+# other names: `v0` adds a token, `plain` is for projectors alone, those of MPT mask every answer of a LLaMA tokenizer.
+TEMPLATES = (
+    *("v1", "vicuna_v1", "llava_v1", "v1_mmtag", "llava_v0", "v0_mmtag"),
+    *("llama_2", "llava_llama_2", "mistral_instruct"),
+)
+# Every other word is computed as `square` by LLaVA 1.5, whatever it says.
+ASPECT_RATIOS = ("pad", "square")
+
+_CONFIG_KEYS_WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "architectures")
+_HASHED_WHOLE = 64 << 20
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a training used.
+
+    Attributes:
+        template: one of `TEMPLATES` for a reference model (LLaVA's `--version`).
+        image_aspect_ratio: one of `ASPECT_RATIOS`.
+        base, vision_tower: path and fingerprint, as `fingerprint` gives it; None where there is none.
+        projector: `start` ("file", "base" or "random"), and of a file its path and SHA-256.
+        lora: rank, alpha, dropout; None where the whole model was trained.
+        versions: of the trainer and of what it ran on.
+    """
+
+    template: str
+    image_aspect_ratio: str
+    base: dict[str, Any]
+    vision_tower: dict[str, Any] | None
+    projector: dict[str, Any]
+    lora: dict[str, Any] | None
+    versions: dict[str, str]
+
+
+def write_record(folder: Path, record: TrainingRecord) -> None:
+    write_json(folder / RECORD_FILE, {"format": FORMAT, **asdict(record)})
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """The record beside a model; None for a model that LLaVA's own trainer wrote.
+
+    Raises:
+        UserError: the file is there and cannot be understood.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    known = set(TrainingRecord.__dataclass_fields__)
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != known:
+        raise UserError(f"{path} was not written by this version of TIVE; use the version that trained the model")
+    kinds = {"template": str, "image_aspect_ratio": str, "base": dict, "projector": dict, "versions": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    wrong += [key for key in ("vision_tower", "lora") if not isinstance(content[key], (dict, type(None)))]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is not what a training writes; train the model again")
+    return TrainingRecord(**content)
+
+
+def model_folder(name: str, cache_dir: str | None = None) -> Path | None:
+    """Where the files of a model are on this machine, of a folder or a hub name; None when they are not."""
+    if os.path.isdir(name):
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What tells one model from another of the same shape: its configuration, and its weights' names, sizes, hashes.
+
+    Files above 64 MB are hashed at 64 places of 64 KB, so that a base of 14 GB costs a moment.
+
+    Raises:
+        UserError: the folder holds no model, or cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.json is not a JSON object; download the model again")
+    kept = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_WITHOUT_EFFECT}
+    text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
+    return {
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "weights": {file.name: [file.stat().st_size, _sampled_sha256(file)] for file in weight_files(folder)},
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers loads: safetensors where there are any, else torch's."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    return []
+
+
+def _sampled_sha256(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE:
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for sample in range(_SAMPLES):
+                offset = sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
+                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    return digest.hexdigest()
+
+
+def difference(recorded: dict[str, Any], folder: Path) -> str | None:
+    """In a few words, how a model's files differ from those that a training recorded; None when they do not."""
+    present = fingerprint(folder)
+    if present["config"] != recorded.get("config"):
+        return "its config.json is another"
+    before = recorded.get("weights", {})
+    if set(before) != set(present["weights"]):
+        return (
+            f"its weight files are {', '.join(sorted(present['weights']))}, then they were {', '.join(sorted(before))}"
+        )
+    for name, kept in present["weights"].items():
+        if kept != before[name]:
+            return f"its weights in {name} are others"
+    return None
+
+
+def lacks_tokenizer(base: Path) -> str | None:
+    """Why LLaVA's trainer cannot take the tokenizer of a LLaMA base, with the remedy; None when it can."""
+    if (base / "tokenizer.model").is_file():
+        return None
+    return (
+        f"{base} has no tokenizer.model, which LLaVA's trainer needs (use_fast=False takes no tokenizer.json); "
+        "take it from the original base"
+    )
