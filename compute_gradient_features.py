@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tive.util.errors import run
+from tive.util.errors import UserError, run
 
 EXAMPLES = """
 one GPU:
@@ -45,9 +45,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="less memory for a third more time, same gradients")
     add("--grad_modules", default="self_attn", help="which LoRA matrices count: self_attn, mlp, q_proj,v_proj, all")
     add("--last_layers", type=int, metavar="N", help="count the last N layers alone: cheaper, less faithful")
-    add("--projector", default="auto", choices=("auto", "rademacher", "trak_cuda", "trak_basic"), help="(auto)")
+    kinds = ("auto", "sparse", "trak_cuda", "trak_basic")
+    add(
+        "--projector", default="auto", type=projector_kind, choices=kinds, help="auto: trak_cuda if it works, or sparse"
+    )
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
-    add("--projection_memory", type=float, default=1.0, metavar="GIB", help="keep random signs if they fit in this (1)")
     add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
@@ -64,6 +66,14 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not a positive number")
     return arguments
+
+
+def projector_kind(name: str) -> str:
+    if name == "rademacher":
+        raise argparse.ArgumentTypeError(
+            "rademacher is no more: sparse gives features of the same quality for less time"
+        )
+    return name
 
 
 def main() -> None:
@@ -141,8 +151,13 @@ def main() -> None:
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
         print(f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices")
-        memory = int(arguments.projection_memory * 2**30)
-        projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, parameters, memory)
+        try:
+            projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device)
+        except ValueError as error:
+            remedy = (
+                "use --projector auto" if arguments.projector.startswith("trak") else "report it with your versions"
+            )
+            raise UserError(f"--projector {error}; {remedy}") from error
         print(f"projector {projector.kind}: {projector.about}")
         step = GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
         limits = BatchLimits(arguments.batch_size, arguments.max_batch_tokens)
