@@ -7,6 +7,7 @@ import functools
 import os
 from pathlib import Path
 
+from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 
 EXAMPLES = """
@@ -53,9 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--gradient_checkpointing", action="store_true", help="less memory for a third more time, same gradients")
     add("--grad_modules", default="self_attn", help="which LoRA matrices count: self_attn, mlp, q_proj,v_proj, all")
     add("--last_layers", type=int, metavar="N", help="count the last N layers alone: cheaper, less faithful")
-    add("--projector", default="auto", choices=("auto", "rademacher", "trak_cuda", "trak_basic"), help="(auto)")
+    kinds = ("auto", "sparse", "trak_cuda", "trak_basic")
+    add(
+        "--projector", default="auto", type=projector_kind, choices=kinds, help="auto: trak_cuda if it works, or sparse"
+    )
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
-    add("--projection_memory", type=float, default=1.0, metavar="GIB", help="keep random signs if they fit in this (1)")
     add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
@@ -74,6 +77,14 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.overwrite and arguments.chunk_idx == "any":
         parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
     return arguments
+
+
+def projector_kind(name: str) -> str:
+    if name == "rademacher":
+        raise argparse.ArgumentTypeError(
+            "rademacher is no more: sparse gives features of the same quality for less time"
+        )
+    return name
 
 
 def main() -> None:
@@ -124,8 +135,13 @@ def main() -> None:
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
         print(f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices")
-        memory = int(arguments.projection_memory * 2**30)
-        projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device, parameters, memory)
+        try:
+            projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device)
+        except ValueError as error:
+            remedy = (
+                "use --projector auto" if arguments.projector.startswith("trak") else "report it with your versions"
+            )
+            raise UserError(f"--projector {error}; {remedy}") from error
         print(f"projector {projector.kind}: {projector.about}")
         return GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
 

@@ -12,13 +12,15 @@ from tive.util.errors import run
 
 BENCHMARKS = {
     "selection": "influence in two linear passes against the all-pairs way, from 10K to 1M records",
-    "gradients": "per-record gradients of whole batches against one record at a time",
+    "gradients": "projected per-record gradients: this step, one record at a time, and what neither can cost less than",
+    "projection": "what the projections keep of real gradients' inner products, over several seeds",
     "memory": "what the gradient step needs beside the model and its activations, at LLaVA-7B's shape",
 }
 EXAMPLES = """
 examples:
   python scripts/benchmark.py selection
-  python scripts/benchmark.py gradients --help
+  python scripts/benchmark.py gradients --text 512 6 128
+  python scripts/benchmark.py projection --help
 """
 
 

@@ -1,261 +1,274 @@
-"""`benchmark.py gradients`: this engine against one record at a time, in one run, on the same records."""
+"""`benchmark.py gradients`: ways to get projected per-record gradients, in one run, on the same batches."""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
-from tive.data.records import read_tasks
-from tive.gradient_pass.batches import BatchLimits, GradientEngine
-from tive.gradient_pass.loading import EncodedRecords, encoded_windows
-from tive.gradient_pass.run import device_name, padding_efficiency
-from tive.method.projection import make_projector
-from tive.models import Encoded, llava
-from tive.util.device import device_of, dtype_of
-from tive.util.errors import UserError
-from tive.util.stopwatch import Stopwatch
+from tive.gradient_pass.run import device_name
+from tive.method.gradients import gradient_features
+from tive.method.projection import Projector, make_projector
 
-from .model import Shape, random_llava, random_records
+from . import cases
+from .cases import Case
 
-PARTS = ("waiting for data", "forward", "backward", "per-record gradients", "norms", "gathering", "projection")
-BLOCK = 16
-WINDOW = 64
-
-
-class MadeRecords(Dataset):
-    """Records that are encoded already, in the place of a data file's."""
-
-    def __init__(self, records: list[Encoded]) -> None:
-        self.records = records
-
-    def __getitem__(self, row: int) -> tuple[int, Encoded | str]:
-        return row, self.records[row]
+# A method is made ready once, and then computes batch after batch.
+Method = Callable[[Case, int], Callable[[list[int]], None]]
+# Above this many random numbers a batch, TRAK's BasicProjector on a CPU takes minutes for one.
+_MOST_RANDOM_NUMBERS = 1e11
 
 
 @dataclass
-class Case:
-    """A model, and the rows of a dataset to run it on."""
+class Measured:
+    """The best round of a method: records and seconds; and its peak memory in bytes."""
 
-    reference: llava.Reference
-    dataset: MadeRecords | EncodedRecords
-    rows: list[int]
-    tasks: list[str]
-    arguments: argparse.Namespace
+    records: int
+    seconds: float
+    peak: int
 
     @property
-    def device(self) -> torch.device:
-        return self.reference.device
-
-    def encode(self, number: int) -> Encoded:
-        """Encode one record, as the release does between two gradients."""
-        row, record = self.dataset[self.rows[number]]
-        if isinstance(record, str):
-            raise UserError(f"record {row}: {record}; the benchmark wants records that can all be used")
-        return record
+    def cost(self) -> float:
+        """Seconds a record."""
+        return self.seconds / self.records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cases.add_arguments(parser)
     add = parser.add_argument
-    add("--llava_7b", action="store_true", help="LLaVA-1.5-7B's shape with random weights, made on the device")
-    add("--input_file", help="records (without --llava_7b)")
-    add("--image_folder", default="")
-    add("--model_path", help="reference model (without --llava_7b)")
-    add("--model_base")
-    add("--vision_tower")
-    add("--records", type=int, default=128, help="how many records (128)")
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    add("--batch_size", type=int, default=16)
-    add("--max_batch_tokens", type=int, default=16384)
-    add("--proj_dim", type=int, default=8192)
-    add("--projection_memory", type=float, default=1.0, metavar="GIB")
-    add("--seconds", type=float, default=60, help="a method stops after this long (60)")
+    add("--proj_dim", type=int, default=8192, help="numbers in a feature")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"all that run here; of {' '.join(METHODS)}")
+    add("--rounds", type=int, default=3, help="methods take turns so often; the best counts")
+    add("--seconds", type=float, default=60, help="a method gets no further round, and ends a round, after this long")
     add("--compare_matrices", action="store_true", help="instead: cost and fidelity of counting fewer matrices")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    case = make_case(arguments)
+    case = cases.make_case(arguments)
+    tokens = sum(record.length for record in case.records)
+    padded = sum(len(batch) * max(case.records[number].length for number in batch) for batch in case.batches)
     print(
-        f"{device_name(case.device)}, {case.reference.dtype}, torch {torch.__version__}, {len(case.tasks)} records, "
-        f"projection to {arguments.proj_dim}"
+        f"{device_name(case.reference.device)}, {case.reference.dtype}, torch {torch.__version__}\n"
+        f"{len(case.records)} records of {tokens / len(case.records):.0f} tokens in {len(case.batches)} batches, "
+        f"padding efficiency {tokens / padded:.2f}; {case.parameters:,} parameters in {len(case.matrices)} matrices, "
+        f"{arguments.proj_dim} features"
     )
     if arguments.compare_matrices:
         from .matrices import compare_matrices
 
-        compare_matrices(case)
+        compare_matrices(case, arguments.proj_dim)
     else:
-        compare_methods(case)
+        print_table(compare_methods(case, arguments))
 
 
-def make_case(arguments: argparse.Namespace) -> Case:
-    device = device_of(arguments.device)
-    dtype = dtype_of(arguments.dtype, device)
-    if arguments.llava_7b:
-        shape = Shape()
-        made = MadeRecords(random_records(arguments.records, shape))
-        tasks = [f"task {number % 8}" for number in range(arguments.records)]
-        return Case(random_llava(shape, device, dtype), made, list(range(arguments.records)), tasks, arguments)
-    if not (arguments.input_file and arguments.model_path and arguments.model_base):
-        raise UserError("give --input_file, --model_path and --model_base, or --llava_7b")
-    file, tasks = read_tasks(arguments.input_file)
-    reference = llava.load(arguments.model_path, arguments.model_base, device, dtype, arguments.vision_tower)
-    rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
-    dataset = EncodedRecords(llava, reference.processor, file, arguments.image_folder)
-    return Case(reference, dataset, rows, [tasks[row] for row in rows], arguments)
+def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Measured]:
+    """Measure the methods in turns, so that what else the machine does meets all of them."""
+    best: dict[str, Measured] = {}
+    spent: dict[str, float] = dict.fromkeys(arguments.methods or usual_methods(case, arguments), 0.0)
+    for _ in range(arguments.rounds):
+        for name in [name for name, seconds in spent.items() if seconds < arguments.seconds]:
+            try:
+                found = one_round(METHODS[name], case, arguments)
+            except (ImportError, RuntimeError, MemoryError, ValueError) as error:
+                print(f"{name} does not run here: {(str(error) or type(error).__name__).splitlines()[0][:90]}")
+                del spent[name]
+                continue
+            spent[name] += found.seconds
+            if name not in best or found.cost < best[name].cost:
+                best[name] = found
+    return best
 
 
-def compare_methods(case: Case) -> None:
-    """Print the table: records/s, where the time goes, memory, and the share of the device's matrix rate."""
-    rate = matrix_rate(case.device, case.reference.dtype)
-    operations = operations_of_a_record(case)
-    print(f"matrix rate of the device: {rate / 1e12:.2f} TFLOP/s; a record: {operations / 1e12:.4g} TFLOP")
-    methods = {"one at a time, BasicProjector": lambda watch: one_at_a_time(case, "BasicProjector", watch)}
-    if case.device.type == "cuda":
-        methods["one at a time, CudaProjector"] = lambda watch: one_at_a_time(case, "CudaProjector", watch)
-    methods["this engine"] = lambda watch: this_engine(case, watch)
-    print(f"{'method':<31} {'records/s':>9} {'peak GiB':>8} {'of rate':>7}  " + "  ".join(PARTS))
-    for name, method in methods.items():
-        gc.collect()
-        reset_peak(case.device)
-        watch = Stopwatch(case.device)
-        try:
-            done, seconds = method(watch)
-        except (ImportError, RuntimeError, MemoryError) as error:
-            print(f"{name:<31} does not run here: {str(error).splitlines()[0][:80]}")
-            continue
-        shares = "  ".join(f"{watch.seconds.get(part, 0) / seconds:>{len(part)}.1%}" for part in PARTS)
-        used = done / seconds * operations / rate
-        print(f"{name:<31} {done / seconds:>9.2f} {peak(case.device) / 2**30:>8.2f} {used:>7.1%}  {shares}")
+def usual_methods(case: Case, arguments: argparse.Namespace) -> list[str]:
+    names = [name for name in METHODS if name not in ("one_at_a_time_cuda", "trak_cuda", "bergson")]
+    if case.reference.device.type == "cuda":
+        names += ["one_at_a_time_cuda", "trak_cuda"]
+    elif case.parameters * arguments.proj_dim > _MOST_RANDOM_NUMBERS:
+        names = [name for name in names if name not in ("trak_basic", "one_at_a_time")]
+        print("left out, as BasicProjector would take many minutes a batch: trak_basic, one_at_a_time")
+    if arguments.text and importlib.util.find_spec("bergson"):
+        names.append("bergson")
+    return names
 
 
-def this_engine(case: Case, watch: Stopwatch) -> tuple[int, float]:
-    """Run all records through the gradient step's own path: processes encode windows ahead of the engine."""
-    engine = make_engine(case, "self_attn", None)
-    engine.compute([case.encode(0)])  # the signs are drawn once a run, not once a record
-    engine.stopwatch = watch
-    engine.real_tokens = engine.padded_tokens = 0
-    limits = BatchLimits(case.arguments.batch_size, case.arguments.max_batch_tokens)
-    windows = [case.rows[start : start + WINDOW] for start in range(0, len(case.rows), WINDOW)]
-    begin = time.perf_counter()
-    ahead = encoded_windows(case.dataset, windows, num_workers=4 if case.device.type == "cuda" else 1)
-    for _ in windows:
-        with watch.measure("waiting for data"):
-            encoded = next(ahead)
-        engine.compute_all(encoded, limits)
-    seconds = time.perf_counter() - begin
-    print(f"  projector: {engine.projector.about}; padding efficiency {padding_efficiency(engine):.2f}")
-    return len(case.rows), seconds
+def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Measured:
+    """One pass over the batches, after one batch that is not counted, broken off after `--seconds`."""
+    compute = method(case, arguments.proj_dim)
+    compute(case.batches[0])
+    gc.collect()
+    reset_peak(case.reference.device)
+    records, begin = 0, now(case.reference.device)
+    for batch in case.batches:
+        compute(batch)
+        records += len(batch)
+        seconds = now(case.reference.device) - begin
+        if seconds > arguments.seconds:
+            break
+    return Measured(records, seconds, peak(case.reference.device))
 
 
-def make_engine(case: Case, grad_modules: str, last_layers: int | None) -> GradientEngine:
-    matrices = llava.counted_matrices(case.reference, grad_modules, last_layers)
-    counted = sum(matrix.weight.numel() for matrix in matrices.values())
-    budget = int(case.arguments.projection_memory * 2**30)
-    projector = make_projector("auto", 0, case.arguments.proj_dim, case.device, counted, budget)
-    return GradientEngine(llava, case.reference, matrices, projector)
+def print_table(measured: dict[str, Measured]) -> None:
+    forward, limit = (measured.get(name) for name in ("forward", "forward_and_backward"))
+    print(f"{'method':<21} {'ms/record':>9} {'records/s':>9} {'x forward':>9} {'x limit':>7} {'peak GiB':>8}  records")
+    for name, found in measured.items():
+        times = f"{found.cost / forward.cost:.2f}" if forward else ""
+        above = f"{found.cost / limit.cost:.2f}" if limit else ""
+        print(
+            f"{name:<21} {found.cost * 1000:>9.2f} {1 / found.cost:>9.2f} {times:>9} {above:>7} "
+            f"{found.peak / 2**30:>8.2f}  {found.records}"
+        )
 
 
-def one_at_a_time(case: Case, projector_name: str, watch: Stopwatch) -> tuple[int, float]:
+def forward(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+    """The forward pass alone."""
+
+    @torch.no_grad()
+    def compute(batch: list[int]) -> None:
+        case.losses(batch)
+
+    return compute
+
+
+def forward_and_backward(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+    """Forward, and backward through the activations down to the first target module: the limit for a frozen base."""
+
+    def start(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    def compute(batch: list[int]) -> None:
+        hooks = [matrix.register_forward_hook(start) for matrix in case.matrices.values()]
+        case.losses(batch).sum().backward()
+        for hook in hooks:
+            hook.remove()
+
+    return compute
+
+
+class NoProjection:
+    """In the place of a projector, to measure what the projection costs."""
+
+    kind = about = "none"
+    proj_dim = 1
+
+    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
+        return torch.ones(len(gradients), 1, device=gradients.device)
+
+
+def ours(projector_of: Callable[[int, torch.device], Projector]) -> Method:
+    """The gradient step: per-record gradients of a whole batch, projected matrix by matrix."""
+
+    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+        projector = projector_of(proj_dim, case.reference.device)
+
+        def compute(batch: list[int]) -> None:
+            gradient_features(partial(case.losses, batch), case.matrices, projector)
+
+        return compute
+
+    return method
+
+
+def with_projector(kind: str) -> Method:
+    return ours(lambda proj_dim, device: make_projector(kind, 0, proj_dim, device))
+
+
+def one_at_a_time(projector_name: str) -> Method:
     """What the method is without this engine: autograd's parameter gradients of one record after another.
 
-    The gradients of 16 records are stacked and projected whole by TRAK's projector.
+    The gradients of a batch are stacked and projected whole by TRAK's projector.
     """
-    from trak import projectors
 
-    weights = [matrix.weight for matrix in llava.counted_matrices(case.reference, "self_attn").values()]
-    counted = sum(weight.numel() for weight in weights)
-    dtype = case.reference.dtype if case.device.type == "cpu" else torch.float16
-    projector = getattr(projectors, projector_name)(
-        grad_dim=counted,
-        proj_dim=case.arguments.proj_dim,
-        seed=0,
-        proj_type=projectors.ProjectionType.rademacher,
-        device=case.device,
-        dtype=dtype,
-        block_size=128,
-        max_batch_size=BLOCK,
-    )
-    done, begin = 0, time.perf_counter()
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        while done < len(case.tasks) and time.perf_counter() - begin < case.arguments.seconds:
+    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+        from trak import projectors
+
+        device, weights = case.reference.device, [matrix.weight for matrix in case.matrices.values()]
+        dtype = case.reference.dtype if device.type == "cpu" else torch.float16
+        projector = getattr(projectors, projector_name)(
+            grad_dim=case.parameters,
+            proj_dim=proj_dim,
+            seed=0,
+            proj_type=projectors.ProjectionType.rademacher,
+            device=device,
+            dtype=dtype,
+            block_size=128,
+            max_batch_size=16,
+        )
+
+        def compute(batch: list[int]) -> None:
             rows = []
-            for number in range(done, min(done + BLOCK, len(case.tasks))):
-                with watch.measure("waiting for data"):
-                    record = case.encode(number)
-                gradients = gradients_of_one(case.reference, record, weights, watch)
-                with watch.measure("gathering"):
-                    rows.append(torch.cat([part.flatten() for part in gradients]).to(dtype))
-            with watch.measure("gathering"):
-                stacked = torch.stack(rows)
-            with watch.measure("projection"):
-                projector.project(stacked, model_id=0).cpu()
-            done += len(rows)
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    return done, time.perf_counter() - begin
+            for weight in weights:
+                weight.requires_grad_(True)
+            for number in batch:
+                gradients = torch.autograd.grad(case.losses([number]).sum(), weights)
+                rows.append(torch.cat([part.flatten() for part in gradients]).to(dtype))
+            for weight in weights:
+                weight.requires_grad_(False)
+            projector.project(torch.stack(rows), model_id=0).cpu()
+
+        return compute
+
+    return method
 
 
-def gradients_of_one(
-    reference: llava.Reference, record: Encoded, weights: list[Tensor], watch: Stopwatch
-) -> tuple[Tensor, ...]:
-    device = reference.device
-    with watch.measure("forward"):
-        images = None
-        if record.pixels is not None:
-            images = torch.from_numpy(record.pixels)[None].to(device, reference.dtype)
-        loss = reference.model(
-            torch.from_numpy(record.input_ids)[None].to(device),
-            images=images,
-            labels=torch.from_numpy(record.labels)[None].to(device),
-        ).loss
-    with watch.measure("backward"):
-        return torch.autograd.grad(loss, weights)
+def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+    """bergson's collector on the same batches and losses: 16 x 16 numbers a matrix, gathered on the CPU."""
+    from bergson.collector.gradient_collectors import GradientCollector
+    from bergson.config import IndexConfig
+    from bergson.gradients import GradientProcessor
+    from datasets import Dataset
+
+    model = case.reference.model
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = model.get_input_embeddings()
+    embeddings.requires_grad_(True)  # as bergson's own set-up does
+    collector = GradientCollector(
+        model=model,
+        cfg=IndexConfig(run_path="unused"),
+        data=Dataset.from_dict({"row": list(range(len(case.records)))}),
+        processor=GradientProcessor(projection_dim=16),
+        target_modules={names[matrix] for matrix in case.matrices.values()},
+        skip_index=True,
+    )
+
+    def compute(batch: list[int]) -> None:
+        embeddings.requires_grad_(True)
+        with collector:
+            case.losses(batch).sum().backward()
+        features = torch.cat(list(collector.mod_grads.values()), dim=1).cpu()
+        if features.shape != (len(batch), 256 * len(case.matrices)):
+            raise RuntimeError(f"bergson's features have the shape {tuple(features.shape)}")
+        collector.mod_grads.clear()
+        model.zero_grad()
+        embeddings.requires_grad_(False)
+
+    return compute
 
 
-def operations_of_a_record(case: Case) -> float:
-    """Floating-point operations that a record takes here, without padding: counted by torch, projection by formula."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    class Nothing:
-        kind, about, proj_dim = "none", "none", 1
-
-        def project(self, matrix: str, gradients: Tensor) -> Tensor:
-            return gradients.new_zeros(len(gradients), 1, dtype=torch.float32)
-
-    matrices = llava.counted_matrices(case.reference, "self_attn")
-    engine = GradientEngine(llava, case.reference, matrices, Nothing())
-    some = [case.encode(number) for number in range(0, len(case.tasks), max(1, len(case.tasks) // 16))]
-    with FlopCounterMode(display=False) as counter:
-        for record in some:
-            engine.compute([record])
-    counted = sum(matrix.weight.numel() for matrix in matrices.values())
-    return counter.get_total_flops() / len(some) + 2 * counted * case.arguments.proj_dim
+METHODS: dict[str, Method] = {
+    "forward": forward,
+    "forward_and_backward": forward_and_backward,
+    "no_projection": ours(lambda proj_dim, device: NoProjection()),
+    "sparse": with_projector("sparse"),
+    "trak_basic": with_projector("trak_basic"),
+    "trak_cuda": with_projector("trak_cuda"),
+    "one_at_a_time": one_at_a_time("BasicProjector"),
+    "one_at_a_time_cuda": one_at_a_time("CudaProjector"),
+    "bergson": bergson,
+}
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product on the device."""
-    size = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = float("inf")
-    for _ in range(5):
-        wait()
-        begin = time.perf_counter()
-        left @ right
-        wait()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def reset_peak(device: torch.device) -> None:

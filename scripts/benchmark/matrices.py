@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
+import torch
 
-from tive.gradient_pass.batches import BatchLimits
+from tive.method.gradients import gradient_features
+from tive.method.projection import make_projector
+from tive.models.common import target_modules
 
-from .gradients import Case, make_engine
+from .cases import Case
 
 
-def compare_matrices(case: Case) -> None:
+def compare_matrices(case: Case, proj_dim: int) -> None:
     """Print what counting fewer LoRA matrices saves, and the rank correlations with counting self_attn everywhere."""
-    records = {number: case.encode(number) for number in range(len(case.tasks))}
-    layers = len(case.reference.model.model.layers)
+    layers = len(case.reference.layers)
     variants = [
         ("self_attn", None),
         ("self_attn", layers // 2),
@@ -22,37 +25,41 @@ def compare_matrices(case: Case) -> None:
         ("q_proj,v_proj", None),
         ("all", None),
     ]
-    tasks = np.array(case.tasks)
     base = None
     print(f"{'--grad_modules':<15} {'--last_layers':>13} {'ms/record':>9} {'influence':>9} {'task value':>10}")
     for grad_modules, last_layers in variants:
-        engine = make_engine(case, grad_modules, last_layers)
-        engine.compute([records[0]])
+        matrices = target_modules(case.reference, grad_modules, last_layers)
+        projector = make_projector("auto", 0, proj_dim, case.reference.device)
+        features, norms = torch.zeros(len(case.records), proj_dim), torch.zeros(len(case.records))
+        gradient_features(partial(case.losses, case.batches[0]), matrices, projector)  # draws what is drawn once
         begin = time.perf_counter()
-        limits = BatchLimits(case.arguments.batch_size, case.arguments.max_batch_tokens)
-        results = engine.compute_all(records, limits)
-        cost = (time.perf_counter() - begin) / len(records) * 1000
-        features = np.stack([results[number][0].float().numpy() for number in records])
-        norms = np.array([float(results[number][1]) for number in records])
-        influence, values = scores(features, norms, tasks)
+        for batch in case.batches:
+            found = gradient_features(partial(case.losses, batch), matrices, projector)
+            features[batch], norms[batch] = found.features, found.norms
+        cost = (time.perf_counter() - begin) / len(case.records) * 1000
+        influence = influences(features.numpy(), case.tasks)
+        values = np.array([norms.numpy()[case.tasks == task].mean() for task in np.unique(case.tasks)])
         base = base or (influence, values)
-        same = np.mean([rank_correlation(influence[tasks == t], base[0][tasks == t]) for t in np.unique(tasks)])
         print(
-            f"{grad_modules:<15} {last_layers or 'all':>13} {cost:>9.1f} {same:>9.3f} "
+            f"{grad_modules:<15} {last_layers or 'all':>13} {cost:>9.1f} "
+            f"{rank_correlation_within(influence, base[0], case.tasks):>9.3f} "
             f"{rank_correlation(values, base[1]):>10.3f}"
         )
 
 
-def scores(features: np.ndarray, norms: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Influence of each record on its task `[n]`, and the value of each task `[tasks]`."""
+def influences(features: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """Influence `I_s` of each record on its task `[n]`."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     influence = np.empty(len(tasks))
-    values = []
     for task in np.unique(tasks):
         inside = tasks == task
         influence[inside] = unit[inside] @ unit[inside].mean(axis=0)
-        values.append(norms[inside].mean())
-    return influence, np.array(values)
+    return influence
+
+
+def rank_correlation_within(first: np.ndarray, second: np.ndarray, tasks: np.ndarray) -> float:
+    """Spearman's rank correlation within each task, the mean of the tasks."""
+    return float(np.mean([rank_correlation(first[tasks == t], second[tasks == t]) for t in np.unique(tasks)]))
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from tive.models import Encoded
-from tive.models.llava import IGNORE, Processor, Reference
+from tive.models import Encoded, Reference
+from tive.models.common import IGNORE, freeze
+from tive.models.llava import Inputs, Processor
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,17 @@ class Shape:
     lora_rank: int = 128
 
 
-def random_llava(shape: Shape, device: torch.device, dtype: torch.dtype) -> Reference:
-    """A reference model with random weights; its LoRA B matrices are not zero, so every counted gradient is there."""
+def random_llava(
+    shape: Shape, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
+) -> Reference:
+    """A reference model with random weights, made in `dtype` on the device: at no time are they there twice.
+
+    Its LoRA B matrices are not zero, so every gradient that counts is there.
+    """
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from peft import LoraConfig, get_peft_model
     from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.modeling_utils import no_init_weights
 
     vision = CLIPVisionConfig(
         hidden_size=shape.vision_hidden,
@@ -64,7 +71,7 @@ def random_llava(shape: Shape, device: torch.device, dtype: torch.dtype) -> Refe
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with device:
+            with device, no_init_weights():
                 model = LlavaLlamaForCausalLM(config)
                 linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
                 lora = LoraConfig(r=shape.lora_rank, lora_alpha=2 * shape.lora_rank, target_modules=list(linear))
@@ -74,13 +81,24 @@ def random_llava(shape: Shape, device: torch.device, dtype: torch.dtype) -> Refe
         finally:
             torch.set_default_dtype(default)
     tower.is_loaded = True
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.01)
-    model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    fill(model)
+    model.to(device=device, dtype=dtype)
+    freeze(model, [tower], gradient_checkpointing)
     processor = Processor(None, None, SimpleNamespace(), tower.num_patches, 2048)
-    return Reference(model, processor, device, dtype)
+    return Reference(model, model.model.layers, processor, device, dtype)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Random weights, each written once; norms scale by one."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(std=0.01 if "lora_B" in name else 0.02)
 
 
 def random_records(count: int, shape: Shape, seed: int = 0) -> list[Encoded]:
@@ -92,10 +110,13 @@ def random_records(count: int, shape: Shape, seed: int = 0) -> list[Encoded]:
         size = int(np.clip(generator.lognormal(5.0, 0.6), 40, 1000))
         tokens = generator.integers(3, shape.vocabulary, size)
         labels = np.where(np.arange(size) < size // 2, IGNORE, tokens)
-        if number % 16 == 15:
-            records.append(Encoded(tokens, labels, None, size))
-            continue
-        tokens[35], labels[35] = -200, IGNORE
-        pixels = generator.standard_normal((3, shape.image_size, shape.image_size), dtype=np.float32)
-        records.append(Encoded(tokens, labels, pixels, size - 1 + patches))
+        pixels, length = None, size
+        if number % 16 != 15:
+            tokens[35], labels[35] = -200, IGNORE
+            pixels = generator.standard_normal((3, shape.image_size, shape.image_size), dtype=np.float32)
+            length = size - 1 + patches
+        supervised = int((labels[1:] != IGNORE).sum())
+        records.append(
+            Encoded(length, supervised, "text" if pixels is None else "image", Inputs(tokens, labels, pixels))
+        )
     return records

@@ -39,7 +39,7 @@ def test_the_files_hold_the_golden_norms_and_the_projected_golden_cosines(whole)
     # 1128 pairs, each off by about 1/sqrt(4096): six of those do not happen by chance.
     assert (unit @ unit.T - torch.tensor(EXPECTED["cosines"])).abs().max() < 6 / 64
     assert "16,384 parameters count, in 16 LoRA matrices" in result.out
-    assert "projector rademacher" in result.out and "48 features, 0 records left out" in result.out
+    assert "projector sparse" in result.out and "48 features, 0 records left out" in result.out
 
 
 def test_the_manifest_says_what_the_features_depend_on_and_what_they_cost(whole):

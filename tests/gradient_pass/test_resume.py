@@ -187,7 +187,7 @@ def test_a_second_process_on_the_chunk_stops(begun):
         (["--grad_modules", "all"], "grad_modules self_attn, now all"),
         (["--num_chunks", 2, "--chunk_idx", 0], "num_chunks 1, now 2"),
         (["--num_chunks", 2, "--chunk_idx", 1], "num_chunks 1, now 2"),
-        (["--projector", "trak_basic"], "projector rademacher, now trak_basic"),
+        (["--projector", "trak_basic"], "projector sparse, now trak_basic"),
         (["data"], "data_sha256"),
         (["model"], "model "),
     ],

@@ -29,13 +29,34 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=GOLDEN)
 
 
-def test_the_gradient_benchmark_runs_both_ways_on_the_same_records():
-    done = benchmark("gradients", *MODEL, "--records", "6", "--proj_dim", "64", "--device", "cpu")
+def rows_of(output: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.strip()}
+
+
+def test_the_gradient_benchmark_compares_all_methods_on_the_same_records():
+    done = benchmark("gradients", *MODEL, "--records", "6", "--proj_dim", "64", "--device", "cpu", "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    rows = {line[:31].strip(): line[31:].split() for line in done.stdout.splitlines()}
-    loop, engine = rows["one at a time, BasicProjector"], rows["this engine"]
-    assert float(loop[0]) > 0 and float(engine[0]) > 0
-    assert len(loop) == len(engine) == 10
+    rows = rows_of(done.stdout)
+    for method in ("forward", "forward_and_backward", "no_projection", "sparse", "trak_basic", "one_at_a_time"):
+        cost, rate, times_forward, times_limit, memory, records = map(float, rows[method])
+        assert cost > 0 and times_forward > 0 and times_limit > 0 and memory > 0 and records == 6
+        assert rate == pytest.approx(1000 / cost, rel=0.01)
+    assert rows["forward"][2] == rows["forward_and_backward"][3] == "1.00"
+
+
+def test_the_gradient_benchmark_says_which_methods_do_not_run_here():
+    done = benchmark("gradients", "--text", "32", "1", "8", "--records", "4", "--methods", "trak_cuda", "forward")
+    assert done.returncode == 0, done.stderr
+    assert "trak_cuda does not run here" in done.stdout and "forward" in rows_of(done.stdout)
+
+
+def test_the_projection_benchmark_holds_both_kinds_to_the_bound():
+    done = benchmark("projection", "--text", "32", "2", "16", "--records", "24", "--proj_dims", "128", "--seeds", "3")
+    assert done.returncode == 0, done.stderr
+    for kind in ("sparse", "dense"):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(kind)]
+        error, least, most, bound, share = (float(line.split()[place].strip("()")) for place in (2, 3, 5, 6, 7))
+        assert 0 < least <= error <= most < 2 * bound and share == pytest.approx(error / bound, abs=0.01)
 
 
 def test_counting_the_default_matrices_agrees_with_itself():
@@ -81,4 +102,4 @@ def test_the_selection_benchmark_compares_two_passes_with_all_pairs(arguments):
 def test_the_memory_benchmark_says_what_a_batch_needs():
     done = benchmark("memory", "--batch_size", "2", "--tokens", "8", "--proj_dim", "16", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "134,217,728 counted parameters" in done.stdout and "GiB beside the model" in done.stdout
+    assert "134,217,728 parameters" in done.stdout and "GiB beside the model" in done.stdout

@@ -1,22 +1,28 @@
 """Random projection of per-record gradients, matrix by matrix (paper section 3.2).
 
 A projector has a `kind`, which the features' manifest carries, an `about` line, and one function:
-`project(matrix, gradients [B, P]) -> sketch [B, proj_dim]`, float32, linear, with its own stream of random signs for
-each matrix name. A record's feature is the sum of its matrices' sketches, not divided by sqrt(proj_dim).
+`project(matrix_name, gradients [B, P]) -> sketch [B, proj_dim]`, float32, linear, with its own random numbers for each
+matrix name. A record's feature is the sum of its matrices' sketches. For all projectors `E <Rx, Ry> = proj_dim <x, y>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tive.method.signs import TorchSigns, draw_signs, key_of
-from tive.util.errors import UserError
+from tive.method.philox import key_of, random_words
 
+KINDS = ("auto", "sparse", "trak_cuda", "trak_basic")
+_SIGNS, _ROTATIONS = 0, 1  # the generator's streams
+# Entries that are projected at once: on a CPU what its cache holds, on a GPU enough to keep it busy.
+_ENTRIES_AT_ONCE = {"cpu": 2**18}
+_ENTRIES_AT_ONCE_ELSEWHERE = 2**24
 # TRAK sets it to the GPU's number of multiprocessors, so two kinds of GPU would give features that do not match.
 _FEATURE_TILES = 128
 _BASIC_BLOCK = 128
@@ -27,25 +33,94 @@ class Projector(Protocol):
     about: str
     proj_dim: int
 
-    def project(self, matrix: str, gradients: Tensor) -> Tensor: ...
+    def project(self, matrix_name: str, gradients: Tensor) -> Tensor: ...
+
+
+class Sparse:
+    """The sparse projection: a random sign for each entry, a random rotation for each block, and a sum.
+
+    A matrix's gradient x is cut into blocks of `proj_dim` entries. With a random sign `s_i` for entry i and a random
+    rotation `o_n` for block n, feature k of the sketch is `sqrt(proj_dim)` times the sum of `s_i x_i` over the entries
+    i with `(i + o_n) mod proj_dim = k`, n being i's block. This is a count sketch (Charikar, Chen, Farach-Colton 2002;
+    as a Johnson-Lindenstrauss transform: Kane and Nelson 2014) whose hash has no collisions within a block. Entries of
+    different blocks collide with probability `1 / proj_dim`. So the inner products of sketches, over `proj_dim`, are
+    unbiased, with a variance of at most `(|x|^2 |y|^2 + <x, y>^2) / proj_dim`: the dense Rademacher projection's bound.
+
+    Signs and rotations are a function of seed, matrix name and position alone, the same on every machine and device.
+    Kept between batches: one bit for each entry of a matrix and eight bytes for each block.
+    """
+
+    kind = "sparse"
+
+    def __init__(self, seed: int, proj_dim: int, device: torch.device) -> None:
+        self.about = "sparse projection in torch"
+        self.seed, self.proj_dim, self.device = seed, proj_dim, device
+        self.drawn: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        self.signs_of_octets = (1 - 2 * bits).float().to(device)
+        self.entries_at_once = _ENTRIES_AT_ONCE.get(device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+
+    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
+        """Project the gradients `[B, P]` of one matrix, in any dtype, to `[B, proj_dim]`; all sums are float32."""
+        records, entries = gradients.shape
+        octets, rotations = self._draw(matrix_name, entries)
+        signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries] * math.sqrt(self.proj_dim)
+        features = torch.arange(self.proj_dim, device=self.device) + rotations[:, None]
+        features = torch.where(features < self.proj_dim, features, features - self.proj_dim).flatten()[:entries]
+        sketch = torch.zeros(records, self.proj_dim, device=self.device)
+        size = max(1, self.entries_at_once // entries)
+        for part, sums in zip(gradients.split(size), sketch.split(size), strict=True):
+            sums.scatter_add_(1, features.expand(len(part), -1), part.float() * signs)
+        return sketch
+
+    def _draw(self, matrix_name: str, entries: int) -> tuple[Tensor, Tensor]:
+        """The signs of a matrix's entries, eight in an octet, and its blocks' rotations, int64."""
+        if (matrix_name, entries) not in self.drawn:
+            octets = torch.from_numpy(sign_octets(self.seed, matrix_name, entries))
+            rotations = torch.from_numpy(block_rotations(self.seed, matrix_name, entries, self.proj_dim))
+            self.drawn[matrix_name, entries] = (octets.to(self.device), rotations.to(self.device))
+        return self.drawn[matrix_name, entries]
+
+
+def sign_octets(seed: int, matrix_name: str, entries: int) -> np.ndarray:
+    """Signs of a matrix's entries, uint8 `[ceil(entries / 8)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
+    words = random_words(-(-entries // 32), key_of(seed, matrix_name), _SIGNS)
+    return words.astype("<u4").view(np.uint8)[: -(-entries // 8)].copy()
+
+
+def block_rotations(seed: int, matrix_name: str, entries: int, proj_dim: int) -> np.ndarray:
+    """The rotation `o_n` of each block of a matrix, int64 `[ceil(entries / proj_dim)]`, of `0 .. proj_dim - 1`."""
+    words = random_words(-(-entries // proj_dim), key_of(seed, matrix_name), _ROTATIONS)
+    return (words.astype(np.int64) * proj_dim) >> 32
+
+
+def sparse_projection(seed: int, matrix_name: str, vectors: np.ndarray, proj_dim: int) -> np.ndarray:
+    """`Sparse`'s formula written out, entry by entry, in float64: vectors `[n, P]` to `[n, proj_dim]`."""
+    position = np.arange(vectors.shape[1])
+    bits = np.unpackbits(sign_octets(seed, matrix_name, len(position)), bitorder="little")[: len(position)]
+    rotations = block_rotations(seed, matrix_name, len(position), proj_dim)
+    sketch = np.zeros((proj_dim, len(vectors)))
+    feature = (position + rotations[position // proj_dim]) % proj_dim
+    np.add.at(sketch, feature, (vectors * (1.0 - 2.0 * bits)).T)
+    return math.sqrt(proj_dim) * sketch.T
 
 
 class TrakCuda:
     """TRAK's CudaProjector (fast_jl), with the number of feature tiles fixed."""
 
     kind = "trak_cuda"
-    about = "TRAK's CudaProjector (fast_jl)"
 
     def __init__(self, seed: int, proj_dim: int, device: torch.device) -> None:
         from trak.projectors import CudaProjector, ProjectionType
 
+        self.about = "TRAK's CudaProjector (fast_jl)"
         self.seed, self.proj_dim = seed, proj_dim
         self.projector = CudaProjector(0, proj_dim, seed, ProjectionType.rademacher, device, max_batch_size=16)
         self.projector.num_sms = _FEATURE_TILES
 
-    def project(self, matrix: str, gradients: Tensor) -> Tensor:
+    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
         """Project the gradients `[B, P]` of one matrix to `[B, proj_dim]`, float32."""
-        self.projector.seed = trak_seed(self.seed, matrix)
+        self.projector.seed = trak_seed(self.seed, matrix_name)
         sketches = []
         for part in gradients.float().split(16):
             # The kernel is built for 8 or 16 records; the missing ones are zeros.
@@ -58,14 +133,12 @@ class TrakCuda:
 class TrakBasic:
     """TRAK's BasicProjector; its streams differ between CPU and GPU, so its kind names the device."""
 
-    about = "TRAK's BasicProjector"
-
     def __init__(self, seed: int, proj_dim: int, device: torch.device) -> None:
-        self.kind = f"trak_basic/{device.type}"
+        self.kind, self.about = f"trak_basic/{device.type}", "TRAK's BasicProjector"
         self.seed, self.proj_dim, self.device = seed, proj_dim, device
-        self.projectors: dict[int, object] = {}
+        self.projectors: dict[int, Any] = {}
 
-    def project(self, matrix: str, gradients: Tensor) -> Tensor:
+    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
         """Project the gradients `[B, P]` of one matrix to `[B, proj_dim]`, float32."""
         from trak.projectors import BasicProjector, ProjectionType
 
@@ -75,98 +148,86 @@ class TrakBasic:
                 size, self.proj_dim, self.seed, ProjectionType.rademacher, self.device, _BASIC_BLOCK, torch.float32
             )
         projector = self.projectors[size]
-        projector.seed = trak_seed(self.seed, matrix)
+        projector.seed = trak_seed(self.seed, matrix_name)
         projector.get_generator_states()
         if projector.num_blocks == 1:  # it draws its one block when it is made and not again
             projector.generate_sketch_matrix(projector.generator_states[0])
         return projector.project(gradients.float(), model_id=0)
 
 
-def trak_seed(seed: int, matrix: str) -> int:
+def trak_seed(seed: int, matrix_name: str) -> int:
     """A seed of 30 bits for one matrix: room for the offsets that TRAK adds within 32 bits."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {matrix}".encode()).digest()[:4], "little") >> 2
+    return int.from_bytes(hashlib.sha256(f"{seed} {matrix_name}".encode()).digest()[:4], "little") >> 2
 
 
-def own_projector(seed: int, proj_dim: int, device: torch.device, total_rows: int, budget_bytes: int) -> Projector:
-    """Our Rademacher projector: the Triton kernel on a GPU that has Triton, else torch in blocks; the same signs."""
-    if device.type == "cuda":
-        try:
-            from tive.method.signs_triton import TritonSigns
+def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) -> Projector:
+    """Build a projector of one of `KINDS` and let it prove itself.
 
-            kernel = TritonSigns(seed, proj_dim, device)
-            prove(kernel, device)
-            return kernel
-        except Exception as error:  # no Triton, no compiler for it, or a GPU it does not know
-            reason = f"; the Triton kernel does not work here: {_first_line(error)}"
-            torch_signs = TorchSigns(seed, proj_dim, device, total_rows, budget_bytes)
-            torch_signs.about += reason
-            return torch_signs
-    return TorchSigns(seed, proj_dim, device, total_rows, budget_bytes)
-
-
-def make_projector(
-    wanted: str, seed: int, proj_dim: int, device: torch.device, total_rows: int, budget_bytes: int
-) -> Projector:
-    """Build the projector that `--projector` names and let it prove itself; `auto` takes the first that works.
+    `auto` is TRAK's CudaProjector, the paper's, where a GPU has it and it works, else the sparse one.
 
     Raises:
-        UserError: a named projector does not work here, or `proj_dim` is no positive number.
+        ValueError: no such kind, it does not work here, or `proj_dim` is no positive number.
     """
     if proj_dim < 1:
-        raise UserError(f"--proj_dim {proj_dim} is not a positive number")
-    if wanted == "auto" and device.type == "cuda":
-        try:
-            projector: Projector = TrakCuda(seed, proj_dim, device)
-            prove(projector, device)
-            return projector
-        except Exception as error:  # not installed, not built for this GPU, or silently wrong (trak issue 81)
-            projector = own_projector(seed, proj_dim, device, total_rows, budget_bytes)
-            projector.about += f"; TRAK's CudaProjector does not work here: {_first_line(error)}"
-    elif wanted in ("auto", "rademacher"):
-        projector = own_projector(seed, proj_dim, device, total_rows, budget_bytes)
-    else:
-        make = {"trak_cuda": TrakCuda, "trak_basic": TrakBasic}[wanted]
-        try:
-            projector = make(seed, proj_dim, device)
-            prove(projector, device)
-            return projector
-        except Exception as error:
-            raise UserError(
-                f"--projector {wanted} does not work here: {_first_line(error)}; use --projector auto"
-            ) from error
+        raise ValueError(f"a projection to {proj_dim} features: not a positive number")
+    if kind == "auto":
+        return _automatic(seed, proj_dim, device)
+    makers: dict[str, Callable[[int, int, torch.device], Projector]] = {
+        "sparse": Sparse,
+        "trak_cuda": TrakCuda,
+        "trak_basic": TrakBasic,
+    }
+    if kind not in makers:
+        raise ValueError(f"{kind} is none of the projectors {', '.join(KINDS)}")
     try:
+        projector: Projector = makers[kind](seed, proj_dim, device)
         prove(projector, device)
-    except ValueError as error:
-        raise UserError(f"the projector fails its own test: {error}; report it with your versions") from error
+    except Exception as error:  # not installed, not built for this GPU, or silently wrong (trak issue 81)
+        raise ValueError(f"{kind} does not work here: {_first_line(error)}") from error
+    return projector
+
+
+def _automatic(seed: int, proj_dim: int, device: torch.device) -> Projector:
+    note = ""
+    if device.type == "cuda":
+        try:
+            projector = make_projector("trak_cuda", seed, proj_dim, device)
+            projector.about += "; sparse gives features of the same quality for less time"
+            return projector
+        except ValueError as error:
+            note = f"; {error}"
+    projector = make_projector("sparse", seed, proj_dim, device)
+    projector.about += note
     return projector
 
 
 def prove(projector: Projector, device: torch.device) -> None:
-    """Project known vectors: not zero, linear, norm kept within the Johnson-Lindenstrauss bound, signs as in torch.
+    """Project known vectors: not zero, linear, norm kept within the Johnson-Lindenstrauss bound, as the formula says.
 
     Raises:
         ValueError: what is wrong with the result.
     """
-    generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(2, 1024, generator=generator)
-    vectors = torch.stack([vectors[0], vectors[1], vectors[0] - 2 * vectors[1]])
+    proj_dim = projector.proj_dim
+    # Several blocks and a part of one; TRAK's cost grows with entries x features, and one block tells all of it.
+    entries = 2 * proj_dim + 1024 if isinstance(projector, Sparse) else 1024
+    first, second = torch.randn(2, entries, generator=torch.Generator().manual_seed(0))
+    vectors = torch.stack([first, second, first - 2 * second])
     sketch = projector.project("proof", vectors.to(device)).float().cpu()
-    if sketch.shape != (3, projector.proj_dim) or not torch.isfinite(sketch).all():
+    if sketch.shape != (3, proj_dim) or not torch.isfinite(sketch).all():
         raise ValueError("the sketch has the wrong shape or numbers that are not finite")
     if not sketch.any(dim=1).all():
         raise ValueError("the sketch is zero")
     size = sketch.norm(dim=1)
     if (sketch[2] - sketch[0] + 2 * sketch[1]).norm() > 0.01 * size[2]:
         raise ValueError("the projection is not linear")
-    ratio = size.square() / (projector.proj_dim * vectors.square().sum(dim=1))
+    ratio = size.square() / (proj_dim * vectors.square().sum(dim=1))
     # The squared norm's relative deviation is about sqrt(2 / proj_dim); six of them do not happen by chance.
-    if (ratio - 1).abs().max() > 6 * math.sqrt(2 / projector.proj_dim) + 0.01:
+    if (ratio - 1).abs().max() > 6 * math.sqrt(2 / proj_dim) + 0.01:
         raise ValueError(f"norms are not kept: squared ratio {ratio.tolist()}")
-    if projector.kind == "rademacher":
-        columns = min(projector.proj_dim, 256)
-        expected = vectors @ draw_signs(key_of(projector.seed, "proof"), 0, 1024, columns).float()
-        if (sketch[:, :columns] - expected).abs().max() > 0.005 * expected.abs().max():
-            raise ValueError("the signs differ from the torch reference")
+    if isinstance(projector, Sparse):
+        expected = torch.from_numpy(sparse_projection(projector.seed, "proof", vectors.numpy(), proj_dim))
+        if (sketch - expected).abs().max() > 1e-4 * expected.abs().max():
+            raise ValueError("the sketch differs from the formula's")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,135 @@
+"""What the gradient benchmarks measure on: a reference model and batches of encoded records."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tive.models import Encoded, Family, LeftOut, ModelFiles, Reference, family_of
+from tive.models.common import base_folder, target_modules
+from tive.util.device import device_of, dtype_of
+from tive.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference model, records, and the batches (indices of records) that every method runs on.
+
+    Attributes:
+        family: what computes the losses: a model family, or a module with its `record_losses`.
+    """
+
+    family: Family | ModuleType
+    reference: Reference
+    matrices: Mapping[str, nn.Linear]
+    records: list[Encoded]
+    tasks: np.ndarray
+    batches: list[list[int]]
+
+    @property
+    def parameters(self) -> int:
+        return sum(matrix.weight.numel() for matrix in self.matrices.values())
+
+    def losses(self, batch: list[int]) -> Tensor:
+        """The forward pass: losses `[B]` of a batch."""
+        return self.family.record_losses(self.reference, [self.records[number] for number in batch]).losses
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input_file", help="records")
+    add("--image_folder", default="", help="folder of their images")
+    add("--model_path", help="reference model, of any family")
+    add("--model_base", help="its base")
+    add("--vision_tower", help="its vision tower, where the path in the checkpoint is not there")
+    add("--llava_7b", action="store_true", help="instead: LLaVA-1.5-7B's shape with random weights, made on the device")
+    add("--text", type=int, nargs=3, metavar=("WIDTH", "LAYERS", "TOKENS"), help="instead: a random text-only Llama")
+    add("--records", type=int, default=128, help="how many records")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:K")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="by the device")
+    add("--threads", type=int, help="threads of torch; as torch chooses if not given")
+    add("--batch_size", type=int, default=16, help="most records in a batch")
+    add("--max_batch_tokens", type=int, default=16384, help="most tokens in a batch, with padding")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+
+
+def make_case(arguments: argparse.Namespace) -> Case:
+    """The case that the arguments name, its batches in random order: a part of them stands for all.
+
+    Raises:
+        UserError: no model is named, or a record cannot be used.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = device_of(arguments.device)
+    dtype = dtype_of(arguments.dtype, device)
+    family: Family | ModuleType
+    if arguments.llava_7b:
+        from tive.models import llava
+
+        from .model import Shape, random_llava, random_records
+
+        family, reference = llava, random_llava(Shape(), device, dtype, arguments.gradient_checkpointing)
+        records = random_records(arguments.records, Shape())
+        tasks = np.arange(len(records)) % 8
+    elif arguments.text:
+        from . import text_model
+
+        width, layers, tokens = arguments.text
+        family, reference = text_model, text_model.random_llama(width, layers, device, dtype)
+        records = text_model.random_texts(arguments.records, tokens)
+        tasks = np.arange(len(records)) % 8
+    elif arguments.input_file and arguments.model_path and arguments.model_base:
+        family = family_of(arguments.model_path)
+        files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
+        family.check_files(files)
+        reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
+        records, tasks = encoded_records(arguments, family, reference)
+    else:
+        raise UserError("give --input_file, --model_path and --model_base, or --llava_7b or --text")
+    batches = batches_of(records, arguments.batch_size, arguments.max_batch_tokens)
+    return Case(family, reference, target_modules(reference, "self_attn"), records, tasks, batches)
+
+
+def encoded_records(
+    arguments: argparse.Namespace, family: Family, reference: Reference
+) -> tuple[list[Encoded], np.ndarray]:
+    """Records spread evenly over the data file, encoded, and the task of each."""
+    from tive.data.records import read_tasks
+
+    file, tasks = read_tasks(arguments.input_file)
+    rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
+    records = []
+    begin = time.perf_counter()
+    for row in rows:
+        try:
+            records.append(family.encode(reference.processor, file[row], arguments.image_folder))
+        except LeftOut as reason:
+            raise UserError(f"record {row}: {reason}; the benchmark wants records that can all be used") from reason
+    cost = (time.perf_counter() - begin) / len(rows) * 1000
+    print(
+        f"encoding, which the step's loader does beside the device: {cost:.1f} ms a record, in none of the times below"
+    )
+    return records, np.array([tasks[row] for row in rows])
+
+
+def batches_of(records: list[Encoded], size: int, tokens: int) -> list[list[int]]:
+    """The gradient step's own batches, in random order."""
+    from tive.gradient_pass.batches import BatchLimits, next_batch
+
+    by_number: dict[int, Any] = dict(enumerate(records))
+    waiting = sorted(by_number, key=lambda number: (records[number].group, -records[number].length, number))
+    batches = []
+    while waiting:
+        batches.append(next_batch(waiting, by_number, BatchLimits(size, tokens)))
+        waiting = waiting[len(batches[-1]) :]
+    order = np.random.default_rng(0).permutation(len(batches))
+    return [batches[number] for number in order]
