@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import csv
 import hashlib
 import io
@@ -266,14 +267,14 @@ def read_scores(path: Path, tasks: set[str]) -> Scores:
     ids: list[str] = []
     names: list[str] = []
     times: list[int] = []
-    numbers: list[list[float]] = []
+    numbers = array.array("d")
     left_out: dict[int, str] = {}
     for line, cells in lines:
         try:
             row, identity, name, *values, selected, reason = cells
             if int(row) != len(ids) or not 0 <= int(selected) < _MAX_COUNT or len(values) != last - first:
                 raise ValueError
-            numbers.append([_number_or_nan(value) for value in values])
+            numbers.extend([_number_or_nan(value) for value in values])
         except ValueError:
             raise UserError(
                 f"{path}, line {line}: not a record's scores ({','.join(columns)}); make the selection again"
@@ -285,7 +286,7 @@ def read_scores(path: Path, tasks: set[str]) -> Scores:
         ids.append(identity)
         names.append(name)
         times.append(int(selected))
-    table = np.ascontiguousarray(np.array(numbers, np.float64).reshape(len(ids), last - first).T)
+    table = np.ascontiguousarray(np.array(numbers).reshape(len(ids), last - first).T)
     return Scores(ids, names, dict(zip(columns[first:last], table, strict=True)), np.array(times, np.int64), left_out)
 
 
