@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from tive.features.read_ahead import read_ahead
 from tive.selection.options import INSTANCE_SCORES, ROUNDINGS, SAMPLINGS, TASK_BUDGETS, Options
 from tive.util.errors import UserError, run
 
@@ -71,7 +70,6 @@ def main() -> None:
 
     device = usable_device(arguments.device)
     check_writable(arguments.save_path)
-    read_ahead(arguments.gradient_path)
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.refuse_adam(chunks)

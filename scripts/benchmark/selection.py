@@ -19,7 +19,7 @@ from tive.method.influence import group_means, products
 from tive.method.value import draw
 from tive.util.errors import UserError
 from tive.util.memory import anonymous_memory
-from tive.util.text import print_table
+from tive.util.text import duration, print_table
 
 Q, SHARE = 0.001, 0.15
 
@@ -108,13 +108,3 @@ def peak_own_memory() -> Iterator[Callable[[], str]]:
     finally:
         stop.set()
         watcher.join()
-
-
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.0f} h"
-    )

@@ -144,6 +144,16 @@ def test_the_table_shows_what_the_budgets_are_in_proportion_to(capsys):
     assert "mean loss" not in printed(capsys, [50, 60], Options())
 
 
+def test_names_of_tasks_are_printed_short_and_harmless(capsys):
+    _, task, scores = arrays([300, 300, 3])
+    scores["norm"][task == 0] = 1e-3
+    names = ["\x1b[31mred\nline\u202e", "x" * 5000, "small" + "\r" * 90]
+    print_choice(choose(names, task, scores, {}, Options(p=0.05)), FILES)
+    said = capsys.readouterr().out
+    assert said.replace("\n", "").isprintable() and len(said) < 3000
+    assert "get nothing" in said and "above the records" in said
+
+
 @pytest.mark.parametrize(
     "given",
     [

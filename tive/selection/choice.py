@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec import structs
 
 from tive.method.value import (
     draw,
@@ -20,6 +21,7 @@ from tive.method.value import (
 from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, Options
 from tive.selection.summary import Task
 from tive.util.errors import UserError
+from tive.util.text import LABEL_LIMIT, listed, shown
 
 NO_TASK = "(no task)"
 
@@ -73,59 +75,62 @@ def choose(
     """
     excluded = is_excluded(task_names, options)
     if excluded.all():
-        raise UserError(f"every task is excluded ({', '.join(task_names)}); exclude fewer")
+        raise UserError(f"every task is excluded ({listed(task_names)}); exclude fewer")
+    included = np.flatnonzero(~excluded).tolist()
+    rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
     usable = np.ones(len(task), bool)
     usable[list(reasons)] = False
-    rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
     counted = [rows[usable[rows]] for rows in rows_of]
-    included = np.flatnonzero(~excluded).tolist()
     for index in included:
         if not len(counted[index]):
-            row = int(rows_of[index][0])
+            row, name = int(rows_of[index][0]), shown(task_names[index], LABEL_LIMIT)
             raise UserError(
-                f"all {len(rows_of[index])} records of task {task_names[index]} are left out (record {row}: "
-                f"{reasons[row]}); repair them and take their gradients again, or exclude the task"
+                f"all {len(rows_of[index])} records of task {name} are left out (record {row}: {reasons[row]}); "
+                "repair them and take their gradients again, or exclude the task"
             )
 
-    values = {index: task_value(scores["norm"][counted[index]]) for index in included}
     bases = [_basis(options.task_budget, scores, len(rows_of[index]), counted[index]) for index in included]
-    if not sum(bases) > 0:
-        raise UserError(f"the mean {options.task_budget} of every task is 0; choose another task_budget")
-    budgets = task_budgets(np.array(bases), options.p, len(task))
-    whole = dict(zip(included, rounded(budgets, options.rounding).tolist(), strict=True))
-    if not any(whole.values()):
-        raise UserError(
-            f"p = {options.p} of {len(task):,} records in {len(included):,} tasks is less than one record for every "
-            "task; give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
-        )
-
+    budgets, whole = _budgets(np.array(bases), len(task), options)
     weights, times = np.full(len(task), np.nan), np.zeros(len(task), np.int64)
-    sizes = {}
-    for index in included:
+    tasks = [
+        Task(name, records=len(rows), counted=len(left), selected=0, distinct=0, excluded=True)
+        for name, rows, left in zip(task_names, rows_of, counted, strict=True)
+    ]
+    for index, basis, budget, records in zip(included, bases, budgets.tolist(), whole.tolist(), strict=True):
         rows = counted[index]
         instance_scores = _instance_scores(options, scores, rows)
         weights[rows] = instance_weights(instance_scores, options.q)
-        sizes[index] = effective_sample_size(weights[rows])
-        times[rows] = _times_selected(instance_scores, whole[index], task_names[index], options)
-    before = dict(zip(included, budgets.tolist(), strict=True))
-    basis = dict(zip(included, bases, strict=True))
-    tasks = tuple(
-        Task(
-            name=name,
-            records=len(rows_of[index]),
-            counted=len(counted[index]),
-            excluded=bool(excluded[index]),
-            value=values.get(index),
-            basis=basis.get(index),
-            budget=whole.get(index),
-            budget_before_rounding=before.get(index),
-            selected=int(times[rows_of[index]].sum()),
-            distinct=int(np.count_nonzero(times[rows_of[index]])),
-            effective_sample_size=sizes.get(index),
+        times[rows] = _times_selected(instance_scores, records, task_names[index], options)
+        tasks[index] = structs.replace(
+            tasks[index],
+            excluded=False,
+            value=task_value(scores["norm"][rows]),
+            basis=basis,
+            budget=records,
+            budget_before_rounding=budget,
+            selected=records,
+            distinct=int(np.count_nonzero(times[rows])),
+            effective_sample_size=effective_sample_size(weights[rows]),
         )
-        for index, name in enumerate(task_names)
-    )
-    return Choice(options, tasks, task, weights, times, dict(reasons))
+    return Choice(options, tuple(tasks), task, weights, times, dict(reasons))
+
+
+def _budgets(bases: np.ndarray, records: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Each task's budget before and after rounding, both `[T]`.
+
+    Raises:
+        UserError: no task gets a whole record.
+    """
+    if not bases.sum() > 0:
+        raise UserError(f"the mean {options.task_budget} of every task is 0; choose another task_budget")
+    budgets = task_budgets(bases, options.p, records)
+    whole = rounded(budgets, options.rounding)
+    if not whole.any():
+        raise UserError(
+            f"p = {options.p} of {records:,} records in {len(bases):,} tasks is less than one record for every task; "
+            "give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
+        )
+    return budgets, whole
 
 
 def _basis(task_budget: str, scores: Mapping[str, np.ndarray], records: int, counted: np.ndarray) -> float:

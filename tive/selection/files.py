@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import csv
 import hashlib
 import io
@@ -22,6 +23,7 @@ from tive.selection.options import Options
 from tive.selection.summary import Subset, Summary, Task, encode_summary, read_summary
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, whole_file
+from tive.util.text import LABEL_LIMIT, listed, shown_value
 
 SUMMARY_END = "_summary.json"
 SCORES_END = "_scores.csv"
@@ -215,9 +217,9 @@ def find_summary(out: Path, name: str | None) -> Path:
     if not stems:
         raise UserError(f"{out} holds no selection (*{SUMMARY_END}); run select_data_TIVE.py --save_path {out} first")
     if name is not None and name not in stems:
-        raise UserError(f"{out} holds no selection {name}; there are: {', '.join(stems)}")
+        raise UserError(f"{out} holds no selection {name}; there are: {listed(stems)}")
     if name is None and len(stems) > 1:
-        raise UserError(f"{out} holds {len(stems)} selections; choose one with --name: {', '.join(stems)}")
+        raise UserError(f"{out} holds {len(stems)} selections; choose one with --name: {listed(stems)}")
     return out / f"{name or stems[0]}{SUMMARY_END}"
 
 
@@ -239,8 +241,9 @@ def read_selection(summary_path: Path) -> Selection:
     for position, entry in enumerate(tasks):
         if (records[position], selected[position]) != (entry.records, entry.selected):
             raise UserError(
-                f"{path}: task {entry.name[:60]!r} has {records[position]} records, {selected[position]:.0f} selected, "
-                f"but {entry.records} and {entry.selected} in {summary_path.name}; make the selection again"
+                f"{path}: task {shown_value(entry.name, LABEL_LIMIT)} has {records[position]} records, "
+                f"{selected[position]:.0f} selected, but {entry.records} and {entry.selected} in {summary_path.name}; "
+                "make the selection again"
             )
     numbers, times = scores.numbers, scores.times_selected
     return Selection(stem, summary, tasks, scores.ids, task, numbers, times, scores.left_out)
@@ -266,26 +269,29 @@ def read_scores(path: Path, tasks: set[str]) -> Scores:
     ids: list[str] = []
     names: list[str] = []
     times: list[int] = []
-    numbers: list[list[float]] = []
+    numbers = array.array("d")
     left_out: dict[int, str] = {}
     for line, cells in lines:
         try:
             row, identity, name, *values, selected, reason = cells
             if int(row) != len(ids) or not 0 <= int(selected) < _MAX_COUNT or len(values) != last - first:
                 raise ValueError
-            numbers.append([_number_or_nan(value) for value in values])
+            numbers.extend([_number_or_nan(value) for value in values])
         except ValueError:
             raise UserError(
                 f"{path}, line {line}: not a record's scores ({','.join(columns)}); make the selection again"
             ) from None
         if name not in tasks:
-            raise UserError(f"{path}, line {line}: task {name[:60]!r} is not in the summary; make the selection again")
+            raise UserError(
+                f"{path}, line {line}: task {shown_value(name, LABEL_LIMIT)} is not in the summary; "
+                "make the selection again"
+            )
         if reason:
             left_out[len(ids)] = reason
         ids.append(identity)
         names.append(name)
         times.append(int(selected))
-    table = np.ascontiguousarray(np.array(numbers, np.float64).reshape(len(ids), last - first).T)
+    table = np.ascontiguousarray(np.array(numbers).reshape(len(ids), last - first).T)
     return Scores(ids, names, dict(zip(columns[first:last], table, strict=True)), np.array(times, np.int64), left_out)
 
 

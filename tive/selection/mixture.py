@@ -14,6 +14,7 @@ from tive.features.chunks import Chunk
 from tive.selection.choice import NO_TASK
 from tive.selection.summary import LeftOut
 from tive.util.errors import UserError
+from tive.util.text import LABEL_LIMIT, shown
 
 # What a feature file keeps of each record, and the scores file's column for it.
 COLUMN_OF = {
@@ -99,7 +100,7 @@ def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[st
     if names == {"none"}:
         names &= known
     for name in sorted(names - known):
-        print(f"note: the data has no task {name} to exclude")
+        print(f"note: the data has no task {shown(name, LABEL_LIMIT)} to exclude")
     return tuple(sorted(names & known))
 
 

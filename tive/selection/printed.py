@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -11,11 +11,10 @@ from tqdm import tqdm
 from tive.method.value import rounded_down
 from tive.selection.choice import Choice
 from tive.selection.files import Files
-from tive.util.text import print_table
+from tive.util.text import listed, print_table
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
-SHOWN_TASKS = 5
 
 
 def bar(title: str, records: int) -> tqdm:
@@ -79,7 +78,7 @@ def _sentences(choice: Choice) -> Iterator[str]:
         if task.selected > task.distinct
     ]
     if repeated:
-        yield f"taken more than once, because the budget is above the records: {_listed(repeated)}"
+        yield f"taken more than once, because the budget is above the records: {listed(repeated)}"
     if choice.reasons:
         common = Counter(choice.reasons.values()).most_common(4)
         shown = ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
@@ -120,7 +119,7 @@ def _rounding(choice: Choice) -> Iterator[str]:
     if selected < total:
         said.append(f"rounding down loses {total - selected:,} of {total:,} records ({1 - selected / total:.1%})")
     if without:
-        said.append(f"{len(without):,} of {len(choice.included):,} tasks get nothing ({_listed(without)})")
+        said.append(f"{len(without):,} of {len(choice.included):,} tasks get nothing ({listed(without)})")
     remedy = "raise --p to reach them"
     if selected < total:
         remedy = f"--rounding largest_remainder selects exactly {total:,}"
@@ -136,9 +135,4 @@ def _small_shares(choice: Choice) -> Iterator[str]:
         if (task.budget_before_rounding or 0) < SMALL_SHARE * (share := _budget(choice) * task.records / records)
     ]
     if small:
-        yield f"budget below a fifth of the task's share of the records: {_listed(small)} (docs/selection.md, Budgets)"
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = len(items) - SHOWN_TASKS
-    return ", ".join(items[:SHOWN_TASKS]) + (f" and {more:,} more" if more > 0 else "")
+        yield f"budget below a fifth of the task's share of the records: {listed(small)} (docs/selection.md, Budgets)"
