@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tive.util.errors import UserError
-from tive.util.files import read_json, sha256_of, write_json
+from tive.util.files import read_json, sampled_sha256, write_json
 
 RECORD_FILE = "tive_training.json"
 FORMAT = 1
@@ -28,8 +28,6 @@ TEMPLATES = (
 ASPECT_RATIOS = ("pad", "square")
 
 _CONFIG_KEYS_WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "architectures")
-_HASHED_WHOLE = 64 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class TrainingRecord:
     Attributes:
         template: one of `TEMPLATES` for a reference model (LLaVA's `--version`).
         image_aspect_ratio: one of `ASPECT_RATIOS`.
-        base, vision_tower: path and fingerprint, as `fingerprint` gives it; None where there is none.
+        base, vision_tower: path and fingerprint, as `model_fingerprint` gives it; None where there is none.
         projector: `start` ("file", "base" or "random"), and of a file its path and SHA-256.
         lora: rank, alpha, dropout; None where the whole model was trained.
         versions: of the trainer and of what it ran on.
@@ -91,10 +89,8 @@ def model_folder(name: str, cache_dir: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
+def model_fingerprint(folder: Path) -> dict[str, Any]:
     """What tells one model from another of the same shape: its configuration, and its weights' names, sizes, hashes.
-
-    Files above 64 MB are hashed at 64 places of 64 KB, so that a base of 14 GB costs a moment.
 
     Raises:
         UserError: the folder holds no model, or cannot be read.
@@ -106,7 +102,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),
-        "weights": {file.name: [file.stat().st_size, _sampled_sha256(file)] for file in weight_files(folder)},
+        "weights": {file.name: [file.stat().st_size, sampled_sha256(file)] for file in weight_files(folder)},
     }
 
 
@@ -119,24 +115,9 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def _sampled_sha256(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _HASHED_WHOLE:
-        return sha256_of(path)
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for sample in range(_SAMPLES):
-                offset = sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
-                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    return digest.hexdigest()
-
-
 def difference(recorded: dict[str, Any], folder: Path) -> str | None:
     """In a few words, how a model's files differ from those that a training recorded; None when they do not."""
-    present = fingerprint(folder)
+    present = model_fingerprint(folder)
     if present["config"] != recorded.get("config"):
         return "its config.json is another"
     before = recorded.get("weights", {})

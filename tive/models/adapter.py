@@ -5,12 +5,37 @@ Tensors are read from safetensors, or with `weights_only=True`: a file can hold 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tive.util.errors import UserError
+from tive.util.files import read_json
+
+# What a LoRA may start from without changing the base's weights.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Every release of peft adds keys to adapter_config.json. Those that LoRA is computed from:
+_READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "init_lora_weights"}
+_READ |= {"layers_to_transform", "layers_pattern"}
+# Those that say how it was made, or matter only together with one that is refused:
+_WITHOUT_EFFECT = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
+_WITHOUT_EFFECT |= {"auto_mapping", "lora_dropout", "fan_in_fan_out", "eva_config", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"megatron_core", "runtime_config"}
+# And every other key says nothing by one of these values.
+_NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "", "none")
+_UNSUPPORTED = {
+    "use_dora": ("DoRA (use_dora)", "train with plain LoRA"),
+    "use_rslora": ("rank-stabilised LoRA (use_rslora, of peft 0.8 and later)", "train with plain LoRA"),
+    "use_qalora": ("QA-LoRA (use_qalora)", "train with plain LoRA on a base in full precision"),
+    "loftq_config": ("LoftQ (loftq_config), which is for a quantized base", "train with plain LoRA"),
+    "modules_to_save": ("modules_to_save", "train without it: LoRA and the projector alone"),
+    "lora_bias": ("a bias in its matrices (lora_bias)", "train without it"),
+    "bias": ("the base's biases (bias)", "train with bias none"),
+}
 
 
 def adapter_file(folder: Path) -> Path | None:
@@ -35,6 +60,70 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names in a file of tensors, without reading them."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:  # in torch's old format, or damaged, which `read_tensors` says
+        return list(read_tensors(path))
+
+
+def check_adapter(folder: Path, supported: Collection[str] = ()) -> dict[str, Any]:
+    """The adapter's configuration, of LoRA on linear maps with nothing in it that would be passed over in silence.
+
+    Args:
+        supported: further keys of peft's configuration that the family computes.
+
+    Raises:
+        UserError: the configuration cannot be read, or names what is not supported; with the remedy.
+    """
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; train the reference model again")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise UserError(f"{path}: r {config.get('r')!r} is not a rank; train the reference model again")
+    if config.get("init_lora_weights") not in _STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, which the adapter "
+            "does not hold; train with init_lora_weights true"
+        )
+    for key, value in config.items():
+        if key not in _READ and key not in _WITHOUT_EFFECT and key not in supported and value not in _NEUTRAL:
+            name, remedy = _UNSUPPORTED.get(key, (f"{key} {value!r}", f"leave {key} out"))
+            raise UserError(f"{path}: the adapter was trained with {name}, which is not supported; {remedy}")
+    embedding = next((name for name in tensor_names(_weights_of(folder)) if ".lora_embedding_" in name), None)
+    if embedding:
+        raise UserError(
+            f"{folder}: the adapter has LoRA on an embedding ({embedding}), which is not supported; train without "
+            "embed_tokens among the target modules"
+        )
+    return config
+
+
+def refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    """Raise a `UserError` when a model's config.json says that its weights are, or were in training, quantized."""
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{folder}/config.json: quantization_config: gradients on a quantized base (QLoRA) are not supported; name "
+            "the base in full precision, and train the reference model on it without --bits"
+        )
+
+
+def _weights_of(folder: Path) -> Path:
+    path = adapter_file(folder)
+    if path is None:
+        raise UserError(f"{folder} holds no adapter_model.safetensors or .bin; train the reference model again")
+    return path
+
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put the LoRA adapter of a folder into the model.
 
@@ -43,11 +132,13 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     from peft import LoraConfig, get_peft_model
 
-    path = adapter_file(folder)
-    assert path is not None
+    path, config = _weights_of(folder), check_adapter(folder)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    # What it starts from is overwritten; keys that this peft does not know have no effect, as was checked.
+    options = {key: value for key, value in config.items() if key in known and key != "peft_type"}
+    options |= {"init_lora_weights": True, "inference_mode": True}
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, LoraConfig(**options))
     except (TypeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{folder}/adapter_config.json: {str(error).splitlines()[0]}") from error
     tensors = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tive.models import RecordLosses, Reference
 from tive.util.errors import UserError
-from tive.util.files import sha256_of
+from tive.util.files import sampled_sha256, sha256_of
 
 IGNORE = -100
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -105,16 +105,16 @@ def target_modules(
 
 
 def fingerprint(hashed: Iterable[Path], listed: Iterable[Path]) -> str:
-    """SHA-256 over the content of small files, and over the names and sizes of the weight files in folders.
+    """SHA-256 over the content of files, and over names, sizes and sampled content of the weight files in folders.
 
-    Hashing a base's 14 GB at each start would cost more than it tells: names and sizes stand for it.
+    Two bases of one shape differ in nothing but the content; hashing 14 GB of it at each start would cost minutes.
     """
     digest = hashlib.sha256()
     for file in hashed:
         digest.update(sha256_of(file).encode())
     for folder in listed:
         for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(f"{file.name} {file.stat().st_size} {sampled_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

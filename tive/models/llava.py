@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.records import image_of, problem_of
+from tive.data.training_record import RECORD_FILE, read_record, weight_files
 from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
-from tive.models.common import IGNORE, fingerprint, freeze, library_versions, loading, losses_at_supervised
+from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors, tensor_names
+from tive.models.common import IGNORE, freeze, library_versions, loading, losses_at_supervised
+from tive.models.llava_files import DEFAULT_TEMPLATE, PROJECTOR_FILE, check_model
+from tive.models.llava_files import identity as identity
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-HINTS = Hints(template="v1", trainer="finetune_lora.sh")
-_SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+HINTS = Hints(template="the training's, v1 where none is recorded", trainer="finetune_lora.sh")
+TOWER = ".vision_tower."
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Inputs:
 class Processor:
     """What a loader's worker needs to encode records; holds no weights."""
 
+    template: str
     tokenizer: Any
     image_processor: Any
     image_config: SimpleNamespace
@@ -65,20 +68,62 @@ def load(
     Raises:
         UserError: a part is missing or does not fit the others; the file is named.
     """
-    check_files(files)
-    model_path, model_base = files.model_path, files.model_base
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    template = check_model(files)
+    folder = Path(files.model_path)
+    if read_record(folder) is None:
+        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        print(
+            f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE} on {files.model_base} "
+            f"(its adapter_config.json names the base {named})"
+        )
+    adapter = adapter_file(folder)
+    assert adapter is not None
+    from llava.model.language_model.llava_llama import LlavaConfig
     from transformers import AutoTokenizer
-    from transformers.utils import is_torch_sdpa_available, logging
 
-    config = LlavaConfig.from_pretrained(model_path)
+    config = LlavaConfig.from_pretrained(files.model_path)
     if files.vision_tower is not None:
         config.mm_vision_tower = files.vision_tower
     config.tokenizer_padding_side = "right"
-    with loading(f"the tokenizer of --model_base {model_base}"):
-        tokenizer = AutoTokenizer.from_pretrained(model_base, use_fast=False, trust_remote_code=False)
+    # LLaVA would load the tower with the model; its weights come last here, from where the training had them.
+    tower_in_base, config.unfreeze_mm_vision_tower = getattr(config, "unfreeze_mm_vision_tower", False), False
+    with loading(f"the tokenizer of --model_base {files.model_base}"):
+        tokenizer = AutoTokenizer.from_pretrained(files.model_base, use_fast=False, trust_remote_code=False)
     tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
+
+    model = _load_base(files.model_base, config, dtype)
+    beside = _trained_beside_lora(folder / PROJECTOR_FILE)
+    copy_into(model, {name: value for name, value in beside.items() if TOWER not in name}, folder / PROJECTOR_FILE)
+    tower = model.get_vision_tower()
+    tower_has_lora = any(TOWER in name for name in tensor_names(adapter))
+    if not tower_has_lora:  # else the tower's q_proj, k_proj ... would get adapters that were not trained
+        load_adapter(model, folder)
+    _load_tower(tower)
+    if tower_in_base:
+        copy_into(model, _tower_of_base(Path(files.model_base)), Path(files.model_base))
+    copy_into(model, {name: value for name, value in beside.items() if TOWER in name}, folder / PROJECTOR_FILE)
+    if tower_has_lora:
+        load_adapter(model, folder)
+    placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if placeholders:
+        raise UserError(f"no file of {folder} or {files.model_base} holds {placeholders[0]}; train the model again")
+    model.to(device=device, dtype=dtype)
+
+    freeze(model, [tower], gradient_checkpointing)
+    model.config.use_cache = False
+    image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
+    features = tower.num_patches + (tower.select_feature == "cls_patch")
+    processor = Processor(
+        template, tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length
+    )
+    return Reference(model, model.model.layers, processor, device, dtype)
+
+
+def _load_base(model_base: str, config: Any, dtype: torch.dtype) -> Any:
+    """LLaVA's model with the base's weights; projector and tower are still to come."""
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from transformers.utils import is_torch_sdpa_available, logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
@@ -98,26 +143,21 @@ def load(
     missing = [key for key in found["missing_keys"] if not key.startswith("model.mm_projector.")]
     if missing:
         raise UserError(f"--model_base {model_base} lacks {len(missing)} weights, {missing[0]} among them")
-
-    _load_projector(model, Path(model_path) / "non_lora_trainables.bin")
-    # LoRA goes on before the vision tower is loaded, or the tower's q_proj, k_proj ... get adapters too.
-    load_adapter(model, Path(model_path))
-    tower = model.get_vision_tower()
-    _load_tower(tower)
-    placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if placeholders:
-        raise UserError(f"no file of {model_path} or {model_base} holds {placeholders[0]}; train the model again")
-    model.to(device=device, dtype=dtype)
-
-    freeze(model, [tower], gradient_checkpointing)
-    model.config.use_cache = False
-    image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
-    features = tower.num_patches + (tower.select_feature == "cls_patch")
-    processor = Processor(tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length)
-    return Reference(model, model.model.layers, processor, device, dtype)
+    return model
 
 
-def _load_tower(tower: nn.Module) -> None:
+def _trained_beside_lora(path: Path) -> dict[str, Tensor]:
+    """The projector and whatever else was trained whole, by the names that the model without LoRA has."""
+    tensors = {}
+    for key, value in read_tensors(path).items():
+        key = key.removeprefix("base_model.")
+        tensors[key.removeprefix("model.") if key.startswith("model.model.") else key] = value
+    if not any("mm_projector" in key for key in tensors):
+        raise UserError(f"{path} holds no mm_projector weights; train the reference model again")
+    return tensors
+
+
+def _load_tower(tower: Any) -> None:
     """LLaVA's `load_model` for the vision tower, which would start what its files lack from random numbers."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -133,60 +173,24 @@ def _load_tower(tower: nn.Module) -> None:
     tower.is_loaded = True
 
 
+def _tower_of_base(base: Path) -> dict[str, Tensor]:
+    """The tuned tower that a LLaVA base holds."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(base):
+        if any(TOWER in name for name in tensor_names(path)):
+            found |= {name: value for name, value in read_tensors(path).items() if TOWER in name}
+    if not found:
+        raise UserError(f"{base} says that its vision tower was tuned and holds no weights of it; name the whole model")
+    return found
+
+
 def check_files(files: ModelFiles) -> None:
-    """What can be known about the model without loading it, in milliseconds.
+    """What can be known about the model without loading it.
 
     Raises:
         UserError: a file is missing, or adapter, base and options do not fit together.
     """
-    folder, model_base = Path(files.model_path), files.model_base
-    config = read_json(folder / "config.json")
-    if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:
-        raise UserError(
-            f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); "
-            "train one with finetune_lora.sh"
-        )
-    if not (folder / "non_lora_trainables.bin").is_file():
-        raise UserError(
-            f"{folder} lacks non_lora_trainables.bin, the trained projector, which LLaVA writes only when training "
-            "ends; run finetune_lora.sh again with the same OUTPUT_DIR (LLaVA goes on from its last checkpoint) and "
-            "name that OUTPUT_DIR as --model_path, not a checkpoint-N in it"
-        )
-    if not Path(model_base, "config.json").is_file():
-        raise UserError(f"--model_base {model_base} is not a model folder (no config.json); name the base's folder")
-    base = read_json(Path(model_base) / "config.json")
-    for key in _SHAPE_KEYS:
-        if key in base and key in config and base[key] != config[key]:
-            raise UserError(
-                f"--model_base {model_base} has {key} {base[key]}, the adapter in {folder} was trained on "
-                f"{config[key]}; name the base model that finetune_lora.sh used"
-            )
-    if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
-        raise UserError(f"{folder}/config.json: image start, end and patch tokens are not supported")
-    if config.get("image_aspect_ratio") == "anyres" or config.get("mm_patch_merge_type", "flat") != "flat":
-        raise UserError(f"{folder}/config.json: images of several tiles (anyres) are not supported")
-    tower = files.vision_tower or config.get("mm_vision_tower")
-    if not tower or (not os.path.isdir(tower) and not tower.startswith(("openai/", "laion/"))):
-        raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
-
-
-def _load_projector(model: nn.Module, path: Path) -> None:
-    tensors = {}
-    for key, value in read_tensors(path).items():
-        key = key.removeprefix("base_model.")
-        tensors[key.removeprefix("model.") if key.startswith("model.model.") else key] = value
-    if not any("mm_projector" in key for key in tensors):
-        raise UserError(f"{path} holds no mm_projector weights; train the reference model again")
-    copy_into(model, tensors, path)
-
-
-def identity(files: ModelFiles) -> str:
-    """What tells one reference model from another: adapter, projector, and what is known of base and vision tower."""
-    folder, base = Path(files.model_path), Path(files.model_base)
-    adapter = adapter_file(folder)
-    assert adapter is not None
-    tower = files.vision_tower or read_json(folder / "config.json")["mm_vision_tower"]
-    return fingerprint([adapter, folder / "non_lora_trainables.bin", base / "config.json"], [base, Path(tower)])
+    check_model(files)
 
 
 def record_problem(record: Any) -> str | None:
@@ -200,7 +204,7 @@ def versions() -> dict[str, str]:
 
 
 def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
-    """Encode one record as LLaVA's trainer does (v1 template, answers supervised).
+    """Encode one record as LLaVA's trainer does (the training's template, answers supervised).
 
     Raises:
         LeftOut: the record's image cannot be used, or nothing in it is supervised.
@@ -209,7 +213,7 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
     from llava.mm_utils import process_images
     from llava.train.train import preprocess, preprocess_multimodal
 
-    conversation.default_conversation = conversation.conv_templates["v1"]
+    conversation.default_conversation = conversation.conv_templates[processor.template]
     turns = [[dict(turn) for turn in record["conversations"]]]
     image, pixels = image_of(record), None
     if image is not None:
@@ -223,7 +227,10 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
         turns = preprocess_multimodal(turns, SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        tokens = preprocess(turns, processor.tokenizer, has_image=image is not None)
+        try:
+            tokens = preprocess(turns, processor.tokenizer, has_image=image is not None)
+        except AssertionError as error:  # Llama-2's templates take no empty question at the beginning
+            raise LeftOut(f"the template {processor.template} does not take the conversation") from error
     input_ids, labels = tokens["input_ids"][0].numpy(), tokens["labels"][0].numpy()
     spliced = _spliced_labels(input_ids, labels, processor)
     if not (spliced[1:] != IGNORE).any():

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from tive.data.training_record import (
     RECORD_FILE,
     TrainingRecord,
-    fingerprint,
+    model_fingerprint,
     model_folder,
     read_record,
     write_record,
@@ -127,7 +127,7 @@ def _part(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     folder = model_folder(name, cache_dir)
     if folder is None:
         raise UserError(f"{name} was loaded, and its files cannot be found; name a folder")
-    return {"path": os.path.abspath(name) if os.path.isdir(name) else name, **fingerprint(folder)}
+    return {"path": os.path.abspath(name) if os.path.isdir(name) else name, **model_fingerprint(folder)}
 
 
 def _versions() -> dict[str, str]:
