@@ -100,9 +100,10 @@ def usual_methods(case: Case, arguments: argparse.Namespace) -> list[str]:
 
 
 def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Measured:
-    """One pass over the batches, after one batch that is not counted, broken off after `--seconds`."""
+    """One pass over the batches, ended after `--seconds`; before it, if rounds are many, an uncounted batch."""
     compute = method(case, arguments.proj_dim)
-    compute(case.batches[0])
+    if arguments.rounds > 1:
+        compute(case.batches[0])
     gc.collect()
     reset_peak(case.reference.device)
     records, begin = 0, now(case.reference.device)

@@ -83,7 +83,7 @@ class Sparse:
 
 
 def sign_octets(seed: int, matrix_name: str, entries: int) -> np.ndarray:
-    """Signs of a matrix's entries, uint8 `[ceil(entries / 8)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
+    """A matrix's signs, uint8 `[ceil(entries / 8)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
     words = random_words(-(-entries // 32), key_of(seed, matrix_name), _SIGNS)
     return words.astype("<u4").view(np.uint8)[: -(-entries // 8)].copy()
 
