@@ -6,6 +6,8 @@ import os
 import threading
 from pathlib import Path
 
+from tive.util.memory import available_memory
+
 _BLOCK_BYTES = 8 << 20
 
 
@@ -18,7 +20,7 @@ def read_ahead(folder: str | os.PathLike[str]) -> None:
 
 
 def _read(paths: list[Path]) -> None:
-    room = _available_memory() // 2
+    room = (available_memory() or 0) // 2
     buffer = bytearray(_BLOCK_BYTES)
     for path in paths:
         try:
@@ -30,12 +32,3 @@ def _read(paths: list[Path]) -> None:
                     pass
         except OSError:
             continue
-
-
-def _available_memory() -> int:
-    """Bytes that programs and the page cache can take; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
