@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
+from functools import cache, partial
 from pathlib import Path
 
 from tive.util.errors import UserError
@@ -65,6 +65,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
     add(
+        "--most_left_out",
+        type=float,
+        metavar="SHARE",
+        help="with --on_bad_record skip: the share of the records that may be left out because nothing in them is "
+        "supervised or their gradient is not finite, 0 to 1; above it the run stops (default: 0.02 or two records)",
+    )
+    add(
         "--check_images", default="exist", choices=("exist", "full"), help="before the run: are they there, or open all"
     )
     add("--dry_run", type=int, metavar="N", help="compute N records, say what the whole run costs, write no features")
@@ -76,6 +83,11 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} {value} is not a positive number")
     if arguments.overwrite and arguments.chunk_idx == "any":
         parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
+    if arguments.most_left_out is not None:
+        if not 0 <= arguments.most_left_out <= 1:
+            parser.error(f"--most_left_out {arguments.most_left_out} is not a share, 0 to 1")
+        if arguments.on_bad_record != "skip":
+            parser.error("--most_left_out says how many records may be left out; add --on_bad_record skip")
     return arguments
 
 
@@ -93,13 +105,14 @@ def main() -> None:
     # on two cores without a GPU 43 records/s, against 28 with a passive wait and 15 to 40 with OpenMP's own.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive.data.images import open_image
     from tive.data.records import chunk_range
     from tive.features.lock import compute_open_chunks
     from tive.features.manifest import Run
     from tive.gradient_pass.batches import GradientStep
     from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
-    from tive.gradient_pass.preflight import read_data
+    from tive.gradient_pass.preflight import Tolerance, read_data
     from tive.method.projection import make_projector
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder, target_modules
@@ -116,8 +129,8 @@ def main() -> None:
     options = PassOptions(
         folder=Path(arguments.output_file),
         image_folder=arguments.image_folder,
-        open_images=arguments.check_images == "full",
-        stop_on_bad_record=arguments.on_bad_record == "stop",
+        read_image=partial(open_image, padded=family.pads_images(files)) if arguments.check_images == "full" else None,
+        tolerance=Tolerance(arguments.on_bad_record == "skip", arguments.most_left_out),
         overwrite=arguments.overwrite,
         projector=arguments.projector,
         num_workers=arguments.num_workers,
@@ -129,7 +142,7 @@ def main() -> None:
         },
     )
 
-    @functools.cache  # once for all chunks
+    @cache  # once for all chunks
     def load() -> GradientStep:
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)

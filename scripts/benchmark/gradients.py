@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tive.gradient_pass.run import device_name
 from tive.method.gradients import gradient_features
 from tive.method.projection import Projector, make_projector
+from tive.util.memory import forget_peak, peak_memory
 
 from . import cases
 from .cases import Case
@@ -277,12 +277,11 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the process's high-water mark
+        forget_peak()
 
 
 def peak(device: torch.device) -> int:
     """Most memory in use since `reset_peak`, in bytes, the model's weights and torch itself included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak_memory()

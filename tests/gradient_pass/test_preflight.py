@@ -221,11 +221,63 @@ def test_images_under_another_extension_are_used_and_reported(tmp_path):
     count = sum("image" in item for item in records)
     done = run_step(tmp_path / "renamed", "--input_file", write_records(tmp_path / "data.json", records))
     assert done.code == 0 and f"{count} records have their image under another extension" in done.out
+    assert "img_0.jpg is img_0.png" in done.out
     run_step(tmp_path / "plain", "--input_file", write_records(tmp_path / "plain.json", RECORDS[:6]))
     features = [
         torch.load(tmp_path / name / "output_0.pt", weights_only=True)["features"] for name in ("renamed", "plain")
     ]
     assert torch.equal(*features)
+
+
+def features_of(out: Path) -> torch.Tensor:
+    return torch.load(out / "output_0.pt", weights_only=True)["features"]
+
+
+def test_an_image_under_images_is_the_image(tmp_path):
+    records = copy.deepcopy(RECORDS[:6])
+    for number, item in enumerate(records):
+        if "image" in item:
+            image = item.pop("image")
+            item["images"] = [image] if number % 2 else image
+    plain = run_step(tmp_path / "plain", "--input_file", write_records(tmp_path / "plain.json", RECORDS[:6]))
+    done = run_step(tmp_path / "out", "--input_file", write_records(tmp_path / "data.json", records))
+    assert plain.code == done.code == 0
+    assert torch.equal(features_of(tmp_path / "out"), features_of(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "image_path", "image_file", "img"])
+def test_media_that_are_not_read_are_never_taken_for_text(tmp_path, key):
+    records = copy.deepcopy(RECORDS[:4])
+    records[2].pop("image", None)
+    records[2][key] = "a.mp4"
+    done = run_step(tmp_path / "out", "--input_file", write_records(tmp_path / "data.json", records))
+    assert done.code == 2 and f"under `{key}`" in done.out and "1 of 4 records cannot be used" in done.err
+
+
+def test_a_tag_without_an_image_is_counted_and_said(tmp_path):
+    records = copy.deepcopy(RECORDS[:6])
+    for row in (2, 4):
+        records[row].pop("image", None)
+        records[row]["conversations"][0]["value"] = "<image>\nWhat is it?"
+    done = run_step(tmp_path / "out", "--input_file", write_records(tmp_path / "data.json", records))
+    assert done.code == 0 and "2 records have <image> in their text and no image" in done.out
+    assert "the first: record 2" in done.out
+
+
+def test_an_image_that_is_too_thin_is_left_out_and_the_full_check_finds_it(tmp_path):
+    folder = shutil.copytree(GOLDEN / "images", tmp_path / "images")
+    Image.new("RGB", (6, 30_000)).save(folder / "thin.png")
+    records = copy.deepcopy(RECORDS[:4])
+    records.append(record("thin.png"))
+    data = write_records(tmp_path / "data.json", records)
+    found = run_step(tmp_path / "out", "--input_file", data, "--image_folder", folder, "--check_images", "full")
+    assert found.code == 2 and "1 of 5 records cannot be used" in found.err
+    left_out = "unreadable image: above 178956970 pixels when it is padded to a square"
+    assert left_out in found.out
+    done = run_step(tmp_path / "out", "--input_file", data, "--image_folder", folder, "--on_bad_record", "skip")
+    assert done.code == 0, done.err
+    entries = json.loads((tmp_path / "out" / "manifest_0.json").read_text())["left_out"]
+    assert [(entry["row"], entry["reason"]) for entry in entries] == [(4, left_out)]
 
 
 @pytest.mark.parametrize("kind", ["no supervised token", "template mismatch"])
@@ -243,6 +295,45 @@ def test_many_records_without_supervised_tokens_stop_the_run_with_the_hint(tmp_p
     assert done.code == 2 and "above 2% of the chunk: the tokenizer or the template is not" in done.err
     assert done.err.count("error:") == 1 and "Traceback" not in done.err
     assert not (tmp_path / "out" / "manifest_0.json").exists()
+    listed = json.loads((tmp_path / "out" / "bad_records_0.json").read_text())
+    assert {entry["reason"] for entry in listed} == {kind} and str(tmp_path / "out" / "bad_records_0.json") in done.err
+    if kind == "no supervised token":
+        assert [entry["row"] for entry in listed] == [3, 30, 41]
+
+
+def unanswered() -> list:
+    """The records, of which three end with the user's turn, as the trainer masks whole, and one has no image file."""
+    records = copy.deepcopy(RECORDS)
+    for row in (3, 30, 41):
+        records[row] = record() | {"conversations": record()["conversations"] + record()["conversations"][:1]}
+    records[20]["image"] = "nowhere.png"
+    return records
+
+
+@pytest.mark.parametrize("most, code", [(0.0, 2), (0.05, 2), (0.0625, 0), (1.0, 0)])
+def test_a_stated_share_of_records_may_be_left_out_for_what_is_rarely_their_fault(tmp_path, most, code):
+    data = write_records(tmp_path / "data.json", unanswered())
+    done = run_step(tmp_path / "out", "--input_file", data, "--on_bad_record", "skip", "--most_left_out", most)
+    assert done.code == code, done.err
+    if code:
+        assert f"above {most * 100:.3g}% of the chunk" in done.err and "--most_left_out" in done.err
+    else:
+        assert "44 features, 4 records left out (3 no supervised token, 1 missing image)" in done.out
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (["--on_bad_record", "skip", "--most_left_out", 1.5], "1.5 is not a share"),
+        (["--on_bad_record", "skip", "--most_left_out", -0.1], "-0.1 is not a share"),
+        (["--on_bad_record", "skip", "--most_left_out", "nan"], "nan is not a share"),
+        (["--most_left_out", 0.5], "add --on_bad_record skip"),
+    ],
+    ids=str,
+)
+def test_a_limit_that_cannot_be_meant_is_refused(tmp_path, more, told):
+    done = run_step(tmp_path / "out", *more)
+    assert done.code == 2 and told in done.err and not (tmp_path / "out").exists()
 
 
 def test_few_records_without_supervised_tokens_are_left_out(tmp_path):

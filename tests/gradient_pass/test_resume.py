@@ -164,7 +164,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(tmp_path):
     (worker,) = [int(child) for some in children for child in some]
     os.kill(worker, signal.SIGKILL)
     process.join(60)
-    assert process.exitcode == 2 and "error: a process that reads records ended" in log_of(folder)
+    assert process.exitcode == 2 and "error: a process that reads records was killed" in log_of(folder)
     assert "Traceback" not in log_of(folder)
 
 

@@ -19,6 +19,7 @@ OTHER_IMAGE_KEYS = (
 _VIDEO_KEYS = ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_list")
 _AUDIO_KEYS = ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_url", "speech", "sound")
 OTHER_MEDIA_KEYS = _VIDEO_KEYS + _AUDIO_KEYS
+_MEDIA_KEYS = frozenset(IMAGE_KEYS + OTHER_IMAGE_KEYS + OTHER_MEDIA_KEYS)
 # No system opens a longer path; what is longer is a file's content.
 _LONGEST_PATH = 4096
 
@@ -39,25 +40,22 @@ class Media:
 
 def media_of(record: dict[str, Any]) -> Media:
     """The media of a record, whatever key they stand under. A null or empty value is no medium."""
-    for key in OTHER_MEDIA_KEYS:
-        if key in record and not _is_empty(record[key]):
-            return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
+    named = [key for key in record if key in _MEDIA_KEYS and not _is_empty(record[key])]
     found = []
-    for key in IMAGE_KEYS:
-        if key in record and not _is_empty(record[key]):
+    for key in named:
+        if key in OTHER_MEDIA_KEYS:
+            return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
+        if key in IMAGE_KEYS:
             entries = record[key] if isinstance(record[key], list) else [record[key]]
-            for entry in entries:
-                problem = _path_problem(entry)
-                if problem:
-                    return Media((), f"has an `{key}` that {problem}")
+            for problem in filter(None, map(_path_problem, entries)):
+                return Media((), f"has an `{key}` that {problem}")
             found.append(tuple(entries))
     if len(set(found)) > 1:
         return Media((), "names different images under `image` and `images`; keep one of the two keys")
     if found:
         return Media(found[0])
-    for key in OTHER_IMAGE_KEYS:
-        if key in record and not _is_empty(record[key]):
-            return Media((), f"has its image under `{key}`, which is not read; give its path under `image`")
+    if named:
+        return Media((), f"has its image under `{named[0]}`, which is not read; give its path under `image`")
     return Media(())
 
 

@@ -12,7 +12,7 @@ from tive.features.progress import Progress, remove_progress
 from tive.gradient_pass.batches import BatchLimits, GradientStep
 from tive.gradient_pass.dry_run import dry_run
 from tive.gradient_pass.loading import EncodedRecords
-from tive.gradient_pass.preflight import Checked, DataFile, check_chunk, check_disk, report_bad_records
+from tive.gradient_pass.preflight import Checked, DataFile, Tolerance, check_chunk, check_disk, report_bad_records
 from tive.gradient_pass.run import finish_chunk, run_pass
 
 
@@ -23,14 +23,16 @@ class PassOptions:
     Attributes:
         folder: the feature folder.
         projector: the kind of projector that was asked for, or `auto`.
+        read_image: reads every image before the run, or None.
+        tolerance: which records may be left out.
         num_workers: processes that read and encode; None for a number by the device.
         inputs: the paths that the command named, for the manifest.
     """
 
     folder: Path
     image_folder: str
-    open_images: bool
-    stop_on_bad_record: bool
+    read_image: Callable[[str], object] | None
+    tolerance: Tolerance
     overwrite: bool
     projector: str
     num_workers: int | None
@@ -58,9 +60,9 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
                 print(f"{name} is complete in {folder}")
                 return
             refuse_other_runs(folder, run)
-        checked = check_chunk(data, run.rows, options.image_folder, options.open_images)
+        checked = check_chunk(data, run.rows, options.image_folder, options.read_image)
         check_disk(folder, run.chunk_idx, 2 * len(run.rows) * run.proj_dim)
-        report_bad_records(checked, folder, run.chunk_idx, options.stop_on_bad_record)
+        report_bad_records(checked, folder, run.chunk_idx, not options.tolerance.bad)
 
         step = load()
         parameters = sum(matrix.weight.numel() for matrix in step.matrices.values())
@@ -75,7 +77,7 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
             step,
             _limits(run),
             progress,
-            options.stop_on_bad_record,
+            options.tolerance,
         )
         if outcome.stopped_by is not None:
             print(f"{name} stopped; what is done is on disk, and the same command (without --overwrite) continues")
@@ -91,8 +93,8 @@ def estimate_chunk(
     Raises:
         UserError: its records are bad, or none can be computed.
     """
-    checked = check_chunk(data, run.rows, options.image_folder, options.open_images)
-    report_bad_records(checked, options.folder, run.chunk_idx, options.stop_on_bad_record)
+    checked = check_chunk(data, run.rows, options.image_folder, options.read_image)
+    report_bad_records(checked, options.folder, run.chunk_idx, not options.tolerance.bad)
     step = load()
     dry_run(records, checked, _encoded(step, checked, options), step, _limits(run), options.folder)
 

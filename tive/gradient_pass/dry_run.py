@@ -32,7 +32,8 @@ def dry_run(
     usable = [row for row in checked.rows if row not in checked.reasons]
     rows = usable[:: max(1, len(usable) // count)][:count]
     begin = time.perf_counter()
-    encoded = next(encoded_windows(dataset, [rows], num_workers=0))
+    with encoded_windows(dataset, [rows], num_workers=0) as windows:
+        encoded = next(windows)
     encoding = time.perf_counter() - begin
     records = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
     if not records:

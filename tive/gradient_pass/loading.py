@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tive.data.records import RecordFile
+from tive.data.media import media_of
+from tive.data.records import RecordFile, name_of
 from tive.models import Encoded, Family, LeftOut
 from tive.util.errors import UserError
 
+_NOTHING = -1
+
 
 class EncodedRecords(Dataset):
-    """Row of the data file -> `(row, encoded record)`, or `(row, reason)` for one that cannot be encoded."""
+    """Row of the data file -> row and encoded record, or the reason why there is none, or the lack of memory for it."""
 
     def __init__(self, family: Family, processor: Any, records: RecordFile, image_folder: str) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
 
-    def __getitem__(self, row: int) -> tuple[int, Encoded | str]:
+    def __getitem__(self, row: int) -> tuple[int, Encoded | str | MemoryError]:
         try:
             return row, self.encode(self.processor, self.records[row], self.image_folder)
         except LeftOut as reason:
             return row, str(reason)
+        except MemoryError:  # a lack of this machine, which is no reason to leave the record out
+            return row, MemoryError()
         except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
             return row, f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+class _Traced(Dataset):
+    """A dataset whose workers leave word of the row that they are reading, for when one of them is killed."""
+
+    def __init__(self, dataset: Dataset, num_workers: int) -> None:
+        self.dataset = dataset
+        self.processes = multiprocessing.RawArray("q", num_workers)
+        self.reading = multiprocessing.RawArray("q", [_NOTHING] * num_workers)
+
+    def __getitem__(self, row: int) -> Any:
+        worker = get_worker_info()
+        if worker is None:
+            return self.dataset[row]
+        self.processes[worker.id], self.reading[worker.id] = os.getpid(), row
+        item = self.dataset[row]
+        self.reading[worker.id] = _NOTHING
+        return item
+
+    def name(self, row: int) -> str:
+        """How an error names the record of a row, with its image."""
+        if not isinstance(self.dataset, EncodedRecords):
+            return f"record {row}"
+        records = self.dataset.records
+        record = records[row]
+        images = media_of(record).images
+        return name_of(records.path, row, record) + (f", image {images[0]}" if images else "")
 
 
 def _as_it_is(item: Any) -> Any:
@@ -54,87 +88,81 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
 def encoded_windows(
-    dataset: EncodedRecords, windows: list[list[int]], num_workers: int
-) -> Iterator[dict[int, Encoded | str]]:
-    """Yield each window's encoded records by row. While one is used, the next is being filled."""
+    dataset: Dataset, windows: list[list[int]], num_workers: int
+) -> Iterator[Iterator[dict[int, Encoded | str]]]:
+    """Each window's encoded records by row, in turn; while one window is used, the workers read the next.
+
+    Args:
+        dataset: row -> `(row, encoded record or reason)`, an `EncodedRecords` or what stands in for it.
+
+    Raises:
+        UserError: a worker was killed, which torch reports wherever the body of the `with` is; or memory ran out.
+    """
+    traced = _Traced(dataset, num_workers)
     loader = DataLoader(
-        dataset,
-        sampler=[row for window in windows for row in window],
+        traced,
+        sampler=list(itertools.chain.from_iterable(windows)),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        prefetch_factor=16 if num_workers else None,
+        # Together the workers are one window ahead.
+        prefetch_factor=max(2, math.ceil(max(map(len, windows), default=0) / num_workers)) if num_workers else None,
         worker_init_fn=_prepare_worker,
     )
-
-    stopped = threading.Event()
-    workers: list[BaseProcess] = []
-
-    def fill() -> Iterator[dict[int, Encoded | str]]:
-        items = iter(loader)
-        workers.extend(multiprocessing.active_children())
-        for window in windows:
-            encoded = {}
-            for _ in window:
-                if stopped.is_set():
-                    return
-                row, item = next(items)
-                encoded[row] = item
-            yield encoded
-
-    return fill() if num_workers == 0 else _one_ahead(fill(), stopped, workers)
-
-
-def _one_ahead(windows: Iterator[Any], stopped: threading.Event, workers: list[BaseProcess]) -> Iterator[Any]:
-    """Run an iterator in a thread, one item ahead of its consumer; it ends early when `stopped` is set."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-
-    def put(kind: str, item: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((kind, item), timeout=0.5)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in windows:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:  # handed to the consumer
-            put("error", error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    others = multiprocessing.active_children()
+    items = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    filled = _filled(windows, items, traced)
     try:
-        while True:
-            try:
-                kind, item = ready.get(timeout=2)
-            except queue.Empty:
-                # A worker that is killed while it sends a record leaves the thread waiting for the rest, for ever.
-                _refuse_dead(workers)
-                continue
-            if kind == "end":
-                return
-            if kind == "error":
-                _refuse_dead(workers)
-                raise item
-            yield item
+        yield filled
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(_how_one_ended(workers, traced)) from error
     finally:
-        stopped.set()
-        thread.join(timeout=5)
-        for process in multiprocessing.active_children():  # one that is stuck, and deaf to SIGTERM as all of them are
-            process.kill()
+        filled.close()
+        del items  # the last that holds the loader: torch waits for the workers to end
+        _end(workers)
 
 
-def _refuse_dead(workers: list[BaseProcess]) -> None:
+def _filled(
+    windows: list[list[int]], items: Iterator[tuple[int, Any]], traced: _Traced
+) -> Generator[dict[int, Encoded | str], None, None]:
+    for window in windows:
+        encoded = {}
+        for row, item in itertools.islice(items, len(window)):
+            if isinstance(item, MemoryError):
+                raise UserError(
+                    f"memory ran out while {traced.name(row)} was read; free memory or lower --num_workers, or remove "
+                    "the record if it happens again; the same command continues"
+                )
+            encoded[row] = item
+        yield encoded
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """End workers that are stuck or that torch could not wait for; they are deaf to SIGTERM, which it sends."""
+    if not workers:
+        return
+    torchs_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it would raise for each of them
     for process in workers:
-        if process.exitcode:
-            raise UserError(
-                f"a process that reads records ended (exit code {process.exitcode}), most often because memory ran "
-                "out; free memory or lower --num_workers; the same command continues"
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, torchs_handler)
+
+
+def _how_one_ended(workers: list[BaseProcess], traced: _Traced) -> str:
+    """What is known of a worker that was killed, and of the record that it was reading."""
+    reading = dict(zip(traced.processes, traced.reading, strict=True))
+    for process in workers:
+        if code := process.exitcode:
+            ended = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+            row = reading.get(process.pid, _NOTHING)
+            while_reading = f" while it read {traced.name(row)}" if row != _NOTHING else ""
+            return (
+                f"a process that reads records {ended}{while_reading}, most often because memory ran out; free memory "
+                "or lower --num_workers, or remove the record if it happens again; the same command continues"
             )
+    return "a process that reads records ended; free memory or lower --num_workers; the same command continues"

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from tive.data.images import BadImage, find_image, open_image, path_of
-from tive.data.records import RecordFile, image_of, open_records, problem_of
+from tive.data.images import look_for
+from tive.data.media import IMAGE_TAG, has_tag_alone, media_of
+from tive.data.records import RecordFile, open_records
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError
 from tive.util.files import write_json
+from tive.util.text import shown
 
 SHOWN = 10
-# Asking for one file after the other would wait for a network's answer each time.
-_THREADS = 16
+LONGEST_NAME = 120
+# Above this share of the chunk, and above a few, it is not the records that are wrong.
+_MOST_LEFT_OUT = 0.02
+_FEW = 2
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data file, read once: what keeps records from being used, and the images that the others name, by row."""
+    """A data file, read once.
+
+    Attributes:
+        problems: row -> what keeps the record from being used.
+        images: row -> the images that the record names, where there is no problem.
+        tags_alone: rows whose text has the image's tag, and that name no image.
+    """
 
     records: RecordFile
     problems: dict[int, str]
-    images: dict[int, str]
+    images: dict[int, tuple[str, ...]]
+    tags_alone: list[int]
 
 
 @dataclass
@@ -41,13 +50,33 @@ class Checked:
     Attributes:
         rows: the chunk's rows.
         reasons: row -> why the record cannot be used.
-        renamed: rows whose image was found under another extension.
+        renamed: row -> the file that stands in for an image, whose name differs from the record's.
+        tags_alone: rows whose text has the image's tag, and no image.
     """
 
     records: RecordFile
     rows: range
     reasons: dict[int, str] = field(default_factory=dict)
-    renamed: list[int] = field(default_factory=list)
+    renamed: dict[int, str] = field(default_factory=dict)
+    tags_alone: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Which records may be left out of a run.
+
+    Attributes:
+        bad: those that cannot be used; else the first of them stops the run.
+        most: the share of the chunk that may be left out for what is rarely the records' fault; None for the default,
+            2% or two records.
+    """
+
+    bad: bool = False
+    most: float | None = None
+
+    def limit(self, count: int) -> float:
+        """The number of a chunk's records that may be left out for that."""
+        return max(_MOST_LEFT_OUT * count, _FEW) if self.most is None else self.most * count
 
 
 def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFile:
@@ -60,64 +89,44 @@ def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFil
         UserError: the data file cannot be read.
     """
     problems: dict[int, str] = {}
-    images: dict[int, str] = {}
+    images: dict[int, tuple[str, ...]] = {}
+    tags_alone: list[int] = []
 
     def visit(row: int, record: Any) -> None:
         problem = record_problem(record)
         if problem:
             problems[row] = problem
-        elif image := image_of(record):
-            images[row] = image
+        elif paths := media_of(record).images:
+            images[row] = paths
+        elif has_tag_alone(record):
+            tags_alone.append(row)
 
-    return DataFile(open_records(path, visit), problems, images)
+    return DataFile(open_records(path, visit), problems, images, tags_alone)
 
 
-def check_chunk(data: DataFile, rows: range, image_folder: str, open_images: bool) -> Checked:
+def check_chunk(
+    data: DataFile, rows: range, image_folder: str, read_image: Callable[[str], object] | None = None
+) -> Checked:
     """Check that the images of a chunk's records are there.
 
     Args:
-        open_images: also read every image whole.
+        read_image: also reads the file of every image whole; raises `BadImage`.
 
     Raises:
         UserError: the image folder is not there.
     """
     checked = Checked(data.records, rows, {row: data.problems[row] for row in rows if row in data.problems})
+    checked.tags_alone = [row for row in data.tags_alone if row in rows]
     images = {row: data.images[row] for row in rows if row in data.images}
     if images and not os.path.isdir(image_folder):
         raise UserError(f"--image_folder {image_folder or '(not given)'} is not a folder, and records have images")
-    _check_images(images, image_folder, checked, open_images)
+    looked = look_for(image_folder, itertools.chain.from_iterable(images.values()), read_image)
+    for row, paths in images.items():
+        if bad := [looked.bad[image] for image in paths if image in looked.bad]:
+            checked.reasons[row] = bad[0]
+        elif renamed := [looked.renamed[image] for image in paths if image in looked.renamed]:
+            checked.renamed[row] = renamed[0]
     return checked
-
-
-def _check_images(images: dict[int, str], folder: str, checked: Checked, open_images: bool) -> None:
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, image in images.items():
-        rows_of[image].append(row)
-
-    def look(image: str) -> tuple[str | None, bool]:
-        try:
-            path = find_image(folder, image)
-            if open_images:
-                open_image(path)
-        except BadImage as reason:
-            return str(reason), False
-        return None, path != path_of(folder, image)
-
-    # In the order of their folders, whose listings are kept; many at a time, since a thread costs more than a look.
-    names = sorted(rows_of)
-    size = 8 if open_images else 1000
-    blocks = [names[start : start + size] for start in range(0, len(names), size)]
-    title = "Opening images" if open_images else "Looking for images"
-    with ThreadPoolExecutor(_THREADS) as threads, tqdm(total=len(names), desc=title, unit=" images", delay=2) as bar:
-        states = threads.map(lambda block: [look(image) for image in block], blocks)
-        for block, found in zip(blocks, states, strict=True):
-            for image, (reason, renamed) in zip(block, found, strict=True):
-                if reason:
-                    checked.reasons |= dict.fromkeys(rows_of[image], reason)
-                elif renamed:
-                    checked.renamed += rows_of[image]
-            bar.update(len(block))
-    checked.renamed.sort()
 
 
 def left_out_entry(row: int, record: Any, reason: str) -> LeftOutRecord:
@@ -127,34 +136,36 @@ def left_out_entry(row: int, record: Any, reason: str) -> LeftOutRecord:
 
 
 def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: bool) -> None:
-    """Say what is wrong: counts, the first ten, and a file with all of them.
+    """Say what is wrong or odd: counts, the first ten, and a file with all that cannot be used.
 
     Raises:
         UserError: records are bad, and `stop` is set.
     """
-    if checked.renamed:
-        first = checked.renamed[0]
+    if checked.tags_alone:
         print(
-            f"{len(checked.renamed)} records have their image under another extension, and it is used (the first: "
-            f"record {first}, {_image_name(checked.records[first])}); LLaVA's trainer does not look for it: rename "
-            "before step 5"
+            f"{len(checked.tags_alone)} records have {IMAGE_TAG} in their text and no image, and it is read as text "
+            f"(the first: record {checked.tags_alone[0]}); where an image is meant, name it under `image`"
         )
-    listed = folder / f"bad_records_{chunk_idx}.json"
+    if checked.renamed:
+        first, stand_in = next(iter(checked.renamed.items()))
+        name, found = _image_name(checked.records[first]) or "", os.path.basename(stand_in)
+        print(
+            f"{len(checked.renamed)} records have their image under another extension, in other capitals or in another "
+            f"Unicode form, and it is used (the first: record {first}, {shown(name, LONGEST_NAME)} is "
+            f"{shown(found, LONGEST_NAME)}); LLaVA's trainer does not look for it: rename before step 5"
+        )
+    listed = list_file(folder, chunk_idx)
     if not checked.reasons:
         listed.unlink(missing_ok=True)  # of an earlier call, repaired since
         return
-    entries = []
-    for row, reason in sorted(checked.reasons.items()):
-        record = checked.records[row]
-        entries.append(asdict(left_out_entry(row, record, reason)) | {"image": _image_name(record)})
-    write_json(listed, entries)
+    entries = write_list(listed, checked, checked.reasons)
     print(f"{len(entries)} of {len(checked.rows)} records of this chunk cannot be used:")
     for kind, count in Counter(map(_kind, checked.reasons.values())).most_common():
         print(f"  {count:>8}  {kind}")
     print("the first:")
     for entry in entries[:SHOWN]:
-        image = f" ({entry['image']})" if entry["image"] else ""
-        print(f"  record {entry['row']} (id {entry['id']}): {entry['reason']}{image}")
+        image = f" ({shown(entry['image'], LONGEST_NAME)})" if entry["image"] else ""
+        print(f"  record {entry['row']} (id {shown(str(entry['id']), LONGEST_NAME)}): {entry['reason']}{image}")
     if stop:
         raise UserError(
             f"{len(entries)} of {len(checked.rows)} records cannot be used, all listed in {listed}; repair them, or "
@@ -163,10 +174,61 @@ def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: boo
     print(f"they are left out; all are listed in {listed}")
 
 
+def list_file(folder: Path, chunk_idx: int) -> Path:
+    """Where a chunk's bad records are listed."""
+    return folder / f"bad_records_{chunk_idx}.json"
+
+
+def write_list(path: Path, checked: Checked, reasons: dict[int, str]) -> list[dict[str, Any]]:
+    """Write down records and their reasons, by row: row, id, reason and image of each."""
+    entries = []
+    for row, reason in sorted(reasons.items()):
+        record = checked.records[row]
+        entries.append(asdict(left_out_entry(row, record, reason)) | {"image": _image_name(record)})
+    write_json(path, entries)
+    return entries
+
+
+def refuse_many(
+    left_out: list[LeftOutRecord],
+    reasons: tuple[str, ...],
+    checked: Checked,
+    tolerance: Tolerance,
+    listed: Path,
+    hint: str,
+) -> None:
+    """Stop when so many of the chunk's records are left out for `reasons` that they are rarely to blame.
+
+    Args:
+        left_out: all of the chunk's so far; they are listed in the file `listed`.
+
+    Raises:
+        UserError: there are more than `tolerance` allows.
+    """
+    entries = [entry for entry in left_out if entry.reason in reasons]
+    limit = tolerance.limit(len(checked.rows))
+    if len(entries) <= limit:
+        return
+    write_list(listed, checked, checked.reasons | {entry.row: entry.reason for entry in left_out})
+    share = _MOST_LEFT_OUT if tolerance.most is None else tolerance.most
+    raise UserError(
+        f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the first: "
+        f"record {entries[0].row}), above {share * 100:.3g}% of the chunk: {hint}; all are listed in {listed}, and "
+        "more are left out with --on_bad_record skip --most_left_out SHARE"
+    )
+
+
+def count_reasons(left_out: list[LeftOutRecord]) -> str:
+    """How many records were left out, and why: `3 records left out (2 missing image, 1 no supervised token)`."""
+    kinds = Counter(_kind(entry.reason) for entry in left_out).most_common()
+    why = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    return f"{len(left_out)} records left out" + (f" ({why})" if why else "")
+
+
 def _image_name(record: Any) -> str | None:
-    image = None if problem_of(record) else image_of(record)
-    # Half of a surrogate pair is no text, and could neither be printed nor written.
-    return image and image.encode(errors="replace").decode()
+    images = media_of(record).images if isinstance(record, dict) else ()
+    # Half of a surrogate pair is no text, and could not be written.
+    return images[0].encode(errors="replace").decode() if images else None
 
 
 def _kind(reason: str) -> str:

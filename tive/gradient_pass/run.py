@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -27,15 +26,13 @@ from tive.features.manifest import LeftOutRecord, RecordScores, Run
 from tive.features.progress import Progress, WindowState, remove_progress
 from tive.gradient_pass.batches import BatchLimits, Computed, GradientStep, compute_records
 from tive.gradient_pass.loading import EncodedRecords, encoded_windows
-from tive.gradient_pass.preflight import Checked, left_out_entry
+from tive.gradient_pass.preflight import Checked, Tolerance, count_reasons, left_out_entry, list_file, refuse_many
 from tive.models import Encoded, Family
+from tive.util import memory
 from tive.util.errors import UserError
 
 UNSUPERVISED = ("no supervised token", "template mismatch")
 NOT_FINITE = "not finite"
-# Above this share of the chunk, and above a few, what is wrong is not the records.
-_MOST_LEFT_OUT = 0.02
-_FEW = 2
 
 
 @dataclass
@@ -84,7 +81,7 @@ def run_pass(
     step: GradientStep,
     limits: BatchLimits,
     progress: Progress,
-    stop_on_bad_record: bool,
+    tolerance: Tolerance,
 ) -> Outcome:
     """Compute every window that is not on disk yet.
 
@@ -104,11 +101,11 @@ def run_pass(
     if states:
         print(f"continuing: {sum(map(len, states))} of {len(checked.rows)} records are on disk")
     left_out = [entry for state in states.values() for entry in state.left_out]
+    listed = list_file(progress.folder.parent, progress.run.chunk_idx)
     usable = [[row for row in rows if row not in checked.reasons] for rows in waiting]
-    encoded_ahead = encoded_windows(dataset, usable, num_workers)
     waited, count, tokens, padded_tokens = 0.0, 0, 0, 0
     bar = tqdm(total=len(checked.rows), initial=sum(map(len, states)), desc="Gradients", unit=" records")
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, bar, encoded_windows(dataset, usable, num_workers) as encoded_ahead:
         for rows in waiting:
             if stop.signal_number is not None:
                 break
@@ -116,7 +113,7 @@ def run_pass(
             encoded = next(encoded_ahead)
             waited += time.perf_counter() - start
             features, states[rows], computed = compute_window(
-                rows, encoded, step, limits, checked, left_out, stop_on_bad_record, bar.update
+                rows, encoded, step, limits, checked, left_out, tolerance, listed, bar.update
             )
             progress.write(rows, features, states[rows])
             left_out += states[rows].left_out
@@ -143,13 +140,15 @@ def compute_window(
     limits: BatchLimits,
     checked: Checked,
     earlier: list[LeftOutRecord],
-    stop_on_bad_record: bool,
+    tolerance: Tolerance,
+    listed: Path,
     done: Callable[[int], object],
 ) -> tuple[np.ndarray, WindowState, Computed]:
     """Features (float16 `[n, d]`) and state of one window, in record order, and what was computed for it.
 
     Args:
         earlier: the records that earlier windows left out.
+        listed: where the records are listed when too many are left out.
         done: is told of records as they are done.
 
     Raises:
@@ -157,7 +156,7 @@ def compute_window(
     """
     found = {row: item for row, item in encoded.items() if isinstance(item, str)}
     for row, reason in sorted(found.items()):
-        if stop_on_bad_record and reason not in UNSUPERVISED:
+        if not tolerance.bad and reason not in UNSUPERVISED:
             raise UserError(
                 f"record {row}: {reason}; repair it (--check_images full finds all such images before the run), or "
                 "leave such records out with --on_bad_record skip; the run continues where it stopped"
@@ -172,6 +171,8 @@ def compute_window(
         earlier + left_out(reasons),
         UNSUPERVISED,
         checked,
+        tolerance,
+        listed,
         f"the tokenizer or the template is not the reference model's ({hints.template}), so name the base model that "
         "it was trained from; or these records have no answer within the model's length, so remove them from the data "
         "file",
@@ -195,21 +196,13 @@ def compute_window(
         earlier + entries,
         (NOT_FINITE,),
         checked,
+        tolerance,
+        listed,
         "their loss or gradient overflows, so try --dtype bfloat16 or float32; if it stays, the reference model "
         "diverged in training",
     )
     limits = computed.limits
     return features, WindowState(scores, entries, (limits.records, limits.tokens)), computed
-
-
-def refuse_many(left_out: list[LeftOutRecord], reasons: tuple[str, ...], checked: Checked, hint: str) -> None:
-    """Raise a `UserError` when so many of the chunk's records are left out for `reasons` that they are not to blame."""
-    entries = [entry for entry in left_out if entry.reason in reasons]
-    if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
-        raise UserError(
-            f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the "
-            f"first: record {entries[0].row}), above {_MOST_LEFT_OUT:.0%} of the chunk: {hint}"
-        )
 
 
 def finish_chunk(
@@ -242,7 +235,7 @@ def finish_chunk(
     print(
         f"written: {folder}/output_{run.chunk_idx}.pt, output_norm_{run.chunk_idx}.json, "
         f"manifest_{run.chunk_idx}.json\n"
-        f"{name} done: {len(run.rows) - len(left_out)} features, {len(left_out)} records left out, "
+        f"{name} done: {len(run.rows) - len(left_out)} features, {count_reasons(left_out)}, "
         f"{outcome.cost['records_per_second']:.2f} records/s, padding efficiency "
         f"{outcome.cost['padding_efficiency']:.2f}, peak memory {outcome.cost['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
@@ -263,7 +256,7 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use at one time: of the GPU's memory, or of this process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.peak_memory()
 
 
 def device_name(device: torch.device) -> str:

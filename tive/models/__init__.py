@@ -99,6 +99,9 @@ class Family(Protocol):
     def record_problem(self, record: Any) -> str | None:
         """What keeps the family from reading a record, in a few words; None when nothing does."""
 
+    def pads_images(self, files: ModelFiles) -> bool:
+        """Whether images are padded to a square, so that one long side alone can make them too large."""
+
     def encode(self, processor: Any, record: dict[str, Any], image_folder: str) -> Encoded:
         """One record, in a loader's worker; raises `LeftOut` with the reason why it has no gradient."""
 

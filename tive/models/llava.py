@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tive.data.images import BadImage, find_image, open_image
+from tive.data.images import BadImage, find_image, open_image, resize_padded
 from tive.data.records import image_of, problem_of
 from tive.data.training_record import RECORD_FILE, read_record, weight_files
 from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
@@ -198,6 +198,11 @@ def record_problem(record: Any) -> str | None:
     return problem_of(record)
 
 
+def pads_images(files: ModelFiles) -> bool:
+    """Whether images are padded to a square."""
+    return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that the numbers depend on."""
     return library_versions("transformers", "peft", "accelerate")
@@ -210,7 +215,6 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
         LeftOut: the record's image cannot be used, or nothing in it is supervised.
     """
     from llava import conversation
-    from llava.mm_utils import process_images
     from llava.train.train import preprocess, preprocess_multimodal
 
     conversation.default_conversation = conversation.conv_templates[processor.template]
@@ -218,8 +222,7 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
     image, pixels = image_of(record), None
     if image is not None:
         try:
-            picture = open_image(find_image(image_folder, image))
-            pixels = process_images([picture], processor.image_processor, processor.image_config)[0].numpy()
+            pixels = _pixels(processor, find_image(image_folder, image))
         except BadImage as error:
             raise LeftOut(str(error)) from error
         except ValueError as error:  # LLaVA's image processor takes 1x1 and 3x3 pixels for a list of channels
@@ -240,6 +243,19 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
     group = "text" if pixels is None else "image"
     supervised = int((spliced[1:] != IGNORE).sum())
     return Encoded(len(spliced), supervised, group, Inputs(input_ids, labels, pixels))
+
+
+def _pixels(processor: Processor, path: str) -> np.ndarray:
+    """The pixels of an image file as LLaVA's `process_images` gives them, float32 `[3, height, width]`."""
+    from llava.mm_utils import process_images
+
+    padded, images = processor.image_config.image_aspect_ratio == "pad", processor.image_processor
+    picture = open_image(path, padded)
+    edge = images.size.get("shortest_edge") if images.do_resize else None
+    if padded and edge and max(picture.size) > edge:  # the same pixels, without the square
+        red, green, blue = (int(part * 255) for part in images.image_mean)
+        picture = resize_padded(picture, (red, green, blue), edge, images.resample)
+    return process_images([picture], images, processor.image_config)[0].numpy()
 
 
 def _spliced_labels(input_ids: np.ndarray, labels: np.ndarray, processor: Processor) -> np.ndarray:

@@ -1,0 +1,162 @@
+"""Workers read ahead of the one who uses what they read; one that dies ends the run in a line that names its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tive.data.records import open_records
+from tive.gradient_pass.loading import EncodedRecords, encoded_windows
+from tive.models import Encoded, LeftOut
+from tive.util.errors import UserError
+
+COUNT = 24
+
+
+def encode(processor: Path, record: dict[str, Any], image_folder: str) -> Encoded:
+    """A stand-in for a family's encoding: does what the record asks for, and leaves a file that says it was read."""
+    (processor / f"read_{record['id']}").touch()
+    what = record.get("do")
+    if what == "leave out":
+        raise LeftOut("for a reason")
+    if what == "fail":
+        raise KeyError("unforeseen")
+    if what == "lack memory":
+        raise MemoryError
+    if what == "die":
+        time.sleep(0.1)  # the kernel kills in the midst of something
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Encoded(length=1, supervised=1, group="text", inputs=bytes(record.get("size", 8)))
+
+
+def dataset_of(folder: Path, **asked: dict[int, Any]) -> EncodedRecords:
+    records: list[dict[str, Any]] = [
+        {"id": f"r{row}", "image": f"{row}.png", "conversations": []} for row in range(COUNT)
+    ]
+    for key, values in asked.items():
+        for row, value in values.items():
+            records[row][key] = value
+    (folder / "data.json").write_text(json.dumps(records))
+    return EncodedRecords(SimpleNamespace(encode=encode), folder, open_records(folder / "data.json"), "")
+
+
+WINDOWS = [list(range(start, start + 6)) for start in range(0, COUNT, 6)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_every_window_holds_its_records_in_order_or_their_reasons(tmp_path, num_workers):
+    dataset = dataset_of(tmp_path, do={3: "leave out", 8: "fail"})
+    windows = [[0, 1, 3], [], [8, 5], [20]]
+    with encoded_windows(dataset, windows, num_workers) as ahead:
+        found = list(ahead)
+    assert [list(window) for window in found] == windows
+    reasons = {row: item for window in found for row, item in window.items() if isinstance(item, str)}
+    assert reasons == {3: "for a reason", 8: "cannot be encoded: KeyError: 'unforeseen'"}
+
+
+def test_while_a_window_is_used_the_next_is_read(tmp_path):
+    with encoded_windows(dataset_of(tmp_path), WINDOWS, 2) as ahead:
+        next(ahead)
+        for _ in range(200):
+            read = {path.name for path in tmp_path.glob("read_*")}
+            if {f"read_r{row}" for row in WINDOWS[1]} <= read:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"only {sorted(read)} were read")
+        # And no further: what is read waits in memory.
+        time.sleep(0.3)
+        assert f"read_r{WINDOWS[3][0]}" not in {path.name for path in tmp_path.glob("read_*")}
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_worker_that_is_killed_while_it_reads_ends_the_run_and_names_the_record(tmp_path, num_workers):
+    dataset = dataset_of(tmp_path, do={13: "die"})
+    with (
+        pytest.raises(
+            UserError, match=r"was killed \(signal 9\) while it read .*record 13 \(id '?r13'?\), image 13.png"
+        ),
+        encoded_windows(dataset, WINDOWS, num_workers) as ahead,
+    ):
+        for _ in ahead:
+            pass
+
+
+@pytest.mark.parametrize("size", [8, 4 << 20], ids=["waiting", "sending"])
+def test_a_worker_that_is_killed_at_any_moment_ends_the_run_at_once_wherever_the_run_is(tmp_path, size):
+    dataset = dataset_of(tmp_path, size=dict.fromkeys(range(COUNT), size))
+    begin = time.perf_counter()
+    with (
+        pytest.raises(UserError, match="a process that reads records was killed"),
+        encoded_windows(dataset, WINDOWS, 1) as ahead,
+    ):
+        next(ahead)
+        (worker,) = children_of(os.getpid())
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(20)  # what computes, and does not ask for records
+    assert time.perf_counter() - begin < 15
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_lack_of_memory_ends_the_run_and_is_no_reason_to_leave_the_record_out(tmp_path, num_workers):
+    dataset = dataset_of(tmp_path, do={7: "lack memory"})
+    with (
+        pytest.raises(UserError, match=r"memory ran out while .*record 7 .* was read"),
+        encoded_windows(dataset, WINDOWS, num_workers) as ahead,
+    ):
+        for _ in ahead:
+            pass
+
+
+def test_other_errors_of_the_run_pass_through_and_no_worker_stays(tmp_path):
+    before = children_of(os.getpid())
+    with (
+        pytest.raises(RuntimeError, match="of its own"),
+        encoded_windows(dataset_of(tmp_path), WINDOWS, 2) as ahead,
+    ):
+        next(ahead)
+        assert len(children_of(os.getpid())) == len(before) + 2
+        raise RuntimeError("of its own")
+    assert children_of(os.getpid()) == before
+
+
+STUCK = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.gradient_pass import test_loading
+folder = Path(sys.argv[1])
+def stuck(processor, record, image_folder):
+    time.sleep(0 if record["id"] in ("r0", "r1") else 1000)
+    return test_loading.Encoded(1, 1, "text", b"")
+dataset = test_loading.dataset_of(folder)
+dataset.encode = stuck
+with test_loading.encoded_windows(dataset, [[0, 1], [2], [3]], 1) as ahead:
+    next(ahead)
+print("left", flush=True)
+"""
+
+
+def test_a_worker_that_is_stuck_does_not_keep_the_run_from_ending(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout == "left\n", done.stderr
+
+
+def children_of(pid: int) -> set[int]:
+    children = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+    return {int(child) for some in children for child in some}
