@@ -116,7 +116,7 @@ def tive_stem(options: Options, task_names: Sequence[str], task_key: str) -> str
 
 def _in_a_name(texts: list[str]) -> str:
     joined = "+".join(texts)
-    if len(joined) <= 60 and texts != ["none"] and all(re.fullmatch(r"[A-Za-z0-9._-]+", text) for text in texts):
+    if len(joined) <= 40 and texts != ["none"] and all(re.fullmatch(r"[A-Za-z0-9._-]+", text) for text in texts):
         return joined
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
