@@ -8,13 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import llava
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tive.training.train
+from tive.models import ModelFiles
+from tive.models import llava as llava_family
 from tive.util.errors import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +101,7 @@ BAD_DATA = {
     "no words": ('[{"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}]', "no text"),
     "image not there": (
         json.dumps([{"image": "chat/a.png", "conversations": TURNS}]),
-        "lacks 1 of 1 images, chat/a.png",
+        "chat/a.png",
     ),
 }
 BAD_SETTINGS = {
@@ -122,6 +126,60 @@ def test_data_that_the_trainer_cannot_take_is_refused(case: str, settings: dict[
     (tmp_path / "data.json").write_text(text)
     assert_refused(launch("finetune.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"}), reason)
     assert not (tmp_path / "trained").exists()
+
+
+def test_all_records_that_cannot_be_trained_on_are_listed(
+    settings: dict[str, str], parts: Path, tmp_path: Path
+) -> None:
+    """Among them images in other clothes: the trainer opens a path, and nothing else."""
+    records = json.loads((parts / "images.json").read_text())[:2]
+    bad = [
+        {"image": "chat/a.png", "conversations": TURNS},
+        {"image": None, "conversations": TURNS},
+        {"image": "data:image/png;base64," + "A" * 80_000, "conversations": TURNS},
+        {"conversations": []},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps([records[0], *bad, records[1]]))
+    ended = launch("finetune_lora.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"})
+    assert_refused(ended, "4 of 6 records cannot be trained on")
+    assert len(ended.stdout + ended.stderr) < 5000
+    listed = json.loads((tmp_path / "trained_bad_records.json").read_text())
+    assert [entry["row"] for entry in listed] == [1, 2, 3, 4]
+
+
+BAD_ARGUMENTS = {
+    "anyres": (("--image_aspect_ratio", "anyres"), "--image_aspect_ratio anyres would be trained as square"),
+    "image tokens": (("--mm_use_im_start_end", "True"), "--mm_use_im_start_end True adds tokens"),
+    "bits": (("--bits", "4"), "--bits 4 would train on a quantized base"),
+    "template of MPT": (("--version", "mpt"), "--version mpt is not a template that a reference model can have"),
+    "no template": (("--version", "vicuna_v2"), "--version vicuna_v2 is not a template"),
+    "tiles": (("--mm_patch_merge_type", "spatial"), "--mm_patch_merge_type spatial is for images of several tiles"),
+    "frozen adapter": (("--tune_mm_mlp_adapter", "True"), "--tune_mm_mlp_adapter True freezes the LoRA adapter"),
+    "frozen projector": (("--freeze_mm_mlp_adapter",), "--freeze_mm_mlp_adapter True leaves the model without"),
+    "empty projector": (("--pretrain_mm_mlp_adapter", ""), "has no projector of its own; set PROJECTOR"),
+    "neither true nor false": (("--lora_enable", "maybe"), "--lora_enable maybe is neither True nor False"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_what_the_gradient_step_could_not_follow_is_refused_before_training(
+    name: str, settings: dict[str, str]
+) -> None:
+    arguments, reason = BAD_ARGUMENTS[name]
+    assert_refused(launch("finetune_lora.sh", settings, *arguments), reason)
+
+
+def test_a_base_with_the_fast_tokenizer_alone_is_refused(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "model" / "vicuna", tmp_path / "fast")
+    (tmp_path / "fast" / "tokenizer.model").rename(tmp_path / "fast" / "tokenizer.json")
+    ended = launch("finetune_lora.sh", settings | {"MODEL": f"{tmp_path}/fast"})
+    assert_refused(ended, "fast has no tokenizer.model, which LLaVA's trainer needs")
+
+
+def test_a_lora_adapter_is_no_base(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "model" / "vicuna", tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert_refused(launch("finetune_lora.sh", settings | {"MODEL": f"{tmp_path}/lora"}), "is a LoRA adapter")
 
 
 @pytest.mark.parametrize("variable", BAD_SETTINGS)
@@ -217,11 +275,22 @@ def test_the_seed_holds_for_what_llava_draws_first(settings: dict[str, str], mon
 # What is launched. A stand-in for Python answers the question for GPUs and writes down the last command.
 
 
-def stand_in(folder: Path, gpus: str) -> str:
-    """A program that says which GPUS there are, and writes down the command that it gets otherwise."""
+def stand_in(folder: Path, gpus: str, check: bool = False) -> str:
+    """A program that says which GPUs there are, and writes down the command that it gets otherwise.
+
+    Args:
+        check: the check before the training is really run.
+    """
     python = folder / "python"
+    checked = f'exec {sys.executable} "$@"' if check else ":"
     python.write_text(
-        f'#!/bin/sh\n[ "$2" = tive.training.gpus ] && echo {gpus} || printf "%s\\n" "$@" >{folder}/command\n'
+        f"""#!/bin/sh
+case "$2" in
+    tive.training.gpus) echo {gpus} ;;
+    tive.training.check) {checked} ;;
+    *) printf "%s\\n" "$@" >{folder}/command ;;
+esac
+"""
     )
     python.chmod(0o755)
     return str(python)
@@ -300,13 +369,40 @@ def test_arguments_of_the_user_come_last(settings: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def lora_run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA run of three steps with a checkpoint after the second, through finetune_lora.sh."""
+    """A LoRA run of three steps with a checkpoint after the second, through finetune_lora.sh.
+
+    It is called from a folder with packages of the same names, which PYTHONPATH names too.
+    """
     folder = tmp_path_factory.mktemp("lora")
-    environment = complete_settings(parts, folder) | {"SAVE_STEPS": "2"}
-    ended = launch("finetune_lora.sh", environment, "--save_total_limit", "2")
+    for package in ("llava", "torch", "deepspeed"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise SystemExit('not the installed package')")
+    environment = complete_settings(parts, folder) | {"SAVE_STEPS": "2", "PYTHONPATH": str(folder)}
+    ended = launch("finetune_lora.sh", environment, "--save_total_limit", "2", "--version", "llava_llama_2")
     assert ended.returncode == 0, ended.stderr
     assert "9 records, 7 with an image" in ended.stdout and "7 files, all there" in ended.stdout
+    installed = Path(llava.__path__[0]).resolve()
+    assert f"LLaVA         {version('llava-torch')} ({installed})" in ended.stdout
     return folder / "trained"
+
+
+def test_the_gradient_step_computes_with_what_the_training_used(
+    lora_run: Path, parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (lora_run, lora_run / "checkpoint-2"):
+        files = ModelFiles(str(folder), str(parts / "model" / "vicuna"))
+        reference = llava_family.load(files, torch.device("cpu"), torch.float32)
+        assert reference.processor.template == "llava_llama_2"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_of_another_training_is_not_gone_on_from(
+    lora_run: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(lora_run / "checkpoint-2", tmp_path / "trained" / "checkpoint-2")
+    ended = launch("finetune_lora.sh", settings)
+    assert ended.returncode == 2
+    assert "checkpoint-2 was trained with another template" in ended.stderr.splitlines()[-1]
 
 
 def test_a_reference_model_has_adapter_and_projector(lora_run: Path, parts: Path) -> None:
@@ -345,23 +441,57 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(
     lora_run: Path, settings: dict[str, str], tmp_path: Path
 ) -> None:
     shutil.copytree(lora_run / "checkpoint-2", tmp_path / "trained" / "checkpoint-2")
-    ended = launch("finetune_lora.sh", settings | {"SAVE_STEPS": "2"}, "--save_total_limit", "2")
+    more = ("--save_total_limit", "2", "--version", "llava_llama_2")
+    ended = launch("finetune_lora.sh", settings | {"SAVE_STEPS": "2"}, *more)
     assert ended.returncode == 0, ended.stderr
     assert "going on from checkpoint-2" in ended.stdout
     assert_same_weights(trained_weights(lora_run), trained_weights(tmp_path / "trained"))
 
 
-def test_a_base_with_an_invalid_generation_config_is_trained_and_saved(
-    settings: dict[str, str], parts: Path, tmp_path: Path
-) -> None:
-    """As Vicuna-v1.5's; here on records that all have images."""
-    before = (parts / "model" / "vicuna" / "generation_config.json").read_bytes()
-    ended = launch("finetune.sh", settings | {"DATA_PATH": f"{parts}/images.json"})
+@pytest.fixture(scope="module")
+def whole_run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole model, trained through finetune.sh on records that all have images."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = launch("finetune.sh", complete_settings(parts, folder) | {"DATA_PATH": f"{parts}/images.json"})
     assert ended.returncode == 0, ended.stderr
-    saved = json.loads((tmp_path / "trained" / "generation_config.json").read_text())
+    return folder / "trained"
+
+
+def test_a_base_with_an_invalid_generation_config_is_trained_and_saved(whole_run: Path, parts: Path) -> None:
+    """As Vicuna-v1.5's."""
+    saved = json.loads((whole_run / "generation_config.json").read_text())
     assert saved["do_sample"] is True and saved["temperature"] == 0.9
-    assert (tmp_path / "trained" / "model.safetensors").exists()
-    assert (parts / "model" / "vicuna" / "generation_config.json").read_bytes() == before
+    assert (whole_run / "model.safetensors").exists()
+    before = json.loads((parts / "model" / "vicuna" / "generation_config.json").read_text())
+    assert "do_sample" not in before
+
+
+@pytest.mark.parametrize("projector", ["", None], ids=["empty", "not set"])
+def test_a_training_from_a_llava_model_keeps_its_projector(
+    projector: str | None, whole_run: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    """At a learning rate of 0 the projector ends as it began."""
+    settings |= {"MODEL": str(whole_run), "PROJECTOR_LEARNING_RATE": "0"}
+    settings |= {"PROJECTOR": projector} if projector is not None else {}
+    if projector is None:
+        del settings["PROJECTOR"]
+        ended = launch("finetune_lora.sh", settings | {"PYTHON": stand_in(tmp_path, "0 0", check=True)})
+    else:
+        ended = launch("finetune_lora.sh", settings, "--max_steps", "1")
+    assert ended.returncode == 0, ended.stderr
+    assert "projector     the base's own" in ended.stdout
+    if projector is not None:
+        before, after = load_file(whole_run / "model.safetensors"), trained_weights(tmp_path / "trained")
+        (name,) = [name for name in after if name.endswith("mm_projector.0.weight")]
+        torch.testing.assert_close(after[name], before["model.mm_projector.0.weight"], rtol=0, atol=0)
+        record = json.loads((tmp_path / "trained" / "tive_training.json").read_text())
+        assert record["projector"] == {"start": "base"}
+
+
+def test_a_llava_base_with_another_tower_is_refused(whole_run: Path, settings: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(settings["VISION_TOWER"], tmp_path / "clip")
+    ended = launch("finetune_lora.sh", settings | {"MODEL": str(whole_run), "VISION_TOWER": f"{tmp_path}/clip"})
+    assert_refused(ended, "is a LLaVA model with the vision tower")
 
 
 def test_records_without_any_image_are_trained_on(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
@@ -377,19 +507,15 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        place = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
-        device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
-        arguments = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
-        arguments = arguments[arguments.index("tive.training.train") + 1 :]
+        command = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
+        start = command.index("tive.training.train")
+        command[start - 1 : start + 1] = [str(ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py")]
         changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
-        command = [sys.executable, ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py", *arguments, *changed]
-        ended = subprocess.run(command, env=settings | place | device, capture_output=True, text=True)
+        device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        command[command.index("--master_port") + 1] = str(port)
+        ended = subprocess.run(
+            [sys.executable, *command, *changed], env=settings | device, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
 
     train(tmp_path / "whole")

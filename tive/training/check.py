@@ -9,13 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tive.data.media import media_of
-from tive.data.records import name_of, open_records, problem_of
-from tive.data.stream import is_json_lines
+from tive.training.data_check import check_data
 from tive.training.settings import (
     LLAVA_DISTRIBUTIONS,
     LLAVA_VERSION,
@@ -46,65 +43,6 @@ def check_llava() -> str:
             f"LLaVA {LLAVA_VERSION} (`bash scripts/setup.sh` installs it)"
         )
     return f"{version} ({folder})"
-
-
-def training_problem_of(record: Any) -> str | None:
-    """What keeps LLaVA's trainer from taking a record, in a few words and with the remedy; None when nothing does."""
-    problem = problem_of(record)
-    if problem:
-        return f"{problem}; repair or remove it"
-    if media_of(record).images and not isinstance(record.get("image"), str):
-        return (
-            "has its image in a list or under `images`, which LLaVA's trainer does not take; convert it with "
-            "scripts/convert_data.py --to llava"
-        )
-    if not any(turn["value"].split() for turn in record["conversations"]):
-        return "has no text in any turn, and LLaVA's sampler stops at it; remove it"
-    return None
-
-
-def check_records(path: str) -> tuple[int, set[str], int]:
-    """The number of records, the images they name, and the number of records with an image."""
-    if is_json_lines(path):
-        raise UserError(
-            f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with scripts/convert_data.py"
-        )
-    images: list[str] = []
-
-    def visit(row: int, record: Any) -> None:
-        problem = training_problem_of(record)
-        if problem:
-            raise UserError(f"{name_of(path, row, record)} {problem}")
-        if "image" in record:
-            images.append(record["image"])
-
-    return len(open_records(path, visit)), set(images), len(images)
-
-
-def check_images(folder: str | None, images: set[str], data_path: str) -> None:
-    """Every image is in its folder. Folders are listed, which costs less than asking for each of 600K files."""
-    if not images:
-        return
-    if not folder or not os.path.isdir(folder):
-        raise UserError(
-            f"{data_path} names {len(images):,} images, and the folder {folder} is not there; set IMAGE_FOLDER"
-        )
-    names_below: dict[str, set[str]] = defaultdict(set)
-    for image in images:
-        below, name = os.path.split(image)
-        names_below[below].add(name)
-    missing: list[str] = []
-    for below, names in names_below.items():
-        try:
-            present = set(os.listdir(os.path.join(folder, below)))
-        except OSError:
-            present = set()
-        missing += [os.path.join(below, name) for name in names - present]
-    if missing:
-        raise UserError(
-            f"{folder} lacks {len(missing):,} of {len(images):,} images, {min(missing)} for one; "
-            "put them there, name another IMAGE_FOLDER, or remove their records"
-        )
 
 
 def check_model(name: str, what: str, variable: str) -> str:
@@ -170,8 +108,8 @@ def main() -> None:
     check_settings(settings)
     llava = check_llava()
     output = check_output(settings.output_dir)
-    records, images, with_image = check_records(settings.data_path)
-    check_images(settings.image_folder, images, settings.data_path)
+    listing = Path(f"{os.path.normpath(settings.output_dir)}_bad_records.json")
+    data = check_data(settings.data_path, settings.image_folder, settings.version, listing)
     base = check_model(settings.model_name_or_path, "base model", "MODEL")
     config = base_config(settings)
     check_base(settings, config)
@@ -179,10 +117,10 @@ def main() -> None:
     tower = settings.vision_tower
     vision = check_model(tower, "vision tower", "VISION_TOWER") if tower else "none"
 
-    print(f"data          {settings.data_path}: {records:,} records, {with_image:,} with an image")
-    print(
-        f"images        {settings.image_folder}: {len(images):,} files, all there" if images else "images        none"
-    )
+    print(f"data          {settings.data_path}: {data.records:,} records, {data.with_image:,} with an image")
+    if data.tags_alone:
+        print(f"              {data.tags_alone:,} have <image> in their text and no image: it is trained on as text")
+    print(f"images        {f'{settings.image_folder}: {data.images:,} files, all there' if data.images else 'none'}")
     print(f"base model    {base}")
     print(f"vision tower  {vision}")
     print(f"projector     {projector}")

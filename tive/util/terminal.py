@@ -96,7 +96,7 @@ def safe_terminal() -> Iterator[None]:
     for stream in before:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = safe  # type: ignore[assignment]
+    sys.stdout, sys.stderr = safe
     try:
         yield
     finally:
