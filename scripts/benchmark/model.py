@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from tive.models import Encoded, Reference
 from tive.models.common import IGNORE, freeze
-from tive.models.llava import Inputs, Processor
+from tive.models.llava import Inputs
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def random_llava(
     fill(model)
     model.to(device=device, dtype=dtype)
     freeze(model, [tower], gradient_checkpointing)
-    processor = Processor(None, None, SimpleNamespace(), tower.num_patches, 2048)
-    return Reference(model, model.model.layers, processor, device, dtype)
+    # Nothing is encoded with it: its records are made of random tokens.
+    return Reference(model, model.model.layers, None, device, dtype)
 
 
 @torch.no_grad()
