@@ -186,6 +186,9 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
             picture = open_image(find_image(image_folder, image), padded=processor.image.pad)
         except BadImage as error:
             raise LeftOut(str(error)) from error
+        height = max(picture.size) if processor.image.pad else picture.height
+        if height in (1, 3):
+            raise LeftOut(f"unreadable image: {height} pixels high, which Bunny's image processor takes for channels")
     ids, labels = encode_text(processor.text, record["conversations"], has_image=picture is not None)
     ids, labels = splice(ids, labels, processor.image.patches, processor.text.maximum)
     supervised = int(np.count_nonzero(labels[1:] != IGNORE))

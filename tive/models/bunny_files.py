@@ -198,7 +198,8 @@ def identity(files: ModelFiles) -> str:
     assert adapter is not None  # check_files has seen it
     hashed = (
         *(adapter, folder / "adapter_config.json", folder / "non_lora_trainables.bin"),
-        *(base / "config.json", base / "tokenizer.json"),
+        *(base / "config.json", base / "tokenizer.json", base / "tokenizer_config.json"),
+        *base.glob("special_tokens_map.json"),
         *(tower / "config.json", tower / "preprocessor_config.json"),
     )
     named = ("model_type", "image_aspect_ratio", "mm_projector_type", "tokenizer_model_max_length")
