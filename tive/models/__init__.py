@@ -127,4 +127,8 @@ def family_of(model_path: str) -> Family:
         from tive.models import llava
 
         return llava
-    raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama)")
+    if str(model_type).startswith("bunny"):
+        from tive.models import bunny
+
+        return bunny
+    raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama, bunny-...)")
