@@ -1,4 +1,4 @@
-"""Put a LoRA adapter into a model of transformers, whatever release wrote it, and prove that each tensor found its place.
+"""Put a LoRA adapter into a model of transformers, whatever release wrote it; each tensor finds its one place.
 
 Releases of transformers nest a model's parts differently, and peft's own loader leaves out what it finds no name for.
 So tensors and parameters are matched by canonical path, in which the names that come and go are dropped.
@@ -19,7 +19,7 @@ from tive.util.errors import UserError
 from tive.util.files import read_json
 
 _DROPPED = frozenset(
-    "base_model model language_model text_model vision_model modules_to_save default base_layer".split()
+    ("base_model", "model", "language_model", "text_model", "vision_model", "modules_to_save", "default", "base_layer")
 )
 # What a LoRA may start from without changing the base's weights.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -74,7 +74,9 @@ def attach_adapter(model: nn.Module, folder: Path, tensors: dict[str, Tensor], d
     embedded = next((key for key in tensors if ".lora_embedding_" in key), None)
     if embedded:
         raise UserError(f"{path}: {embedded}: LoRA on embeddings is not supported; train without it")
-    modules = _by_path(name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor))
+    modules = _by_path(
+        name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
+    )
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for key, value in tensors.items():
