@@ -6,6 +6,7 @@ The template, the masking and the splicing of image features are LLaVA's own fun
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import warnings
@@ -23,7 +24,15 @@ from tive.data.images import BadImage, find_image, open_image
 from tive.data.records import image_of, problem_of
 from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors
-from tive.models.common import IGNORE, fingerprint, freeze, library_versions, loading, losses_at_supervised
+from tive.models.common import (
+    IGNORE,
+    fingerprint,
+    freeze,
+    library_versions,
+    loading,
+    losses_at_supervised,
+    refuse_options,
+)
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
@@ -109,7 +118,7 @@ def load(
         raise UserError(f"no file of {model_path} or {model_base} holds {placeholders[0]}; train the model again")
     model.to(device=device, dtype=dtype)
 
-    freeze(model, [tower], gradient_checkpointing)
+    freeze(model, gradient_checkpointing)
     model.config.use_cache = False
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
     features = tower.num_patches + (tower.select_feature == "cls_patch")
@@ -139,6 +148,12 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing, or adapter, base and options do not fit together.
     """
+    refuse_options(files, "chat_template", "max_length", "max_pixels")
+    if importlib.util.find_spec("llava") is None:
+        raise UserError(
+            f"{files.model_path} is a LLaVA model, and this environment has no LLaVA; make the other one with "
+            "`bash scripts/setup.sh` and run the same command with .venv/bin/python"
+        )
     folder, model_base = Path(files.model_path), files.model_base
     config = read_json(folder / "config.json")
     if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from tive.data.records import IMAGE_TAG
 from tive.models import Encoded, Hints, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, read_tensors
-from tive.models.common import IGNORE, fingerprint, freeze, library_versions, loading, losses_of_logits
+from tive.models.common import (
+    IGNORE,
+    fingerprint,
+    freeze,
+    library_versions,
+    loading,
+    losses_of_logits,
+    refuse_options,
+)
 from tive.models.native_adapter import attach_adapter, check_adapter
 from tive.models.native_processor import (
     encode,
@@ -34,9 +42,8 @@ from tive.models.native_processor import (
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-__all__ = ["HINTS", "NAME", "check_files", "encode", "identity", "load", "record_losses", "record_problem", "versions"]
+__all__ = ["HINTS", "check_files", "encode", "identity", "load", "record_losses", "record_problem", "versions"]
 
-NAME = "native"
 HINTS = Hints(template="the processor's chat template", trainer="TRL, ms-swift or LLaMA-Factory")
 OLDEST = (4, 57)
 _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
@@ -51,6 +58,7 @@ def check_files(files: ModelFiles) -> None:
         UserError: a file is missing, not supported, or does not fit the others.
     """
     _check_library()
+    refuse_options(files, "vision_tower")
     folder, base = Path(files.model_path), Path(files.model_base)
     check_adapter(folder)
     beside = [
