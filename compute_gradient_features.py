@@ -144,7 +144,11 @@ def main() -> None:
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
-        print(f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices")
+        layers = len({name.split(".")[1] for name in matrices})
+        print(
+            f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices of "
+            f"{layers} of {len(reference.layers)} layers"
+        )
         try:
             projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device)
         except ValueError as error:

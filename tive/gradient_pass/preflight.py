@@ -13,8 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tive.data.formats import images_of
 from tive.data.images import BadImage, find_image, open_image, path_of
-from tive.data.records import RecordFile, image_of, open_records, problem_of
+from tive.data.records import RecordFile, open_records
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError
@@ -31,7 +32,7 @@ class DataFile:
 
     records: RecordFile
     problems: dict[int, str]
-    images: dict[int, str]
+    images: dict[int, tuple[str, ...]]
 
 
 @dataclass
@@ -60,14 +61,14 @@ def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFil
         UserError: the data file cannot be read.
     """
     problems: dict[int, str] = {}
-    images: dict[int, str] = {}
+    images: dict[int, tuple[str, ...]] = {}
 
     def visit(row: int, record: Any) -> None:
         problem = record_problem(record)
         if problem:
             problems[row] = problem
-        elif image := image_of(record):
-            images[row] = image
+        elif paths := images_of(record):
+            images[row] = paths
 
     return DataFile(open_records(path, visit), problems, images)
 
@@ -89,10 +90,11 @@ def check_chunk(data: DataFile, rows: range, image_folder: str, open_images: boo
     return checked
 
 
-def _check_images(images: dict[int, str], folder: str, checked: Checked, open_images: bool) -> None:
+def _check_images(images: dict[int, tuple[str, ...]], folder: str, checked: Checked, open_images: bool) -> None:
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, image in images.items():
-        rows_of[image].append(row)
+    for row, paths in images.items():
+        for image in dict.fromkeys(paths):
+            rows_of[image].append(row)
 
     def look(image: str) -> tuple[str | None, bool]:
         try:
@@ -117,7 +119,7 @@ def _check_images(images: dict[int, str], folder: str, checked: Checked, open_im
                 elif renamed:
                     checked.renamed += rows_of[image]
             bar.update(len(block))
-    checked.renamed.sort()
+    checked.renamed = sorted(set(checked.renamed) - checked.reasons.keys())
 
 
 def left_out_entry(row: int, record: Any, reason: str) -> LeftOutRecord:
@@ -164,9 +166,13 @@ def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: boo
 
 
 def _image_name(record: Any) -> str | None:
-    image = None if problem_of(record) else image_of(record)
+    try:
+        images = images_of(record)
+    except (ValueError, AttributeError, TypeError):  # not even an object
+        return None
+    image = ", ".join(images)
     # Half of a surrogate pair is no text, and could neither be printed nor written.
-    return image and image.encode(errors="replace").decode()
+    return image.encode(errors="replace").decode() or None
 
 
 def _kind(reason: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tive.data.formats import to_llava
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.media import IMAGE_TAG, media_of
+from tive.data.media import IMAGE_TAG
 from tive.models import Encoded, LeftOut, ModelFiles
 from tive.models.common import IGNORE
 from tive.models.native_labels import align, answer_spans, text_message, token_spans
@@ -145,9 +145,6 @@ def record_problem(record: Any) -> str | None:
 
 def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
     """A record's system prompt, its turns and its images' paths."""
-    problem = media_of(record).problem if isinstance(record, dict) else None
-    if problem:
-        raise LeftOut(problem)
     converted = to_llava(record)
     turns, images = converted["conversations"], converted.get("image") or []
     images = [images] if isinstance(images, str) else images
