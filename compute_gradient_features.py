@@ -63,6 +63,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")
+    add("--chat_template", metavar="FILE", help="instead of the model's own (transformers' models; docs/native.md)")
+    add("--max_length", type=int, help="leave longer records out (transformers' models; none)")
+    add("--max_pixels", type=int, help="make larger images smaller first (transformers' models; none)")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
     add(
         "--most_left_out",
@@ -77,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dry_run", type=int, metavar="N", help="compute N records, say what the whole run costs, write no features")
     add("--overwrite", action="store_true", help="start afresh where another run's files are")
     arguments = parser.parse_args()
-    for name in ("batch_size", "max_batch_tokens", "window", "proj_dim", "dry_run"):
+    for name in ("batch_size", "max_batch_tokens", "window", "proj_dim", "dry_run", "max_length", "max_pixels"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not a positive number")
@@ -121,8 +124,15 @@ def main() -> None:
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
     dtype = dtype_of(arguments.dtype, device)
-    family = family_of(arguments.model_path)
-    files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
+    files = ModelFiles(
+        arguments.model_path,
+        base_folder(arguments.model_base),
+        arguments.vision_tower,
+        arguments.chat_template,
+        arguments.max_length,
+        arguments.max_pixels,
+    )
+    family = family_of(files)
     family.check_files(files)
     data = read_data(arguments.input_file, family.record_problem)
     model = family.identity(files)
@@ -147,7 +157,11 @@ def main() -> None:
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
-        print(f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices")
+        layers = len({name.split(".")[1] for name in matrices})
+        print(
+            f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices of "
+            f"{layers} of {len(reference.layers)} layers"
+        )
         try:
             projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device)
         except ValueError as error:

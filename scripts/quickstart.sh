@@ -17,6 +17,8 @@ cd "$ROOT"
 [[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
 # shellcheck source=scripts/shell/python.sh
 source scripts/shell/python.sh
+# shellcheck source=scripts/shell/steps.sh
+source scripts/shell/steps.sh
 export PYTHON
 
 # The model is tiny: a second thread costs more than it brings.
@@ -24,24 +26,6 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # What the libraries warn of here concerns nobody: no GPU, Vicuna's own generation config.
 export DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
 SECONDS=0
-
-# step TITLE RESULT COMMAND...: runs the command, unless the file that it writes last is there.
-step() {
-    local title=$1 result=$2
-    shift 2
-    echo
-    echo "== $title"
-    if [[ -e $result ]]; then
-        echo "skipped: ${result#"$ROOT"/} is there"
-        return
-    fi
-    show "$@"
-    "$@"
-}
-
-show() {
-    echo "\$ $*" | sed "s#$ROOT/##g"
-}
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
     "$PYTHON" scripts/quickstart/data.py --folder "$folder"
@@ -88,16 +72,7 @@ step "Report: what was selected, and why, on one page" "$folder/selected/report.
 
 echo
 echo "== Done in $SECONDS s"
-"$PYTHON" - "${subset}_summary.json" <<'PY'
-import json
-import sys
-
-print(f"{'task':<12}{'records':>9}{'mean gradient norm':>20}{'budget':>8}{'selected':>10}")
-for task in json.load(open(sys.argv[1]))["tasks"]:
-    value = "left out" if task["value"] is None else f"{task['value']:.3f}"
-    budget = "-" if task["budget"] is None else task["budget"]
-    print(f"{task['task']:<12}{task['records']:>9}{value:>20}{budget:>8}{task['selected']:>10}")
-PY
+table_of "${subset}_summary.json"
 cat <<END
 
 data              $folder/data.json, images in $folder/images

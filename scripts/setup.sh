@@ -2,15 +2,27 @@
 # Set up what the project runs on.
 #
 #   bash scripts/setup.sh                          make .venv beside this project (Python 3.10 to 3.12), once
-#   PYTHON=$(which python) bash scripts/setup.sh   complete an environment of your own, for example LLaVA's: what is
-#                                                  missing is installed, what is there keeps its version
+#   bash scripts/setup.sh native                   make .venv-native, for models of transformers' own (docs/native.md)
+#   PYTHON=$(which python) bash scripts/setup.sh   complete an environment of your own, for example LLaVA's or (with
+#                                                  `native`) your trainer's: what is missing is installed, what is
+#                                                  there keeps its version
 #
 # A second call does nothing; a call after an interrupted one completes it. pip's own variables hold, so that
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the small CPU build of torch on Linux.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+VENV=.venv REQUIREMENTS=requirements.txt
+# Installed without their dependencies, and what must import (module:package).
 WITHOUT_DEPENDENCIES=(llava-torch==1.2.2.post1 traker==0.3.2)
+IMPORTED=(torch:torch transformers:transformers peft:peft accelerate:accelerate deepspeed:deepspeed trak:traker
+    llava.train.train:llava-torch)
+if [[ ${1:-} == native ]]; then
+    VENV=.venv-native REQUIREMENTS=requirements-native.txt
+    WITHOUT_DEPENDENCIES=(torchvision==0.28.0 traker==0.3.2)
+    IMPORTED=(torch:torch tive.models.native:tive transformers:transformers peft:peft accelerate:accelerate
+        trak:traker)
+fi
 export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 fail() {
@@ -20,15 +32,14 @@ fail() {
 
 # Imports together what the five steps import, and prints the versions.
 check_imports() {
-    "$1" - <<'PY' || fail "the environment of $1 does not work: see the line above; for .venv, remove it and run this again"
+    "$1" - "${IMPORTED[@]}" <<'PY' || fail "the environment of $1 does not work: see the line above; for $VENV, remove it and run this again"
 import importlib
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 warnings.filterwarnings("ignore")
-names = {"torch": "torch", "transformers": "transformers", "peft": "peft", "accelerate": "accelerate",
-         "deepspeed": "deepspeed", "trak": "traker", "llava.train.train": "llava-torch"}
+names = dict(pair.split(":") for pair in sys.argv[1:])
 found = [f"python {sys.version.split()[0]}"]
 for module, package in names.items():
     try:
@@ -48,7 +59,7 @@ complete_existing() {
     local python=$1 missing without_dependencies installed
     command -v "$python" >/dev/null || fail "PYTHON=$python is not a program; name the interpreter of the environment"
     "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; run \`$python -m ensurepip\` first"
-    { read -r missing; read -r without_dependencies; } < <("$python" - "${WITHOUT_DEPENDENCIES[@]}" <<'PY'
+    { read -r missing; read -r without_dependencies; } < <("$python" - "$REQUIREMENTS" "${WITHOUT_DEPENDENCIES[@]}" <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -62,11 +73,11 @@ def installed(name):
         return False
 
 
-needed, _, _ = Path("requirements.txt").read_text().partition("# Only the tests need these")
-pins = [line for line in needed.splitlines() if "==" in line]
+needed, _, _ = Path(sys.argv[1]).read_text().partition("# Only the tests need these")
+pins = [line.replace(" ", "") for line in needed.splitlines() if "==" in line]
 print(*[pin for pin in pins if not installed(pin.split("==")[0])])
 modules = {"llava-torch": "llava", "traker": "trak"}
-print(*[pin for pin in sys.argv[1:] if find_spec(modules[pin.split("==")[0]]) is None])
+print(*[pin for pin in sys.argv[2:] if find_spec(modules.get(name := pin.split("==")[0], name)) is None])
 PY
     )
     if [[ -n $missing$without_dependencies ]]; then
@@ -103,29 +114,31 @@ supported_python() {
 }
 
 make_venv() {
-    local python stamp=.venv/complete state
-    state=$(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)
-    if [[ -f $stamp && $(<"$stamp") == "$state" ]] && .venv/bin/python -c '' 2>/dev/null; then
-        echo ".venv is complete: nothing to do"
+    local python stamp=$VENV/complete state
+    state=$(cat "$REQUIREMENTS" pyproject.toml scripts/setup.sh | cksum)
+    if [[ -f $stamp && $(<"$stamp") == "$state" ]] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        echo "$VENV is complete: nothing to do"
         return
     fi
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(supported_python)
-        echo "making .venv with $("$python" --version)"
-        "$python" -m venv --clear .venv
+        echo "making $VENV with $("$python" --version)"
+        "$python" -m venv --clear "$VENV"
     else
-        echo "completing .venv"
+        echo "completing $VENV"
     fi
     rm -f "$stamp"
-    echo "installing requirements.txt (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
-    .venv/bin/python -m pip install --quiet --requirement requirements.txt
-    .venv/bin/python -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
-    check_imports .venv/bin/python
+    echo "installing $REQUIREMENTS (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
+    "$VENV/bin/python" -m pip install --quiet --requirement "$REQUIREMENTS"
+    "$VENV/bin/python" -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
+    check_imports "$VENV/bin/python"
     echo "$state" >"$stamp"
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+elif [[ -n ${1:-} && $1 != native ]]; then
+    fail "$1 is no environment; name native, or nothing for LLaVA's"
 elif [[ -n ${PYTHON:-} ]]; then
     complete_existing "$PYTHON"
 else

@@ -1,36 +1,70 @@
 #!/usr/bin/env bash
-# Run every check: ruff, shellcheck and the tests. Sets up .venv first where it is missing.
+# Run every check: ruff, shellcheck and the tests, each test in the environment that it needs (docs/native.md), and what
+# needs neither in both. Sets the environments up first where they are missing.
 #
-#   bash scripts/test.sh                                   everything
-#   bash scripts/test.sh tests/test_training.py -k resume  arguments go to pytest
-#   PYTHON=$(which python) bash scripts/test.sh            in an environment of your own
+#   bash scripts/test.sh                                 everything, in .venv and in .venv-native
+#   bash scripts/test.sh native                          in one of them: llava or native
+#   bash scripts/test.sh llava tests/training -k resume  further arguments go to pytest
+#   PYTHON=$(which python) bash scripts/test.sh          in an environment of your own
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
-# shellcheck source=scripts/shell/python.sh
-source scripts/shell/python.sh
-export PYTHON
+environments=(llava native)
+if [[ ${1:-} == llava || ${1:-} == native ]]; then
+    environments=("$1")
+    shift
+fi
+[[ -z ${PYTHON:-} ]] || environments=(own)
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
 
 # The models are tiny: a second thread costs more than it brings.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
-"$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null || fail "$PYTHON lacks pytest or hypothesis; run \`$PYTHON -m pip install pytest hypothesis\`"
-if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
-    echo "ruff: style"
-    "$PYTHON" -m ruff check .
-    "$PYTHON" -m ruff format --check .
-fi
-shellcheck=$(dirname "$(command -v "$PYTHON")")/shellcheck
-if [[ -x $shellcheck ]]; then
-    echo "shellcheck: the shell scripts"
-    "$shellcheck" --external-sources ./*.sh scripts/*.sh scripts/*.sbatch .ci/run
-fi
-echo "pytest: the tests"
-parallel=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    parallel=(--numprocesses 2 --dist loadfile)
-fi
-"$PYTHON" -m pytest --quiet --durations 5 "${parallel[@]}" "$@"
+
+# Style, once: with the first interpreter that has the tools.
+check_style() {
+    local shellcheck
+    if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
+        echo "ruff: style"
+        "$PYTHON" -m ruff check .
+        "$PYTHON" -m ruff format --check .
+    fi
+    shellcheck=$(dirname "$(command -v "$PYTHON")")/shellcheck
+    if [[ -x $shellcheck ]]; then
+        echo "shellcheck: the shell scripts"
+        "$shellcheck" --external-sources ./*.sh scripts/*.sh scripts/*.sbatch .ci/run
+    fi
+}
+
+# Runs pytest; an environment without a test of those asked for is said, and is no failure.
+found=0
+run_tests() {
+    local parallel=() code=0
+    "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null ||
+        fail "$PYTHON lacks pytest or hypothesis; run \`$PYTHON -m pip install pytest hypothesis\`"
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        parallel=(--numprocesses 2 --dist loadfile)
+    fi
+    "$PYTHON" -m pytest --quiet --durations 5 "${parallel[@]}" "$@" || code=$?
+    ((code == 5)) || found=1
+    ((code == 0 || code == 5)) || exit "$code"
+}
+
+for environment in "${environments[@]}"; do
+    case $environment in
+        llava) bash scripts/setup.sh && PYTHON=$PWD/.venv/bin/python ;;
+        native) bash scripts/setup.sh native && PYTHON=$PWD/.venv-native/bin/python ;;
+        own) ;;
+    esac || fail "this machine cannot have the environment $environment (see above), so its tests did not run"
+    export PYTHON
+    [[ $environment != "${environments[0]}" ]] || check_style
+    echo "pytest: the tests, with $PYTHON"
+    run_tests "$@"
+done
+((found)) || fail "no environment has a test of $*"

@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+
+# What a test file imports tells which environment it needs (docs/native.md); what needs neither runs in both.
+NEEDED = {
+    "llava": ("llava", "deepspeed", "tive.models.llava", "tive.training", "tests.helpers.golden_model"),
+    "native": ("tive.models.native", "tive.models.native_adapter", "tive.models.native_labels"),
+}
+NEEDED["llava"] += ("tests.helpers.reference", "tests.helpers.deepspeed_on_cpu")
+
+
+@functools.cache
+def here() -> str:
+    """The environment that these tests run in."""
+    if importlib.util.find_spec("llava"):
+        return "llava"
+    newest = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 57)
+    return "native" if newest else "neither"
+
+
+@functools.cache
+def needed_by(path: Path) -> str | None:
+    """The environment that a test file needs, or None."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    needs = [
+        kind
+        for kind, modules in NEEDED.items()
+        if any(f"{name}.".startswith(f"{module}.") for name in names for module in modules)
+    ]
+    return needs[0] if needs else None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if collection_path.suffix != ".py":
+        return None
+    return True if needed_by(collection_path) not in (None, here()) else None
+
+
+def pytest_report_header() -> str:
+    files = [path for path in sorted(Path(__file__).parent.rglob("test_*.py")) if needed_by(path) not in (None, here())]
+    names = ", ".join(path.stem for path in files)
+    return f"environment: {here()}; of the other, and run there: {names}"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -88,8 +88,8 @@ def make_case(arguments: argparse.Namespace) -> Case:
         records = text_model.random_texts(arguments.records, tokens)
         tasks = np.arange(len(records)) % 8
     elif arguments.input_file and arguments.model_path and arguments.model_base:
-        family = family_of(arguments.model_path)
         files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
+        family = family_of(files)
         family.check_files(files)
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         records, tasks = encoded_records(arguments, family, reference)

@@ -82,7 +82,7 @@ def random_llava(
     tower.is_loaded = True
     fill(model)
     model.to(device=device, dtype=dtype)
-    freeze(model, [tower], gradient_checkpointing)
+    freeze(model, gradient_checkpointing)
     # Nothing is encoded with it: its records are made of random tokens.
     return Reference(model, model.model.layers, None, device, dtype)
 

@@ -390,7 +390,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
         (["--image_folder", ""], "--image_folder (not given) is not a folder"),
         (["--input_file", "nowhere.json"], "cannot read nowhere.json"),
         (["--model_base", "nowhere"], "--model_base nowhere is neither"),
-        (["--model_path", "nowhere"], "nowhere holds no config.json"),
+        (["--model_path", "nowhere"], "nowhere holds no reference model"),
         (["--vision_tower", "./nowhere"], "the vision tower ./nowhere is not there"),
         (["--output_file", GOLDEN / "data.json"], "cannot write to --output_file"),
         (["--num_chunks", 2], "--num_chunks 2 without --chunk_idx"),

@@ -408,7 +408,7 @@ def test_a_tokenizer_whose_setting_this_library_does_not_heed_is_refused(model, 
 
 
 def test_the_step_refuses_in_one_line_and_the_family_is_known_by_its_config(model, tmp_path, capsys):
-    assert family_of(str(model.reference)) is bunny
+    assert family_of(model.files) is bunny
     edit(model.reference / "config.json", use_s2=True)
     arguments = ("--model_path", model.reference, "--model_base", model.base, "--vision_tower", model.tower)
     line = refusal(

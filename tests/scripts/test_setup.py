@@ -16,7 +16,7 @@ STAND_IN = """#!/bin/bash
 echo "$*" >>"$LOG"
 case "$*" in
     *--version*) echo "Python 3.11" ;;
-    *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    *"-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
     *"pip install"*) exit "${PIP_FAILS:-0}" ;;
     -c*version_info*) exit "${UNSUPPORTED:-0}" ;;
 esac
@@ -28,6 +28,7 @@ def project(tmp_path: Path) -> Path:
     """A copy of what set-up needs, and a folder of stand-ins for every name a Python may have."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "requirements.txt", tmp_path)
+    shutil.copy(ROOT / "requirements-native.txt", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
     (tmp_path / "bin").mkdir()
@@ -37,19 +38,33 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def set_up(project: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def set_up(project: Path, *arguments: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run scripts/setup.sh; returns how it ended and what Python was asked for."""
     log = project / "log"
     log.write_text("")
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     environment = inherited | {"PATH": f"{project}/bin:{os.environ['PATH']}", "LOG": str(log)} | settings
-    command = ["bash", str(project / "scripts" / "setup.sh")]
+    command = ["bash", str(project / "scripts" / "setup.sh"), *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     return ended, log.read_text().splitlines()
 
 
 def installs(log: list[str]) -> list[str]:
     return [line for line in log if "pip install" in line]
+
+
+def test_the_second_environment_has_a_folder_and_versions_of_its_own(project: Path) -> None:
+    for _ in range(2):
+        ended, log = set_up(project, "native")
+        assert ended.returncode == 0, ended.stderr
+    assert not installs(log) and ".venv-native is complete" in ended.stdout
+    _, log = set_up(project)
+    assert "--requirement requirements.txt" in installs(log)[0], "one environment does not stand for the other"
+
+
+def test_an_environment_that_there_is_not_is_refused(project: Path) -> None:
+    ended, log = set_up(project, "nativ")
+    assert ended.returncode == 2 and ended.stderr.startswith("error: nativ is no environment") and not log
 
 
 def test_a_second_call_installs_nothing(project: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tive.data.media import IMAGE_TAG, media_of
+from tive.data.media import IMAGE_TAG, media_of, plain_path
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
 _ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -91,6 +91,16 @@ def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> d
         for message in converted["messages"]:
             message["content"] = _parts(message["content"], has_image=bool(images))
     return converted
+
+
+def images_of(record: dict[str, Any]) -> tuple[str, ...]:
+    """The paths of a record's images below the image folder, in any of the forms.
+
+    Raises:
+        ValueError: as `to_llava`.
+    """
+    # Only the parts of messages name images in a place of their own.
+    return tuple(plain_path(image) for image in _images(to_llava(record) if "messages" in record else record))
 
 
 def count_tags(record: dict[str, Any]) -> tuple[int, int]:

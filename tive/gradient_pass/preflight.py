@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tive.data.formats import images_of
 from tive.data.images import look_for
-from tive.data.media import IMAGE_TAG, has_tag_alone, media_of
+from tive.data.media import IMAGE_TAG, has_tag_alone
 from tive.data.records import RecordFile, open_records
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
@@ -96,7 +97,7 @@ def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFil
         problem = record_problem(record)
         if problem:
             problems[row] = problem
-        elif paths := media_of(record).images:
+        elif paths := images_of(record):
             images[row] = paths
         elif has_tag_alone(record):
             tags_alone.append(row)
@@ -226,9 +227,12 @@ def count_reasons(left_out: list[LeftOutRecord]) -> str:
 
 
 def _image_name(record: Any) -> str | None:
-    images = media_of(record).images if isinstance(record, dict) else ()
+    try:
+        images = images_of(record)
+    except (ValueError, AttributeError, TypeError):  # not even an object
+        return None
     # Half of a surrogate pair is no text, and could not be written.
-    return images[0].encode(errors="replace").decode() if images else None
+    return ", ".join(images).encode(errors="replace").decode() or None
 
 
 def _kind(reason: str) -> str:

@@ -20,11 +20,22 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a reference model lies: the adapter's folder, its base, and the tower if the checkpoint's is not there."""
+    """Where a reference model lies, and what a user may set of how it reads records.
+
+    Attributes:
+        model_path: the adapter's folder.
+        vision_tower: its folder, where the checkpoint names one that is not there (LLaVA's models).
+        chat_template: a file that takes the place of the model's own template (transformers' models).
+        max_length: longer records are left out; unset, none is (transformers' models).
+        max_pixels: larger images are made smaller first (transformers' models).
+    """
 
     model_path: str
     model_base: str
     vision_tower: str | None = None
+    chat_template: str | None = None
+    max_length: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,18 +123,19 @@ class Family(Protocol):
         """Versions of the libraries that the numbers depend on."""
 
 
-def family_of(model_path: str) -> Family:
-    """The model family that `model_path/config.json` names (never guessed from the folder's name).
+def family_of(files: ModelFiles) -> Family:
+    """The family of a reference model, by what its files say (never guessed from a folder's name).
+
+    LLaVA's trainer and its kin name the vision tower in the config that they write. Other trainers leave an adapter,
+    mostly without a config, and the base's config has a vision part.
 
     Raises:
-        UserError: there is no such folder or config, or no family is known for it.
+        UserError: there is no such folder, or no family is known for it.
     """
-    config = Path(model_path) / "config.json"
-    if not config.is_file():
-        raise UserError(f"{model_path} holds no config.json; --model_path is the folder finetune_lora.sh wrote")
-    content = read_json(config)
+    config = Path(files.model_path) / "config.json"
+    content = read_json(config) if config.is_file() else {}
     model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type in ("llava_llama", "llava"):
+    if model_type == "llava_llama" or (model_type == "llava" and "mm_vision_tower" in content):
         from tive.models import llava
 
         return llava
@@ -131,4 +143,16 @@ def family_of(model_path: str) -> Family:
         from tive.models import bunny
 
         return bunny
-    raise UserError(f"{config}: the model type {model_type!r} is not supported (supported: llava_llama, bunny-...)")
+    if (Path(files.model_path) / "adapter_config.json").is_file() and "mm_vision_tower" not in content:
+        base = Path(files.model_base) / "config.json"
+        if base.is_file() and isinstance(read_json(base).get("vision_config"), dict):
+            from tive.models import native
+
+            return native
+        raise UserError(
+            f"{files.model_path} holds an adapter without config.json, and {files.model_base} is no vision-language "
+            "model; name the adapter's base, or of LLaVA's the folder that finetune_lora.sh writes when training ends"
+        )
+    if not config.is_file():
+        raise UserError(f"{files.model_path} holds no reference model: neither adapter_config.json nor config.json")
+    raise UserError(f"{config}: the model type {model_type!r} is not supported")

@@ -34,7 +34,17 @@ from tive.models.common import IGNORE, freeze, library_versions, loading, losses
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-__all__ = ["HINTS", "check_files", "encode", "identity", "load", "record_losses", "record_problem", "versions"]
+__all__ = [
+    "HINTS",
+    "check_files",
+    "encode",
+    "identity",
+    "load",
+    "pads_images",
+    "record_losses",
+    "record_problem",
+    "versions",
+]
 
 HINTS = Hints(template="Bunny's", trainer="Bunny's finetune_lora.sh (docs/bunny.md)")
 
@@ -70,6 +80,11 @@ class Bunny(nn.Module):
         return features
 
 
+def pads_images(files: ModelFiles) -> bool:
+    """Whether images are padded to a square."""
+    return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that the numbers depend on."""
     return library_versions("transformers", "tokenizers", "peft", "pillow")
@@ -100,7 +115,7 @@ def load(
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model = Bunny(language_model, tower, projector).to(device)
     model.requires_grad_(False).eval()
-    freeze(language_model, (), gradient_checkpointing)
+    freeze(language_model, gradient_checkpointing)
     return Reference(model, language_model.model.layers, read_processor(files, config), device, dtype)
 
 

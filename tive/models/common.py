@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models import RecordLosses, Reference
+from tive.models import ModelFiles, RecordLosses, Reference
 from tive.util.errors import UserError
 from tive.util.files import sampled_sha256, sha256_of
 
@@ -56,23 +57,29 @@ def base_folder(model_base: str) -> str:
         ) from error
 
 
-def freeze(model: Any, evaluated: Iterable[nn.Module], gradient_checkpointing: bool) -> None:
-    """Make nothing trainable and turn every dropout off, also under gradient checkpointing.
+def refuse_options(files: ModelFiles, *names: str) -> None:
+    """Refuse options that the family would not look at.
 
-    Args:
-        evaluated: parts that stay in evaluation mode under checkpointing, such as the vision tower.
+    Raises:
+        UserError: one is set.
     """
+    for name in names:
+        if getattr(files, name) is not None:
+            raise UserError(f"--{name} {getattr(files, name)}: {files.model_path} is a model that does not read it")
+
+
+def freeze(model: Any, gradient_checkpointing: bool) -> None:
+    """Make nothing trainable and turn every dropout off, also under gradient checkpointing."""
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
-        # eval() turns checkpointing off without a word; train mode with every dropout in eval mode is exact.
-        model.train()
-        for part in evaluated:
-            part.eval()
+        with warnings.catch_warnings():  # transformers 5.24 wants another name, which older releases do not have
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # eval() turns checkpointing off without a word. What checkpoints is in training mode, its parts are not.
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
 
 
 def target_modules(

@@ -23,7 +23,7 @@ from tive.data.records import image_of, problem_of
 from tive.data.training_record import RECORD_FILE, read_record, weight_files
 from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors, tensor_names
-from tive.models.common import IGNORE, freeze, library_versions, loading, losses_at_supervised
+from tive.models.common import IGNORE, freeze, library_versions, loading, losses_at_supervised, refuse_options
 from tive.models.llava_files import DEFAULT_TEMPLATE, PROJECTOR_FILE, check_model
 from tive.models.llava_files import identity as identity
 from tive.util.errors import UserError
@@ -110,7 +110,7 @@ def load(
         raise UserError(f"no file of {folder} or {files.model_base} holds {placeholders[0]}; train the model again")
     model.to(device=device, dtype=dtype)
 
-    freeze(model, [tower], gradient_checkpointing)
+    freeze(model, gradient_checkpointing)
     model.config.use_cache = False
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
     features = tower.num_patches + (tower.select_feature == "cls_patch")
@@ -190,6 +190,7 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing, or adapter, base and options do not fit together.
     """
+    refuse_options(files, "chat_template", "max_length", "max_pixels")
     check_model(files)
 
 

@@ -52,7 +52,7 @@ def check_model(files: ModelFiles) -> str:
     Raises:
         UserError: a file is missing, or says what is not supported or does not fit the others.
     """
-    _check_library()
+    _check_library(files.model_path)
     folder, base = Path(files.model_path), Path(files.model_base)
     config = _read_config(folder)
     if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:
@@ -79,10 +79,13 @@ def check_model(files: ModelFiles) -> str:
     return record.template
 
 
-def _check_library() -> None:
+def _check_library(model_path: str) -> None:
     found = package_in_use("llava", ("llava-torch", "llava"))
     if found is None:
-        raise UserError("llava is not installed; run `bash scripts/setup.sh`")
+        raise UserError(
+            f"{model_path} is a LLaVA model, and this environment has no LLaVA; make the other one with "
+            "`bash scripts/setup.sh` and run the same command with .venv/bin/python"
+        )
     path, version = found
     if version is None or not version.startswith("1.2."):
         raise UserError(

@@ -1,0 +1,541 @@
+"""Models of transformers' own: every number of the goldens, every refusal, and what a trainer may leave on disk."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tive.method.gradients import gradient_features
+from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
+from tive.models.common import target_modules
+from tive.models.native_labels import align
+from tive.util.errors import UserError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "native"
+MODELS = ("llava_hf", "qwen2_5_vl", "internvl")
+CPU = torch.device("cpu")
+
+
+def files_of(model: str, **options: Any) -> ModelFiles:
+    return ModelFiles(str(GOLDEN / model / "adapter"), str(GOLDEN / model / "base"), **options)
+
+
+@functools.cache
+def expected(model: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / model / "expected.json").read_text())
+
+
+@functools.cache
+def records_of(model: str) -> list[dict[str, Any]]:
+    return json.loads((GOLDEN / model / "data.json").read_text())
+
+
+@functools.cache
+def loaded(model: str, gradient_checkpointing: bool = False) -> Reference:
+    torch.set_flush_denormal(True)
+    return native.load(files_of(model), CPU, torch.float32, gradient_checkpointing)
+
+
+@functools.cache
+def encoded(model: str) -> tuple[Encoded, ...]:
+    processor = loaded(model).processor
+    return tuple(native.encode(processor, record, str(GOLDEN / model / "images")) for record in records_of(model))
+
+
+def backend_of(reference: Reference) -> str:
+    """Which of the library's two image processors was loaded, by what it is built on in every release."""
+    bases = {base.__name__ for base in type(reference.processor.library.image_processor).__mro__}
+    return "torchvision" if bases & {"TorchvisionBackend", "BaseImageProcessorFast"} else "pil"
+
+
+class WholeGradient:
+    """A projector that keeps every number, so that features are the gradients themselves."""
+
+    kind, about = "whole", "every number"
+
+    def __init__(self, matrices: dict[str, torch.nn.Linear]) -> None:
+        self.starts, self.proj_dim = {}, 0
+        for name, matrix in matrices.items():
+            self.starts[name] = self.proj_dim
+            self.proj_dim += matrix.weight.numel()
+
+    def project(self, name: str, gradients: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(gradients), self.proj_dim)
+        out[:, self.starts[name] : self.starts[name] + gradients.shape[1]] = gradients
+        return out
+
+
+def gradients_of(
+    reference: Reference, records: tuple[Encoded, ...], batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses `[n]`, norms `[n]` and cosines `[n, n]`, computed in batches of neighbours."""
+    matrices = target_modules(reference, "self_attn")
+    projector = WholeGradient(matrices)
+    parts = []
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        parts.append(
+            gradient_features(lambda batch=batch: native.record_losses(reference, batch).losses, matrices, projector)
+        )
+    features = torch.cat([part.features for part in parts])
+    unit = features / features.norm(dim=1, keepdim=True)
+    losses, norms = (torch.cat([getattr(part, name) for part in parts]).numpy() for name in ("losses", "norms"))
+    return losses, norms, (unit @ unit.T).numpy()
+
+
+# What the goldens hold.
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_supervised_tokens_are_the_answers_and_the_ends_of_their_turns(model: str) -> None:
+    for record, item, ids in zip(records_of(model), encoded(model), expected(model)["supervised_ids"], strict=True):
+        labels = item.inputs.labels
+        assert labels[labels != -100].tolist() == ids, record["id"]
+        assert item.supervised == len(ids)
+        assert item.length == item.inputs.arrays["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("batch_size", (1, 5, 16))
+def test_losses_norms_and_cosines_are_those_of_a_plain_loop(model: str, batch_size: int) -> None:
+    reference = loaded(model)
+    wanted = expected(model)["image_backends"][backend_of(reference)]
+    losses, norms, cosines = gradients_of(reference, encoded(model), batch_size)
+    np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-4)
+    np.testing.assert_allclose(norms, wanted["norms"], rtol=1e-4)
+    np.testing.assert_allclose(cosines, wanted["cosines"], atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient_checkpointing_computes_layers_again_and_gives_the_same(model: str) -> None:
+    reference = loaded(model, gradient_checkpointing=True)
+    calls = []
+    hook = reference.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    losses, norms, cosines = gradients_of(reference, encoded(model)[:5], 5)
+    hook.remove()
+    assert len(calls) == 2
+    plain = gradients_of(loaded(model), encoded(model)[:5], 5)
+    for ours, theirs in zip((losses, norms, cosines), plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_target_modules_are_the_language_models_alone_by_names_that_do_not_depend_on_nesting(model: str) -> None:
+    matrices = target_modules(loaded(model), "self_attn")
+    assert len(matrices) == expected(model)["counted_matrices"]
+    assert sum(matrix.weight.numel() for matrix in matrices.values()) == expected(model)["counted_parameters"]
+    assert all(re.fullmatch(r"layers\.\d+\.self_attn\.[qkvo]_proj\.[AB]", name) for name in matrices)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_is_trainable_and_no_dropout_is_on(model: str) -> None:
+    for gradient_checkpointing in (False, True):
+        reference = loaded(model, gradient_checkpointing)
+        assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+        assert not any(module.training for module in reference.model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_bfloat16_stays_near(tmp_path: Path) -> None:
+    reference = native.load(files_of("qwen2_5_vl"), CPU, torch.bfloat16)
+    _, norms, _ = gradients_of(reference, encoded("qwen2_5_vl")[:8], 4)
+    wanted = expected("qwen2_5_vl")["image_backends"][backend_of(reference)]["norms"][:8]
+    np.testing.assert_allclose(norms, wanted, rtol=0.03)
+
+
+def test_el2n_comes_where_it_is_asked_for() -> None:
+    reference, records = loaded("internvl"), encoded("internvl")[:3]
+    assert native.record_losses(reference, records).el2n is None
+    assert (native.record_losses(reference, records, el2n=True).el2n > 0).all()
+
+
+# Records.
+
+
+def conversation(*turns: str, **more: Any) -> dict[str, Any]:
+    """Turns of human and gpt in order."""
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[row % 2], "value": text} for row, text in enumerate(turns)], **more}
+
+
+def ids_of(item: Encoded) -> list[int]:
+    return item.inputs.arrays["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_form_of_a_record_gives_the_same_tokens(model: str) -> None:
+    processor, images = loaded(model).processor, str(GOLDEN / model / "images")
+    question, first, answer = "What is it?\n<image>", "<image>\nAnd here?", "A red circle."
+    llava = conversation(question, answer, first, "Yes.", image=["13.png", "14.png"])
+    llava["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    roles = ("system", "user", "assistant", "user", "assistant")
+    texts = ("Be brief.", question, answer, first, "Yes.")
+    messages = {
+        "messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)],
+        "images": ["13.png", "14.png"],
+    }
+    sharegpt = conversation(question, answer, first, "Yes.", system="Be brief.", images=["13.png", "14.png"])
+    wanted = native.encode(processor, llava, images)
+    for other in (messages, sharegpt):
+        item = native.encode(processor, other, images)
+        assert ids_of(item) == ids_of(wanted)
+        assert item.inputs.labels.tolist() == wanted.inputs.labels.tolist()
+
+
+def test_an_image_stands_where_the_text_has_it() -> None:
+    processor, images = loaded("qwen2_5_vl").processor, str(GOLDEN / "qwen2_5_vl" / "images")
+    first = ids_of(native.encode(processor, conversation("<image>\nWhat?", "A.", image="00.png"), images))
+    last = ids_of(native.encode(processor, conversation("What?\n<image>", "A.", image="00.png"), images))
+    assert first != last and sorted(first) == sorted(last)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (conversation("Hello"), "no supervised token"),
+        (conversation("What is <|image_pad|>?", "That."), "an image token in its text"),
+        (conversation("<image>What?", "That.", image="none.png"), "missing image"),
+        (conversation("What?", "That.", image="00.png"), "has 1 images and 0 tags <image>"),
+        (conversation("<image>What?", "<image>That.", image=["00.png", "00.png"]), "has an image in an answer"),
+        (conversation("What?", "That.", video="a.mp4"), "has media under `video`"),
+        ({"conversations": [{"from": "owner", "value": "What?"}]}, "from"),
+    ],
+)
+def test_a_record_that_cannot_be_encoded_is_left_out_with_its_reason(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(LeftOut, match=re.escape(reason)):
+        native.encode(loaded("qwen2_5_vl").processor, record, str(GOLDEN / "qwen2_5_vl" / "images"))
+
+
+@pytest.mark.parametrize("record", [conversation("What?", "That.", image="00.png"), {"conversations": "none"}, 7])
+def test_what_is_wrong_with_a_records_text_is_known_without_its_images(record: Any) -> None:
+    assert native.record_problem(record)
+    assert native.record_problem(records_of("qwen2_5_vl")[0]) is None
+
+
+def test_an_image_that_the_processor_refuses_leaves_its_record_out(tmp_path: Path) -> None:
+    Image.new("RGB", (4000, 8)).save(tmp_path / "thin.png")
+    with pytest.raises(LeftOut, match=r"the processor refuses it: .*aspect ratio"):
+        native.encode(
+            loaded("qwen2_5_vl").processor, conversation("<image>What?", "A line.", image="thin.png"), str(tmp_path)
+        )
+
+
+def test_records_above_the_maximum_length_are_left_out_and_none_is_cut() -> None:
+    item = encoded("qwen2_5_vl")[0]
+    record, images = records_of("qwen2_5_vl")[0], str(GOLDEN / "qwen2_5_vl" / "images")
+    processor = loaded("qwen2_5_vl").processor
+    assert ids_of(native.encode(replace(processor, max_length=item.length), record, images)) == ids_of(item)
+    with pytest.raises(LeftOut, match="longer than the maximum length"):
+        native.encode(replace(processor, max_length=item.length - 1), record, images)
+
+
+def test_an_image_above_the_maximum_of_pixels_is_made_smaller(tmp_path: Path) -> None:
+    Image.effect_noise((112, 112), 50).convert("RGB").save(tmp_path / "noise.png")
+    processor, record = loaded("qwen2_5_vl").processor, conversation("<image>What?", "Noise.", image="noise.png")
+    whole = native.encode(processor, record, str(tmp_path))
+    small = native.encode(replace(processor, max_pixels=56 * 56), record, str(tmp_path))
+    assert small.length < whole.length and small.supervised == whole.supervised
+
+
+def with_template(model: str, change: Callable[[str], str], tmp_path: Path) -> Any:
+    """The golden's processor with another chat template, as --chat_template gives it."""
+    template = tmp_path / "template.jinja"
+    template.write_text(change((GOLDEN / model / "base" / "chat_template.jinja").read_text()))
+    return native.load_processor(files_of(model, chat_template=str(template)))
+
+
+def printing(text: str) -> Callable[[str], str]:
+    return lambda template: template.replace("content['text']", text)
+
+
+def test_a_template_that_changes_an_answer_leaves_the_record_out(tmp_path: Path) -> None:
+    processor = with_template(
+        "internvl", lambda text: text.replace("content['text']", "content['text'].split('</think>')[-1]"), tmp_path
+    )
+    assert native.encode(processor, conversation("Hi", "Hello."), "").supervised
+    with pytest.raises(LeftOut, match="the chat template changes an answer"):
+        native.encode(processor, conversation("Hi", "<think>A greeting.</think>Hello."), "")
+
+
+def test_a_template_that_strips_answers_supervises_what_it_prints(tmp_path: Path) -> None:
+    processor = with_template(
+        "internvl", lambda text: text.replace("content['text']", "content['text'] | trim"), tmp_path
+    )
+    item = native.encode(processor, conversation("Hi", "  Hello.\n"), "")
+    supervised = item.inputs.labels[item.inputs.labels != -100]
+    assert processor.library.tokenizer.decode(supervised) == "Hello.<|im_end|>"
+
+
+def test_a_template_that_refuses_a_record_leaves_it_out_with_the_templates_words(tmp_path: Path) -> None:
+    refusal = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('must start with user') }}{% endif %}"
+    processor = with_template("internvl", lambda text: refusal + text, tmp_path)
+    record = {"conversations": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Hi"}]}
+    with pytest.raises(LeftOut, match="the chat template refuses it: must start with user"):
+        native.encode(processor, record, "")
+
+
+def test_a_first_token_that_the_template_prints_is_not_added_again(tmp_path: Path) -> None:
+    plain = native.encode(loaded("llava_hf").processor, conversation("Hi", "Hello."), "")
+    processor = with_template("llava_hf", lambda text: "{{ bos_token }}" + text, tmp_path)
+    assert ids_of(native.encode(processor, conversation("Hi", "Hello."), "")) == ids_of(plain)
+
+
+def test_what_a_loaders_worker_needs_travels_to_it() -> None:
+    processor = pickle.loads(pickle.dumps(loaded("qwen2_5_vl").processor))
+    record, images = records_of("qwen2_5_vl")[0], str(GOLDEN / "qwen2_5_vl" / "images")
+    assert ids_of(native.encode(processor, record, images)) == ids_of(encoded("qwen2_5_vl")[0])
+
+
+WORDS = st.lists(st.integers(0, 4), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), WORDS, WORDS), min_size=1, max_size=4), st.integers(1, 5))
+def test_answers_are_found_again_whatever_an_image_becomes(
+    turns: list[tuple[int, list[int], list[int]]], tokens: int
+) -> None:
+    """Few different words, so that answers and questions repeat each other; each answer opens with 90, ends with 91."""
+    plain: list[int] = []
+    expanded: list[int] = []
+    spans, wanted = [], []
+    for images, question, answer in turns:
+        plain += [80, *[99] * images, *question, 90]
+        expanded += [80, *[98, *[99] * tokens, 97] * images, *question, 90]
+        spans.append((len(plain), len(plain) + len(answer) + 1))
+        wanted.append((len(expanded), len(expanded) + len(answer) + 1))
+        plain += [*answer, 91]
+        expanded += [*answer, 91]
+    assert align(np.array(plain), np.array(expanded), spans) == wanted
+
+
+# Adapters and bases.
+
+
+def copied(model: str, tmp_path: Path) -> ModelFiles:
+    """A copy of a golden whose files a test may change."""
+    for part in ("adapter", "base"):
+        shutil.copytree(GOLDEN / model / part, tmp_path / part)
+    return ModelFiles(str(tmp_path / "adapter"), str(tmp_path / "base"))
+
+
+def change_config(folder: str, name: str = "adapter_config.json", **values: Any) -> None:
+    path = Path(folder) / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = Path(folder) / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def losses_of(files: ModelFiles, records: tuple[Encoded, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return native.record_losses(native.load(files, CPU, torch.float32), records).losses
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        (r"^base_model\.model\.model\.language_model\.", "base_model.model.language_model.model."),
+        (r"^base_model\.model\.model\.language_model\.", "base_model.model.model."),
+        (r"^base_model\.model\.", ""),
+        (r"\.lora_(A|B)\.", r".lora_\1.default."),
+        (r"^base_model\.model\.model\.(multi_modal_projector)\.", r"base_model.model.\1.modules_to_save.default."),
+    ],
+)
+def test_adapters_of_other_releases_give_the_same_losses(model: str, now: str, before: str, tmp_path: Path) -> None:
+    files = copied(model, tmp_path)
+    change_tensors(
+        files.model_path, lambda tensors: {re.sub(now, before, key): value for key, value in tensors.items()}
+    )
+    records = encoded(model)[:3]
+    with torch.no_grad():
+        torch.testing.assert_close(losses_of(files, records), native.record_losses(loaded(model), records).losses)
+
+
+def test_the_scale_is_that_of_training(tmp_path: Path) -> None:
+    """Halving alpha and doubling B is the same adapter, by alpha, by a pattern of it, and with rank-stabilised LoRA."""
+    records = encoded("qwen2_5_vl")[:3]
+    with torch.no_grad():
+        wanted = native.record_losses(loaded("qwen2_5_vl"), records).losses
+    alpha, rank = 16, 4
+    for number, (factor, part, changes) in enumerate(
+        [
+            (2.0, "", {"lora_alpha": alpha / 2}),
+            (2.0, "q_proj", {"alpha_pattern": {"q_proj": alpha / 2}}),
+            (2.0, "layers.1.mlp", {"alpha_pattern": {r"language_model\.layers\.1\.mlp\.\w+": alpha / 2}}),
+            (1 / rank**0.5, "", {"use_rslora": True}),
+        ]
+    ):
+        files = copied("qwen2_5_vl", tmp_path / str(number))
+        change_config(files.model_path, **changes)
+        change_tensors(
+            files.model_path,
+            lambda tensors, factor=factor, part=part: {
+                key: value * factor if ".lora_B." in key and part in key else value for key, value in tensors.items()
+            },
+        )
+        torch.testing.assert_close(losses_of(files, records), wanted)
+
+
+def without_layer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if ".layers.1." not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {**t, "base_model.model.extra.weight": torch.ones(2)}, "has no place in the model"),
+        (lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key}, "lacks"),
+        (without_layer, "lacks the LoRA matrices of"),
+        (lambda t: {key: value * 0 if ".lora_B." in key else value for key, value in t.items()}, "never trained"),
+        (lambda t: {key: value * float("nan") for key, value in t.items()}, "not finite"),
+        (lambda t: {key: torch.cat([value, value]) for key, value in t.items()}, "has shape"),
+        (lambda t: {key.replace("lora_A", "lora_embedding_A"): value for key, value in t.items()}, "embeddings"),
+        (lambda t: {key: value for key, value in t.items() if "lora" not in key}, "holds no LoRA matrices"),
+        (lambda t: {key: value for key, value in t.items() if "projector" not in key}, "lacks the weights of"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(change: Callable[..., Any], message: str, tmp_path: Path) -> None:
+    files = copied("llava_hf", tmp_path)
+    change_tensors(files.model_path, change)
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        native.load(files, CPU, torch.float32)
+    assert str(tmp_path / "adapter") in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True}, "DoRA is not supported"),
+        ({"peft_type": "IA3"}, "'IA3' are not supported"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices [1, 2] is not supported"),
+        ({"of_a_later_release": 3}, "of_a_later_release 3 is not supported"),
+    ],
+)
+def test_what_is_not_plain_lora_is_refused_before_loading(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    change_config(files.model_path, **values)
+    with pytest.raises(UserError, match=re.escape(message)):
+        native.check_files(files)
+
+
+def test_keys_of_a_later_release_at_rest_are_no_obstacle(tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    change_config(files.model_path, of_a_later_release=None, another=False, third={})
+    native.check_files(files)
+
+
+def test_trained_weights_beside_the_adapter_are_refused(tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    save_file({"weight": torch.ones(2)}, tmp_path / "adapter" / "vit.safetensors")
+    with pytest.raises(UserError, match=r"vit\.safetensors: trained weights beside the adapter"):
+        native.check_files(files)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization_config": {"load_in_4bit": True}}, "is quantised"),
+        ({"model_type": "a_model_of_tomorrow"}, "a_model_of_tomorrow"),
+        ({"model_type": "llama"}, "is no vision-language model of transformers"),
+    ],
+)
+def test_a_base_that_cannot_serve_is_refused_before_loading(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    files = copied("internvl", tmp_path)
+    change_config(files.model_base, "config.json", **values)
+    with pytest.raises(UserError, match=message):
+        native.check_files(files)
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    path = Path(files.model_base) / "model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(path).items() if "layers.0.self_attn.k_proj" not in key},
+        path,
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match="lacks 1 weights"):
+        native.load(files, CPU, torch.float32)
+
+
+def test_a_model_whose_batch_differs_from_its_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that loses its padding's mask, or a key of the processor, is such a model."""
+    collate = native._collate
+
+    def leaking(reference: Reference, records: Any) -> Any:
+        inputs, labels = collate(reference, records)
+        inputs["input_ids"] = inputs["input_ids"].roll(len(records) - 1, dims=0)
+        return inputs, labels
+
+    monkeypatch.setattr(native, "_collate", leaking)
+    with pytest.raises(UserError, match="a batch gives other losses than its records alone"):
+        native.load(files_of("internvl"), CPU, torch.float32)
+
+
+def test_an_old_library_is_refused_with_the_command_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.37.2")
+    with pytest.raises(UserError, match=r"4\.57 or newer.*scripts/setup\.sh native.*\.venv-native/bin/python"):
+        native.check_files(files_of("internvl"))
+
+
+def test_the_family_is_known_by_the_files(tmp_path: Path) -> None:
+    for model in MODELS:
+        assert family_of(files_of(model)) is native
+    llava = {"model_type": "llava", "mm_vision_tower": "clip"}
+    shutil.copytree(GOLDEN / "internvl" / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(llava))
+    assert family_of(ModelFiles(str(tmp_path / "adapter"), str(GOLDEN / "internvl" / "base"))) is not native
+
+
+def test_whatever_changes_the_numbers_changes_the_identity(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text((GOLDEN / "qwen2_5_vl" / "base" / "chat_template.jinja").read_text() + " ")
+    files = copied("qwen2_5_vl", tmp_path)
+    seen = {native.identity(files)}
+    assert native.identity(files_of("qwen2_5_vl")) in seen
+    for changed in (
+        replace(files, chat_template=str(template)),
+        replace(files, max_length=100),
+        replace(files, max_pixels=10_000),
+    ):
+        seen.add(native.identity(changed))
+    change_config(files.model_base, "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    native.load_processor.cache_clear()
+    seen.add(native.identity(files))
+    assert len(seen) == 5
+
+
+def test_processor_and_template_are_the_adapters_where_it_has_them(tmp_path: Path) -> None:
+    files = copied("qwen2_5_vl", tmp_path)
+    template = Path(files.model_path) / "chat_template.jinja"
+    template.write_text("{{ 'its own ' }}" + (Path(files.model_base) / "chat_template.jinja").read_text())
+    assert native.load_processor(files).library.chat_template.startswith("{{ 'its own ' }}")
+    native.load_processor(files).library.save_pretrained(files.model_path)
+    for file in Path(files.model_base).iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    native.load_processor.cache_clear()
+    item = native.encode(native.load_processor(files), conversation("Hi", "Hello."), "")
+    assert native.load_processor(files).library.tokenizer.decode(ids_of(item)).startswith("its own ")

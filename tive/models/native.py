@@ -1,0 +1,279 @@
+"""Vision-language models of transformers' own (Qwen-VL, InternVL, LLaVA-OneVision and others), as one family.
+
+Nothing here knows a model by its name: the processor makes the inputs, the chat template the text, transformers' class
+the logits. What would be wrong without a sign is proven at loading instead: every tensor of the adapter has its one
+place, and a batch gives what its records give alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tive.data.records import IMAGE_TAG
+from tive.models import Encoded, Hints, ModelFiles, RecordLosses, Reference
+from tive.models.adapter import adapter_file, read_tensors
+from tive.models.common import (
+    IGNORE,
+    fingerprint,
+    freeze,
+    library_versions,
+    loading,
+    losses_of_logits,
+    refuse_options,
+)
+from tive.models.native_adapter import attach_adapter, check_adapter
+from tive.models.native_processor import (
+    encode,
+    encode_turns,
+    load_processor,
+    processor_folder,
+    record_problem,
+)
+from tive.util.errors import UserError
+from tive.util.files import read_json
+
+__all__ = [
+    "HINTS",
+    "check_files",
+    "encode",
+    "identity",
+    "load",
+    "pads_images",
+    "record_losses",
+    "record_problem",
+    "versions",
+]
+
+HINTS = Hints(template="the processor's chat template", trainer="TRL, ms-swift or LLaMA-Factory")
+OLDEST = (4, 57)
+_PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# Largest relative difference between a loss in a batch and alone.
+_BATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def check_files(files: ModelFiles) -> None:
+    """What can be known of the model without loading it.
+
+    Raises:
+        UserError: a file is missing, not supported, or does not fit the others.
+    """
+    _check_library()
+    refuse_options(files, "vision_tower")
+    folder, base = Path(files.model_path), Path(files.model_base)
+    check_adapter(folder)
+    beside = [
+        file.name
+        for pattern in ("*.safetensors", "*.bin")
+        for file in sorted(folder.glob(pattern))
+        if file.name not in ("adapter_model.safetensors", "adapter_model.bin", "training_args.bin")
+    ]
+    if beside:
+        raise UserError(
+            f"{folder / beside[0]}: trained weights beside the adapter are not supported; train with LoRA alone "
+            "(in ms-swift with --freeze_vit true), or with modules_to_save, which the adapter's file holds"
+        )
+    config = read_json(base / "config.json")
+    if "quantization_config" in config:
+        raise UserError(f"{base} is quantised; name the same base without quantisation as --model_base")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        loaded = AutoConfig.from_pretrained(base)
+        known = type(loaded) in AutoModelForImageTextToText._model_mapping
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{base}/config.json: {next(iter(str(error).splitlines()), error)}") from error
+    if not known:
+        raise UserError(f"{base}/config.json: {config.get('model_type')!r} is no vision-language model of transformers")
+    if files.chat_template is not None and not Path(files.chat_template).is_file():
+        raise UserError(f"--chat_template {files.chat_template} is not a file")
+    load_processor(files)
+
+
+def _check_library() -> None:
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        raise UserError(
+            f"this reference model needs transformers {'.'.join(map(str, OLDEST))} or newer, and this environment has "
+            f"{transformers.__version__}; make the other environment with `bash scripts/setup.sh native` and run the "
+            "same command with .venv-native/bin/python"
+        )
+    # What it warns of is proven below, or known: processors of two backends, numbers of tokens out of range.
+    transformers.utils.logging.set_verbosity_error()
+
+
+def pads_images(files: ModelFiles) -> bool:
+    """Whether images are padded to a square: no processor of transformers' models does."""
+    return False
+
+
+def identity(files: ModelFiles) -> str:
+    """What tells one reference model from another: adapter, base, processor, template, limits, libraries.
+
+    Image processors of two backends, and of two releases, resize differently: their class and the versions count.
+    """
+    folder, base = Path(files.model_path), Path(files.model_base)
+    source = processor_folder(files)
+    processor = load_processor(files).library
+    adapter = adapter_file(folder)
+    assert adapter is not None
+    read = [
+        adapter,
+        folder / "adapter_config.json",
+        base / "config.json",
+        *(source / name for name in _PROCESSOR_FILES),
+    ]
+    parts = [
+        fingerprint([file for file in read if file.is_file()], [base]),
+        processor.chat_template,
+        type(processor).__name__,
+        type(processor.image_processor).__name__,
+        json.dumps([files.max_length, files.max_pixels, versions()], sort_keys=True),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return library_versions("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
+
+
+def load(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
+) -> Reference:
+    """Load base and adapter, and prove that each tensor found its place and that batches do not mix records.
+
+    Raises:
+        UserError: a part is missing or does not fit, or a batch gives other losses than its records alone.
+    """
+    check_files(files)
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with loading(f"--model_base {files.model_base}"):
+        config = AutoConfig.from_pretrained(files.model_base)
+        _turn_off_dropout(config)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            files.model_base, config=config, dtype=dtype, output_loading_info=True
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"--model_base {files.model_base} lacks {len(missing)} weights, {missing[0]} among them")
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
+    embedding = model.get_input_embeddings()
+    owner = next(module for module in model.modules() if any(child is embedding for child in module.children()))
+    if not isinstance(getattr(owner, "layers", None), nn.ModuleList):
+        raise UserError(f"{type(model).__name__} keeps its language model's layers in a way that is not supported")
+    path = adapter_file(Path(files.model_path))
+    assert path is not None
+    attach_adapter(model, Path(files.model_path), read_tensors(path), dtype)
+    # Not to(dtype): that would round the rotary frequencies.
+    model.to(device)
+    freeze(model, gradient_checkpointing)
+    reference = Reference(model, owner.layers, load_processor(files), device, dtype)
+    _prove_batches(reference)
+    return reference
+
+
+def _turn_off_dropout(config: Any) -> None:
+    """Set every dropout of a model's config and of its parts to 0: some are functions that no mode of a module ends."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict"):
+            _turn_off_dropout(value)
+
+
+def _prove_batches(reference: Reference) -> None:
+    """Compare the losses of made-up records in one batch with their losses alone.
+
+    Raises:
+        UserError: they differ, or such records cannot be computed.
+    """
+    what = f"{type(reference.model).__name__} with {type(reference.processor.library).__name__}"
+    processor = replace(reference.processor, max_length=None, max_pixels=None)
+    numbers = np.random.default_rng(0)
+
+    def made_up(question: str, answer: str, *sizes: tuple[int, int]) -> Encoded:
+        images = [Image.fromarray(numbers.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+        turns = [{"from": "human", "value": IMAGE_TAG * len(sizes) + question}, {"from": "gpt", "value": answer}]
+        return encode_turns(processor, None, turns, images)
+
+    try:
+        groups = [
+            [
+                made_up("What is it?", "Noise.", (64, 96)),
+                made_up("And is this any better?", "No, also noise.", (90, 56)),
+            ],
+            [made_up("Hello.", "Hello!"), made_up("Count to five, please.", "One, two, three, four, five.")],
+        ]
+        with torch.no_grad():
+            for records in groups:
+                together = record_losses(reference, records).losses
+                alone = torch.cat([record_losses(reference, [record]).losses for record in records])
+                difference = float(((together - alone) / alone).abs().max())
+                if not difference <= _BATCH_TOLERANCE[reference.dtype]:
+                    raise UserError(f"{what}: a batch gives other losses than its records alone (by {difference:.1g})")
+    except UserError:
+        raise
+    except Exception as error:  # processors and models raise many kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"{what} is not supported: a made-up record cannot be computed: {reason}") from error
+
+
+def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+    """Mean cross-entropy of each record over its supervised tokens, logits at those positions alone.
+
+    The whole model runs, so what it does to its logits is done; a hook keeps the supervised positions before the
+    output embeddings.
+    """
+    inputs, labels = _collate(reference, records)
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+
+    def keep_supervised(_head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][:, :-1][supervised], *arguments[1:])
+
+    hook = reference.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
+    try:
+        logits = reference.model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    return losses_of_logits(logits.float(), targets[supervised], supervised.sum(dim=1), el2n)
+
+
+def _collate(reference: Reference, records: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:
+    """The model's inputs and the labels `[B, T]`, padded on the right.
+
+    What has the shape of the ids is padded; anything else (images, their sizes) is padded with zeros in its trailing
+    axes and concatenated. No key of the processor is dropped.
+    """
+    width = max(record.length for record in records)
+    labels = torch.full((len(records), width), IGNORE)
+    by_name: dict[str, list[np.ndarray]] = {}
+    for row, record in enumerate(records):
+        labels[row, : record.length] = torch.from_numpy(record.inputs.labels)
+        for name, array in record.inputs.arrays.items():
+            per_token = array.shape == (1, record.length)
+            by_name.setdefault(name, []).append(_padded(array, (width,)) if per_token else array)
+    inputs = {}
+    for name, arrays in by_name.items():
+        shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
+        joined = torch.from_numpy(np.concatenate([_padded(array, shape) for array in arrays])).to(reference.device)
+        inputs[name] = joined.to(reference.dtype) if joined.is_floating_point() else joined
+    return inputs, labels.to(reference.device)
+
+
+def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array with zeros behind its entries, up to `shape` in all axes but the first."""
+    missing = [(0, size - have) for size, have in zip(shape, array.shape[1:], strict=True)]
+    return np.pad(array, [(0, 0), *missing]) if any(behind for _, behind in missing) else array

@@ -1,0 +1,134 @@
+"""Which tokens of a rendered conversation are an assistant's: its answers and the end of its turns, nothing else.
+
+A template's own masks of generated text are missing in most templates and wrong where images are, so the answers are
+found by rendering the conversation twice, once with a mark in each answer's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from tive.models import LeftOut
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+# What a template may do to an answer before it prints it.
+_TRIMMED: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+
+
+def text_message(role: str, text: str) -> Message:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def answer_spans(render: Callable[[list[Message]], str], messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    """The rendered conversation, and where each answer's characters stand in it.
+
+    Args:
+        render: applies the chat template.
+        messages: the content of an assistant's message is one text part.
+
+    Raises:
+        LeftOut: the template changes an answer by more than its outer white space, or leaves one out.
+    """
+    answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+    marks = [f"\uf8f0{number}\uf8f1" for number in range(len(answers))]
+    unused = iter(marks)
+    marked = [
+        text_message("assistant", next(unused)) if message["role"] == "assistant" else message for message in messages
+    ]
+    whole, rest = render(list(messages)), render(marked)
+    between = []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise LeftOut("the chat template prints an answer not once")
+        between.append(before)
+    for trimmed in _TRIMMED:
+        spans, joined = [], ""
+        for before, answer in zip(between, map(trimmed, answers), strict=True):
+            joined += before
+            spans.append((len(joined), len(joined) + len(answer)))
+            joined += answer
+        if joined + rest == whole:
+            return whole, spans
+    raise LeftOut("the chat template changes an answer")
+
+
+def token_spans(
+    text: str, offsets: Sequence[Span], ids: Sequence[int], spans: Sequence[Span], ends: Collection[int]
+) -> list[Span]:
+    """Tokens that overlap each answer's characters, and the end of the turn where one follows.
+
+    Args:
+        offsets: each token's characters in `text`.
+        ends: ids that can end a turn: the tokenizer's added tokens, images apart. One does where only white space
+            stands between it and the answer.
+    """
+    found = []
+    first = 0
+    for start, stop in spans:
+        while first < len(ids) and offsets[first][1] <= start:
+            first += 1
+        last = first
+        while last < len(ids) and offsets[last][0] < stop and offsets[last][1] > start:
+            last += 1
+        end = last
+        while end < len(ids) and ids[end] not in ends and not text[slice(*offsets[end])].strip():
+            end += 1
+        if end < len(ids) and ids[end] in ends and not text[stop : offsets[end][0]].strip():
+            last = end + 1
+        found.append((first, last))
+        first = last
+    return found
+
+
+def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[Span]:
+    """Where spans of tokens stand once each image's placeholder has become the image's tokens.
+
+    Each span is searched behind the one before it, with as many of the tokens in front of it as are found there: all
+    of them, back to the last image. That includes the template's opening of an answer, so no other text is taken for
+    it.
+
+    Args:
+        ids: int64 `[t]`, with placeholders.
+        expanded: int64 `[T]`, as the processor returns it.
+
+    Raises:
+        LeftOut: a span is not there.
+    """
+    aligned = []
+    behind, behind_expanded = 0, 0
+    for start, stop in spans:
+        if start == stop:
+            continue
+        low, high = behind, start  # the first token of the longest text that is found; any shorter one is found too
+        if _find(expanded, ids[low:stop], behind_expanded) < 0:
+            while low < high:
+                middle = (low + high) // 2
+                if _find(expanded, ids[middle:stop], behind_expanded) < 0:
+                    low = middle + 1
+                else:
+                    high = middle
+        position = _find(expanded, ids[low:stop], behind_expanded)
+        if position < 0 or (low == start and start > behind):
+            raise LeftOut("the processor changes the text around its images")
+        position += start - low
+        aligned.append((position, position + stop - start))
+        behind, behind_expanded = stop, position + stop - start
+    tail = ids[behind:]
+    if len(tail) and np.array_equal(expanded[-len(tail) :], tail) and len(expanded) - len(tail) != behind_expanded:
+        raise LeftOut("the processor changes the text around its images")
+    return aligned
+
+
+def _find(text: np.ndarray, part: np.ndarray, start: int) -> int:
+    """First position of `part` in `text` from `start` on, or -1."""
+    size = text.itemsize
+    searched, wanted = text.tobytes(), part.astype(text.dtype).tobytes()
+    position = searched.find(wanted, start * size)
+    while position % size and position >= 0:
+        position = searched.find(wanted, position + 1)
+    return position // size if position >= 0 else -1

@@ -1,0 +1,235 @@
+"""The processor of a model of transformers: what it makes of a record, and which of its tokens are supervised."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tive.data.formats import to_llava
+from tive.data.images import BadImage, find_image, open_image
+from tive.data.media import IMAGE_TAG
+from tive.models import Encoded, LeftOut, ModelFiles
+from tive.models.common import IGNORE
+from tive.models.native_labels import align, answer_spans, text_message, token_spans
+from tive.util.errors import UserError
+from tive.util.files import read_json
+
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a loader's worker needs to encode records; holds no weights.
+
+    Attributes:
+        library: transformers' processor: tokenizer, image processor and chat template.
+        image_tokens: what stands for an image in a rendered conversation, and may stand in no text.
+        turn_ends: ids that can end an assistant's turn: the tokenizer's added tokens, images apart.
+        max_length: longer records are left out; None for no limit.
+        max_pixels: larger images are made smaller before the processor sees them; None for no limit.
+    """
+
+    library: Any
+    image_tokens: frozenset[str]
+    turn_ends: frozenset[int]
+    max_length: int | None
+    max_pixels: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`."""
+
+    arrays: dict[str, np.ndarray]
+    labels: np.ndarray
+
+
+def prepare_torchvision() -> None:
+    """Make torchvision importable where its operators do not fit the installed torch.
+
+    PyPI's torchvision beside a CPU build of torch (and any other mismatch) fails on an operator that image processors
+    never call; declaring it is enough for them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, ImportError, OSError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            _DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+# Here and not at the first use: a loader's worker that is not forked imports this file, then the pickled processor.
+prepare_torchvision()
+
+
+@functools.lru_cache(maxsize=1)
+def load_processor(files: ModelFiles) -> Processor:
+    """The processor of `model_path` where its files are there, else of the base; the template likewise.
+
+    Raises:
+        UserError: it cannot be loaded, or has no tokenizer, image processor or template.
+    """
+    from transformers import AutoProcessor
+
+    folder, base = Path(files.model_path), Path(files.model_base)
+    source = processor_folder(files)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except ImportError as error:
+        needed = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise UserError(f"the processor of {source} needs a library that is not installed: {needed}") from error
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"cannot load the processor of {source}: {reason}") from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise UserError(f"{source} holds no processor of text and images ({type(processor).__name__})")
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise UserError(f"{source}: a tokenizer without tokenizer.json is not supported; convert it with transformers")
+    if files.chat_template is not None:
+        processor.chat_template = Path(files.chat_template).read_text(encoding="utf-8")
+    elif template := _template_in(folder):
+        processor.chat_template = template
+    else:
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not isinstance(processor.chat_template, str):
+        raise UserError(f"neither {folder} nor {base} holds one chat template; name a file with --chat_template")
+    tokens = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    added = processor.tokenizer.added_tokens_decoder.items()
+    ends = {number for number, token in added if token.content.strip() and token.content not in tokens}
+    return Processor(processor, frozenset(tokens), frozenset(ends), files.max_length, files.max_pixels)
+
+
+def processor_folder(files: ModelFiles) -> Path:
+    folder = Path(files.model_path)
+    has_tokenizer = (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()
+    has_images = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    return folder if has_tokenizer and has_images else Path(files.model_base)
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template in a folder, in any of the three files that releases have written it to."""
+    jinja, in_json, tokenizer = (folder / name for name in (*_TEMPLATE_FILES, "tokenizer_config.json"))
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for file in (in_json, tokenizer):
+        template = read_json(file).get("chat_template") if file.is_file() else None
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def record_problem(record: Any) -> str | None:
+    """What keeps a record from being encoded, as far as its text tells; None if nothing does."""
+    try:
+        _read(record)
+    except (LeftOut, ValueError) as problem:
+        return str(problem)
+    return None
+
+
+def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
+    """A record's system prompt, its turns and its images' paths."""
+    converted = to_llava(record)
+    turns, images = converted["conversations"], converted.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
+    if images and tags != len(images):
+        raise LeftOut(f"has {len(images)} images and {tags} tags {IMAGE_TAG}")
+    if images and any(IMAGE_TAG in turn["value"] for turn in turns if turn["from"] == "gpt"):
+        raise LeftOut("has an image in an answer")
+    return converted.get("system"), turns, images
+
+
+def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
+    """Encode one record with its processor and chat template; answers and the ends of their turns are supervised.
+
+    Raises:
+        LeftOut: an image cannot be used, template or processor refuse the record, or nothing in it is supervised.
+    """
+    try:
+        system, turns, paths = _read(record)
+        images = [open_image(find_image(image_folder, path)) for path in paths]
+    except (BadImage, ValueError) as error:
+        raise LeftOut(str(error)) from error
+    return encode_turns(processor, system, turns, images)
+
+
+def encode_turns(
+    processor: Processor, system: str | None, turns: list[dict[str, str]], images: list[Image.Image]
+) -> Encoded:
+    """`encode` for a conversation whose images are open.
+
+    Raises:
+        LeftOut: template or processor refuse it, or nothing in it is supervised.
+    """
+    library, tokenizer = processor.library, processor.library.tokenizer
+    messages = [] if system is None else [text_message("system", system)]
+    messages += [_message(turn, bool(images)) for turn in turns]
+    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    if any(token in text for token in processor.image_tokens for text in texts):
+        raise LeftOut("an image token in its text")
+    try:
+        text, spans = answer_spans(lambda messages: library.apply_chat_template(messages, tokenize=False), messages)
+    except LeftOut:
+        raise
+    except Exception as error:  # a template raises what it likes
+        raise LeftOut(f"the chat template refuses it: {next(iter(str(error).splitlines()), '')}") from error
+    # A template that prints the first token itself would get it twice.
+    add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
+    images = [_shrunk(image, processor.max_pixels) for image in images]
+    try:
+        outputs = library(
+            text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=add_first
+        )
+    except Exception as error:  # an image of a shape that it does not take, for example
+        raise LeftOut(f"the processor refuses it: {next(iter(str(error).splitlines()), '')}") from error
+    arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    ids = arrays["input_ids"][0]
+    if processor.max_length is not None and len(ids) > processor.max_length:
+        raise LeftOut("longer than the maximum length")
+    plain = tokens["input_ids"]
+    answers = token_spans(text, tokens["offset_mapping"], plain, spans, processor.turn_ends)
+    labels = np.full(len(ids), IGNORE)
+    for start, stop in align(np.asarray(plain), ids, answers):
+        labels[start:stop] = ids[start:stop]
+    supervised = int((labels[1:] != IGNORE).sum())
+    if not supervised:
+        raise LeftOut("no supervised token")
+    return Encoded(len(ids), supervised, "image" if images else "text", Inputs(arrays, labels))
+
+
+def _message(turn: dict[str, str], has_images: bool) -> dict[str, Any]:
+    """A turn as a message of parts; white space around an image belongs to its tag."""
+    pieces = turn["value"].split(IMAGE_TAG) if has_images else [turn["value"]]
+    if len(pieces) == 1:
+        return text_message(_ROLES[turn["from"]], pieces[0])
+    content: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return {"role": _ROLES[turn["from"]], "content": content}
+
+
+def _shrunk(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    pixels = image.width * image.height
+    if max_pixels is None or pixels <= max_pixels:
+        return image
+    factor = math.sqrt(max_pixels / pixels)
+    return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
