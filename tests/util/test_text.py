@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from tive.util.text import duration, listed, print_table, shown, shown_value
 
 TEXTS = st.text(st.characters()) | st.text(st.sampled_from("ab\x1b\n\r\x00\ud800\u202e\u2028é"), max_size=90)
-    lambda text: text * 9
-)
 
 
 @given(text=TEXTS, limit=st.integers(8, 60))
