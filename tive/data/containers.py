@@ -118,7 +118,8 @@ def _wrapper(head: bytes, source: str, target: str) -> str | None:
     else:
         what, take = "is an object whose values are records", ".values()"
     code = f"import json, sys; json.dump(list(json.load(open(sys.argv[1])){take}), open(sys.argv[2], 'w'))"
-    return f"{what}: make it a list with `python -c {shlex.quote(code)} {source} {target}`"
+    quoted = shlex.quote(code) if re.search(r'["$`\\!]', code) else f'"{code}"'
+    return f"{what}: make it a list with `python -c {quoted} {source} {target}`"
 
 
 def _first_holder(text: str) -> tuple[str, bool] | None:

@@ -188,6 +188,8 @@ class _Stream:
                 self.skip_space()
         if self.skip_space():
             raise self.fail("text stands after the end of the list")
+
+
 def is_json_lines(path: str | os.PathLike[str]) -> bool:
     """Whether a data file that `stream_records` reads is JSON Lines; its first character tells.
 
