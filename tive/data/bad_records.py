@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tive.data.media import media_of
-from tive.data.records import RecordFile
+from tive.data.records import RecordFile, name_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
 from tive.util.text import shown, shown_value
@@ -31,6 +31,35 @@ def _identity(record: Any) -> str | int | None:
 def _writable(text: str) -> str:
     # Half of a surrogate pair is no text, and could not be written.
     return text.encode(errors="replace").decode()
+
+
+def refuse_bad_records(records: RecordFile, reasons: dict[int, str], listing: Path) -> None:
+    """Stop where records cannot be used; a list of an earlier call goes where all can.
+
+    Args:
+        reasons: row -> why the record cannot be used.
+
+    Raises:
+        UserError: there are such records. Their counts and the first ten are printed, all are listed in `listing`.
+    """
+    if not reasons:
+        listing.unlink(missing_ok=True)
+        return
+    report_bad_records(records, reasons, len(records), listing)
+    raise UserError(
+        f"{count_and_first(records, reasons)}, all are listed in {listing}; repair them, or write the data without "
+        f"them: `python scripts/convert_data.py --source_path {records.path} --target_path good.json --drop {listing}`"
+    )
+
+
+def count_and_first(records: RecordFile, reasons: dict[int, str]) -> str:
+    """How many records cannot be used, and which is the first."""
+    row = min(reasons)
+    first = name_of(records.path, row, records[row]).removeprefix(f"{records.path}: ")
+    return (
+        f"{records.path}: {len(reasons):,} of {len(records):,} records cannot be used "
+        f"(the first: {first} {shown(reasons[row], 160)})"
+    )
 
 
 def report_bad_records(records: RecordFile, reasons: dict[int, str], total: int, listing: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.bad_records import report_bad_records
+from tive.data.bad_records import count_and_first, refuse_bad_records
 from tive.data.media import IMAGE_KEYS, has_tag_alone
 from tive.data.records import RecordFile, image_of, is_unicode, name_of, open_records, problem_of, with_remedy
 from tive.util.errors import UserError
@@ -122,23 +122,14 @@ def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing:
         tags_alone += has_tag_alone(record)
 
     records = open_records(path, visit)
-    if listing is not None:
-        listing.unlink(missing_ok=True)
-    if not problems:
-        return TaskFile(records, tasks, tags_alone)
     unlabelled = sum(problem == no_task(task_key) for problem in problems.values())
     if unlabelled == len(records):
         raise UserError(f"{path}: no record names a task under `{task_key}`; {_add_tasks(path)}")
-    row = min(problems)
-    first = f"{name_of(path, row, records[row])} {problems[row]}"
-    count = f"{path}: {len(problems):,} of {len(records):,} records cannot be used"
-    if listing is None:
-        raise UserError(f"{count} (the first: {first}); repair or remove them")
-    report_bad_records(records, problems, len(records), listing)
-    raise UserError(
-        f"{count}, all are listed in {listing}; repair them, or write the data without them: "
-        f"`python scripts/convert_data.py --source_path {path} --target_path good.json --drop {listing}`"
-    )
+    if listing is not None:
+        refuse_bad_records(records, problems, listing)
+    elif problems:
+        raise UserError(f"{count_and_first(records, problems)}; repair or remove them")
+    return TaskFile(records, tasks, tags_alone)
 
 
 def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
