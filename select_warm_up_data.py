@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
@@ -12,7 +13,9 @@ example:
   python select_warm_up_data.py --source_path data.json --target_path warm_up.json
 
 Every task gives the same number of records, chosen at random. A task with fewer gives all it has and the others make
-up for it, so that the sample has --sample_ratio of all records. Records are written as they came, in their order.
+up for it, so that the sample has --sample_ratio of all records; what does not divide is given to tasks drawn by the
+seed. Records are written as they came, in their order. Records that cannot be used are all listed in a file beside the
+target, and nothing else is written.
 """
 
 
@@ -39,20 +42,26 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.records import read_tasks, rows_by_task, write_records
+    from tive.data.records import write_records
+    from tive.data.tasks import read_tasks, rows_by_task
     from tive.method.value import draw, equal_shares, rounded_down
     from tive.util.text import print_table
 
-    records, tasks = read_tasks(arguments.source_path, arguments.task_key)
+    target = Path(arguments.target_path)
+    data = read_tasks(
+        arguments.source_path, arguments.task_key, listing=target.with_name(f"{target.stem}_bad_records.json")
+    )
+    records = data.records
     total = rounded_down(arguments.sample_ratio * len(records))
     if total == 0:
         raise UserError(
             f"--sample_ratio {arguments.sample_ratio} of {len(records)} records is less than one record; raise it"
         )
-    groups = rows_by_task(tasks)
-    shares = dict(zip(groups, equal_shares([len(rows) for rows in groups.values()], total), strict=True))
+    groups = rows_by_task(data.tasks)
+    sizes = [len(rows) for rows in groups.values()]
+    shares = dict(zip(groups, equal_shares(sizes, total, arguments.seed), strict=True))
     drawn = [rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, task)] for task, rows in groups.items()]
-    write_records(arguments.target_path, records, np.sort(np.concatenate(drawn)))
+    write_records(target, records, np.sort(np.concatenate(drawn)))
 
     print_table(
         [
@@ -61,7 +70,15 @@ def main() -> None:
             ("total", f"{len(records):,}", f"{total:,}"),
         ]
     )
-    print(f"written: {arguments.target_path}")
+    without = sum(share == 0 for share in shares.values())
+    if without:
+        print(
+            f"{without:,} of {len(groups):,} tasks give nothing: the sample has fewer records than there are tasks; "
+            "raise --sample_ratio, or merge small tasks"
+        )
+    if data.tags_alone:
+        print(f"{data.tags_alone:,} records have <image> in their text and no image: it is trained on as plain text")
+    print(f"written: {target}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The target's name chooses the container: .jsonl is JSON Lines, anything else a J
   messages  messages: role, content; images          LLaMA-Factory (its OpenAI tags), ms-swift
   parts     messages, content a list of parts        TRL
 
-The form of each source record is seen from its keys. No key is lost, and back again gives the same record. LLaVA's
+The form of each source record is seen from its keys, and roles may have their other names (user, assistant, chatgpt).
+No key is lost, and back again gives the same record. LLaVA's
 template has its own system prompt: a system turn becomes the key `system`, which LLaVA does not train on, and the key
 becomes the first turn again in messages and parts.
 """
@@ -21,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tive.data.bad_records import check_listed, listed_records
 from tive.data.formats import FORMS, count_tags, from_llava, to_llava
-from tive.data.records import name_of
+from tive.data.records import name_of, with_remedy
 from tive.data.stream import stream_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
+from tive.util.text import listed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
         epilog="""examples:
   python scripts/convert_data.py --source_path data.json --target_path data.jsonl
   python scripts/convert_data.py --source_path chat.jsonl --target_path llava.json --to llava
-  python scripts/convert_data.py --source_path Tive_q_0.001_p_0.15.json --target_path subset.jsonl --to messages""",
+  python scripts/convert_data.py --source_path Tive_q_0.001_p_0.15.json --target_path subset.jsonl --to messages
+  python scripts/convert_data.py --source_path data.json --target_path good.json --drop warm_up_bad_records.json""",
     )
     parser.add_argument("--source_path", required=True, help="records: a JSON list, or JSON Lines")
     parser.add_argument("--target_path", required=True, help="where they go; another file")
@@ -46,27 +50,37 @@ def parse_arguments() -> argparse.Namespace:
         default="string",
         help="with --to llava: the one image of a record as a path, or as a list of one (default: %(default)s)",
     )
+    parser.add_argument(
+        "--drop", metavar="FILE", nargs="+", default=[], help="leave out the records that these lists of a step name"
+    )
     return parser.parse_args()
 
 
 @dataclass
-class Tally:
+class Found:
     """What the pass found."""
 
     records: int = 0
+    dropped: int = 0
     with_system: int = 0
     uneven_tags: int = 0
     first_uneven: str = ""
 
 
-def converted(arguments: argparse.Namespace, tally: Tally) -> Iterator[bytes]:
+def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
     """Yield the text of every record in its new form, counting on the way.
 
     Raises:
-        UserError: a record is of no known form, or holds what the new one has no place for.
+        UserError: a record is of no known form, or holds what the new one has no place for; or a record that is to be
+            dropped is not there, or is another one.
     """
+    to_drop = listed_records(arguments.drop)
     for row, (_, raw, record) in enumerate(stream_records(arguments.source_path)):
-        tally.records += 1
+        if row in to_drop:
+            check_listed(name_of(arguments.source_path, row, record), to_drop.pop(row), record)
+            found.dropped += 1
+            continue
+        found.records += 1
         if arguments.to is None:
             yield raw
             continue
@@ -75,13 +89,18 @@ def converted(arguments: argparse.Namespace, tally: Tally) -> Iterator[bytes]:
             llava = to_llava(record)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
         except (ValueError, RecursionError) as error:
-            what = "is nested too deeply" if isinstance(error, RecursionError) else error
-            raise UserError(f"{name} {what}; repair or remove it") from error
-        tally.with_system += isinstance(llava.get("system"), str)
+            what = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise UserError(f"{name} {with_remedy(what)}") from error
+        found.with_system += isinstance(llava.get("system"), str)
         tags, images = count_tags(llava)
         if tags != images:
-            tally.uneven_tags += 1
-            tally.first_uneven = tally.first_uneven or name
+            found.uneven_tags += 1
+            found.first_uneven = found.first_uneven or name
+    if to_drop:
+        raise UserError(
+            f"record {min(to_drop)} is listed in {listed(arguments.drop)}, and {arguments.source_path} ends before it; "
+            "the list is of another data file"
+        )
 
 
 def text_of(record: dict[str, Any]) -> bytes:
@@ -105,15 +124,17 @@ def main() -> None:
     refuse_same_file(arguments.source_path, target)
     if arguments.image == "list" and arguments.to != "llava":
         raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
-    tally = Tally()
-    write_raw(target, converted(arguments, tally), lines=Path(target).suffix == ".jsonl")
-    print(f"Wrote {tally.records:,} records to {target}.")
-    if tally.with_system and arguments.to == "llava":
-        print(f"{tally.with_system:,} have a system prompt under `system`: LLaVA does not train on it.")
-    if tally.uneven_tags and arguments.to != "llava":
+    found = Found()
+    write_raw(target, converted(arguments, found), lines=Path(target).suffix == ".jsonl")
+    print(f"Wrote {found.records:,} records to {target}.")
+    if arguments.drop:
+        print(f"{found.dropped:,} records are left out, those listed in {listed(arguments.drop)}.")
+    if found.with_system and arguments.to == "llava":
+        print(f"{found.with_system:,} have a system prompt under `system`: LLaVA does not train on it.")
+    if found.uneven_tags and arguments.to != "llava":
         print(
-            f"{tally.uneven_tags:,} have more or fewer <image> tags than images; LLaMA-Factory asks for as many; "
-            f"the first: {tally.first_uneven}"
+            f"{found.uneven_tags:,} have more or fewer <image> tags than images; LLaMA-Factory asks for as many; "
+            f"the first: {found.first_uneven}"
         )
 
 

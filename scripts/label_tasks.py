@@ -15,13 +15,15 @@ from pathlib import Path
 
 from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
 from tive.data.media import IMAGE_KEYS
-from tive.data.records import image_of, name_of, task_of
+from tive.data.records import image_of, name_of, with_remedy
 from tive.data.stream import is_json_lines, stream_records, write_raw
+from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
+from tive.util.text import listed, print_table, shown, shown_value
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
-OWN_KEYS = ("id", *IMAGE_KEYS, "conversations")
+OWN_KEYS = ("id", "conversations", *IMAGE_KEYS)
 SHOWN = 10
 
 
@@ -56,7 +58,7 @@ key, a dotted path (meta.source), or the first part of a value (image:/ is the i
 
 
 @dataclass
-class Tally:
+class Found:
     """What the pass found: records of each task, those that no rule matched (the first few named), those kept."""
 
     tasks: Counter[str] = field(default_factory=Counter)
@@ -69,7 +71,7 @@ def check(arguments: argparse.Namespace, rules: Rules) -> None:
     refuse_same_file(arguments.source_path, arguments.target_path)
     if arguments.task_key in OWN_KEYS or ":" in arguments.task_key or not arguments.task_key:
         raise UserError(
-            f"--task_key {arguments.task_key!r} cannot hold the task; name a key of its own, such as dataset"
+            f"--task_key {shown_value(arguments.task_key)} cannot hold the task; name a key of its own, such as dataset"
         )
     if arguments.default == "":
         raise UserError("--default is empty; give the task of the records that are left over a name")
@@ -77,7 +79,7 @@ def check(arguments: argparse.Namespace, rules: Rules) -> None:
         raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
 
 
-def labelled(arguments: argparse.Namespace, rules: Rules, tally: Tally) -> Iterator[bytes]:
+def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Iterator[bytes]:
     """Yield the raw text of every record with its task, counting on the way.
 
     Raises:
@@ -88,69 +90,71 @@ def labelled(arguments: argparse.Namespace, rules: Rules, tally: Tally) -> Itera
         name = name_of(arguments.source_path, row, record)
         problem = shape_problem(record)
         if problem:
-            raise UserError(f"{name} {problem}; repair or remove it")
+            raise UserError(f"{name} {with_remedy(problem)}")
         if key in record and arguments.existing == "stop":
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
-        named = task_of(record, key) if arguments.existing == "keep" else None
+        named, without_task = task_or_problem(record, key) if arguments.existing == "keep" else (None, no_task(key))
+        if named is None and without_task != no_task(key):
+            raise UserError(f"{name} {without_task}; correct it, or give --existing replace")
         if named is not None:
-            tally.kept += 1
-            tally.tasks[named] += 1
+            found.kept += 1
+            found.tasks[named] += 1
             yield raw
             continue
         task = rules.task_of(record, arguments.split_llava)
         if task is None:
-            tally.unmatched += 1
-            if len(tally.first_unmatched) < SHOWN:
+            found.unmatched += 1
+            if len(found.first_unmatched) < SHOWN:
                 image = image_of(record)
-                tally.first_unmatched.append(f"{name}, " + (f"image {image}" if image else "no image"))
+                found.first_unmatched.append(f"{name}, " + (f"image {image}" if image else "no image"))
             task = arguments.default or "(no rule matches)"
-        tally.tasks[task] += 1
+        found.tasks[task] += 1
         yield (replace_key if key in record else add_key)(raw, key, task)
-    if not tally.tasks:
+    if not found.tasks:
         raise UserError(f"{arguments.source_path} holds no records; name a data file with at least one")
-    if tally.unmatched and arguments.default is None:
-        show(rules, tally, arguments.split_llava)
+    if found.unmatched and arguments.default is None:
+        show(rules, found, arguments.split_llava)
         raise UserError(
-            f"{tally.unmatched:,} of {tally.tasks.total():,} records match no rule of {rules.path}, nothing was "
+            f"{found.unmatched:,} of {found.tasks.total():,} records match no rule of {rules.path}, nothing was "
             "written; add a rule for them, or --default NAME"
         )
 
 
-def show(rules: Rules, tally: Tally, split: bool) -> None:
+def show(rules: Rules, found: Found, split: bool) -> None:
     """Print the counts beside the authors' own, and the first records that no rule matched."""
-    rows = []
+    rows: list[tuple[str, int, int | None]] = []
     for task, parts in rules.parts().items():
         parts = list(dict.fromkeys(parts)) if split else []
-        rows.append((task, tally.tasks[task] + sum(tally.tasks[part] for part in parts), rules.expected.get(task)))
-        rows += [(f"  {part}", tally.tasks[part], None) for part in parts]
+        rows.append((task, found.tasks[task] + sum(found.tasks[part] for part in parts), rules.expected.get(task)))
+        rows += [(f"  {part}", found.tasks[part], None) for part in parts]
     known = [task.strip() for task, _, _ in rows]
-    rows += [(task, tally.tasks[task], None) for task in sorted(tally.tasks) if task not in known]
+    rows += [(task, found.tasks[task], None) for task in sorted(found.tasks) if task not in known]
     complete = len(rules.expected) == len(rules.parts())
-    rows.append(("all", tally.tasks.total(), sum(rules.expected.values()) if complete else None))
-    width = max(len(task) for task, _, _ in rows)
-    print(f"{'task':{width}}  {'records':>9}  {'authors':>9}  difference".rstrip())
+    rows.append(("all", found.tasks.total(), sum(rules.expected.values()) if complete else None))
+    table = [("task", "records", "authors", "difference")]
     for task, count, authors in rows:
-        beside = f"  {authors:9,}  {(count - authors) / authors:+10.2%}" if authors else ""
-        print(f"{task:{width}}  {count:9,}{beside}")
+        beside = (f"{authors:,}", f"{(count - authors) / authors:+.2%}") if authors else ("", "")
+        table.append((task, f"{count:,}", *beside))
+    print_table(table)
     far = [task for task, count, authors in rows if authors and abs(count - authors) > 0.01 * authors]
     if far:
-        print(f"More than 1% off the authors' count: {', '.join(far)}. For the whole mixture, look at its records.")
-    if tally.kept:
-        print(f"{tally.kept:,} records kept the task that they had.")
-    if tally.unmatched:
-        print(f"No rule matches {tally.unmatched:,} records. The first:")
-        for line in tally.first_unmatched:
-            print(f"  {line}")
+        print(f"More than 1% off the authors' count: {listed(far)}. For the whole mixture, look at its records.")
+    if found.kept:
+        print(f"{found.kept:,} records kept the task that they had.")
+    if found.unmatched:
+        print(f"No rule matches {found.unmatched:,} records. The first:")
+        for line in found.first_unmatched:
+            print(f"  {shown(line, 160)}")
 
 
 def main() -> None:
     arguments = parse_arguments()
     rules = read_rules(arguments.rules)
     check(arguments, rules)
-    tally = Tally()
+    found = Found()
     lines = is_json_lines(arguments.source_path)
-    write_raw(arguments.target_path, labelled(arguments, rules, tally), lines)
-    show(rules, tally, arguments.split_llava)
+    write_raw(arguments.target_path, labelled(arguments, rules, found), lines)
+    show(rules, found, arguments.split_llava)
     print(f"Wrote {arguments.target_path}.")
 
 

@@ -103,9 +103,10 @@ def encoded_records(
     arguments: argparse.Namespace, family: Family, reference: Reference
 ) -> tuple[list[Encoded], np.ndarray]:
     """Records spread evenly over the data file, encoded, and the task of each."""
-    from tive.data.records import read_tasks
+    from tive.data.tasks import read_tasks
 
-    file, tasks = read_tasks(arguments.input_file)
+    data = read_tasks(arguments.input_file)
+    file, tasks = data.records, data.tasks
     rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
     records = []
     begin = time.perf_counter()

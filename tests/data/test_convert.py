@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.records import MEDIA
 from tive.data.formats import FORMS, count_tags, from_llava, to_llava
+from tive.data.media import media_of
 from tive.data.records import problem_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
@@ -127,7 +129,9 @@ def test_every_form_leads_to_every_other_and_back(record, first, second):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    record=st.dictionaries(st.sampled_from(["image", "images", "conversations", "messages", "system"]), VALUES) | VALUES
+    record=st.dictionaries(st.sampled_from(["image", "images", "conversations", "messages", "system"]), VALUES)
+    | st.builds(lambda record, media: {**record, **media}, LLAVA_RECORDS, MEDIA)
+    | VALUES
 )
 def test_whatever_a_record_holds_it_converts_or_says_why(record):
     try:
@@ -136,6 +140,7 @@ def test_whatever_a_record_holds_it_converts_or_says_why(record):
         assert "\n" not in str(error)
     else:
         assert isinstance(converted["conversations"], list)
+        assert media_of(converted).images == media_of(record).images
 
 
 def test_an_image_as_a_string_and_as_a_list_of_one_are_the_same():
@@ -154,6 +159,25 @@ def test_an_image_that_a_part_names_and_keys_that_an_export_filled_with_null_are
     parts = [{"type": "image", "image": "a.jpg", "text": None}, {"type": "text", "text": "What?", "image": None}]
     converted = to_llava({"messages": [{"role": "user", "content": parts}]})
     assert converted == {"conversations": [{"from": "human", "value": "<image>What?"}], "image": "a.jpg"}
+
+
+@pytest.mark.parametrize("key", ["conversations", "messages"])
+@pytest.mark.parametrize("human", ["human", "user"])
+@pytest.mark.parametrize("gpt", ["gpt", "assistant", "chatgpt"])
+@pytest.mark.parametrize(("role", "text"), [("from", "value"), ("role", "content")])
+def test_every_name_of_a_role_is_read_in_either_form_of_a_turn(key, human, gpt, role, text):
+    turns = [{role: name, text: "x"} for name in ("system", human, gpt)]
+    assert to_llava({"id": 0, key: turns}) == {
+        "id": 0,
+        "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "x"}],
+        "system": "x",
+    }
+
+
+def test_a_path_in_an_image_part_of_the_openai_form_is_read():
+    parts = [{"type": "image_url", "image_url": {"url": "file://coco/1.jpg"}}, {"type": "text", "text": "What?"}]
+    converted = to_llava({"messages": [{"role": "user", "content": parts}]})
+    assert converted == {"conversations": [{"from": "human", "value": "<image>What?"}], "image": "coco/1.jpg"}
 
 
 def test_the_tag_of_a_record_without_an_image_is_only_text():
@@ -176,15 +200,25 @@ REFUSED = {
     "a number": (3, "is not an object"),
     "neither form": ({"id": 1}, "either `conversations` or `messages`"),
     "both forms": ({"conversations": [], "messages": []}, "either `conversations` or `messages`"),
-    "both images": ({"conversations": [], "image": "a", "images": ["a"]}, "both `image` and `images`"),
+    "both images": (
+        {"conversations": [], "image": "a", "images": ["b"]},
+        "different images under `image` and `images`",
+    ),
+    "a video": ({"conversations": [], "video": "a.mp4"}, "`video`"),
+    "an image under another key": ({"conversations": [], "image_path": "a.jpg"}, "`image_path`"),
     "turns that are no list": ({"messages": "hello"}, "not a list of turns"),
-    "a turn that is a text": ({"messages": ["hello"]}, "a turn 0 whose `role`"),
+    "a turn that is a text": ({"messages": ["hello"]}, "a turn 0 that is not an object"),
     "a tool's turn": ({"messages": [says("user", "x"), says("tool", "y")]}, "a turn 1 whose `role`"),
     "a function call": ({"conversations": [{"from": "function_call", "value": "x"}]}, "a turn 0 whose `from`"),
     "no content": ({"messages": [{"role": "assistant", "tool_calls": []}]}, "neither a text nor a list"),
+    "a role that is a list": ({"messages": [says(["user"], "x")]}, "a turn 0 whose `role` a list is none of"),
     "an unknown part": ({"messages": [says("user", [{"type": "video"}])]}, "a part in turn 0"),
     "a part that is a text": ({"messages": [says("user", ["x"])]}, "a part in turn 0"),
     "a part with more keys": ({"messages": [says("user", [{"type": "image", "max": 1}])]}, "a part in turn 0"),
+    "a part that holds the image itself": (
+        {"messages": [says("user", [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}])]},
+        "holds the image itself",
+    ),
     "an image part alone": ({"messages": [says("user", [{"type": "image"}])]}, "no image"),
     "a tag beside an image part": (
         {"messages": [says("user", [{"type": "image"}, {"type": "text", "text": "<image>"}])], "images": ["a"]},
@@ -194,8 +228,8 @@ REFUSED = {
         {"messages": [says("user", [{"type": "image", "image": "a"}])], "images": ["a"]},
         "names its images twice",
     ),
-    "an image that is a number": ({"conversations": [], "image": 0}, "neither a path"),
-    "image bytes": ({"messages": [], "images": [{"bytes": "AA"}]}, "write the image to a file"),
+    "an image that is a number": ({"conversations": [], "image": 0}, "neither a path nor"),
+    "image bytes": ({"messages": [], "images": [{"bytes": "AA"}]}, "is an object; write the image to a file"),
     "a late system turn": ({"messages": [says("user", "x"), says("system", "y")]}, "not the first"),
     "two system prompts": ({"messages": [says("system", "x")], "system": "y"}, "and a key `system`"),
     "a system turn with more": ({"messages": [{**says("system", "x"), "name": "y"}]}, "more keys"),
@@ -248,6 +282,35 @@ def test_tags_that_do_not_fit_the_images_are_told(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 have more or fewer <image> tags than images" in done.stdout
     assert "record 1 (id '33471')" in done.stdout
+
+
+def test_the_listed_records_are_dropped_and_the_others_stay_byte_for_byte(tmp_path):
+    texts = [f'{{"id": "{name}",  "n": 1.50}}' for name in "abcd"]
+    lists = [tmp_path / "bad_0.json", tmp_path / "bad_1.json"]
+    for path, row, name in zip(lists, (1, 3), "bd", strict=True):
+        path.write_text(json.dumps([{"row": row, "id": name, "reason": "missing image"}]))
+    done, written = convert(tmp_path, "\n".join(texts), "--drop", *map(str, lists), target="b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert written.splitlines() == [texts[0], texts[2]]
+    assert "2 records are left out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("listing", "said"),
+    [
+        ([{"row": 0, "id": "b"}], "record 0 (id 'a') is listed with the id 'b'"),
+        ([{"row": 2, "id": "c"}], "record 2 is listed"),
+        ([{"row": -1, "id": "a"}], "is no list of bad records"),
+        ({"left_out": []}, "is no list of bad records"),
+        ([3], "is no list of bad records"),
+    ],
+)
+def test_a_list_of_other_data_drops_nothing(tmp_path, listing, said):
+    (tmp_path / "bad.json").write_text(json.dumps(listing))
+    done, written = convert(tmp_path, '[{"id": "a"}, {"id": "b"}]', "--drop", str(tmp_path / "bad.json"))
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert written is None
 
 
 MISTAKES = {

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
 from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
-from tive.data.records import problem_of, read_tasks
+from tive.data.records import problem_of
+from tive.data.tasks import read_tasks
 from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -381,7 +382,7 @@ def test_a_mixture_in_proportion_is_labelled_byte_for_byte_and_counted(tmp_path)
     assert [json.loads(line.rstrip(",")) for line in written.splitlines()[1:-1]] == [
         {**content, "dataset": task} for task, content in made
     ]
-    assert read_tasks(tmp_path / "b.json")[1] == [task for task, _ in made]
+    assert read_tasks(tmp_path / "b.json").tasks == [task for task, _ in made]
     rows = {line.split()[0]: line.split()[1:3] for line in done.stdout.splitlines()[1:12]}
     assert rows == {
         **{task: [f"{count // 1000}", f"{count:,}"] for task, count in COUNTS.items()},
@@ -434,6 +435,29 @@ def test_a_record_that_has_the_key_stops_the_run_unless_told(tmp_path):
     assert written is None
 
 
+def test_images_under_either_key_and_in_every_spelling_of_the_path_have_the_same_task(tmp_path):
+    spellings = [
+        {"image": "ocr_vqa/images/1.jpg"},
+        {"image": "./ocr_vqa/images/1.jpg"},
+        {"images": ["ocr_vqa/images/1.jpg"]},
+        {"images": "./ocr_vqa//images/1.jpg"},
+        {"image": "coco/../ocr_vqa/images/1.jpg", "video": None},
+    ]
+    turns = SHAPES["OCR-VQA"]["conversations"]
+    done, written = run_on(tmp_path, [{"conversations": turns, **media} for media in spellings])
+    assert done.returncode == 0, done.stderr
+    assert [made["dataset"] for made in json.loads(written)] == ["OCR-VQA"] * 5
+
+
+def test_what_is_printed_of_the_data_is_short_and_harmless(tmp_path):
+    strange = {**record("x" * 3000 + "\x1b[2J", ["What?"]), "id": "\x1b[31m" + "y" * 3000}
+    kept = {**SHAPES["GQA"], "dataset": "\x1b[31m" + "z" * 3000}
+    done, _ = run_on(tmp_path, [strange, kept], "--existing", "keep", "--default", "other")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 200
+
+
 @pytest.mark.parametrize(("existing", "tasks"), [("keep", ["mine", "GQA", "GQA"]), ("replace", ["GQA"] * 3)])
 def test_an_existing_task_is_kept_or_replaced_as_told(tmp_path, existing, tasks):
     done, written = run_on(tmp_path, EXISTING, "--existing", existing)
@@ -457,6 +481,20 @@ MISTAKES = {
     "a turn without text": ('[{"conversations": [{"from": "human"}]}]', [], "record 0", "conversations"),
     "an image that is a number": ('[{"conversations": [], "image": 3}]', [], "record 0", "image"),
     "a video": ('[{"conversations": [], "video": "a.mp4"}]', [], "record 0", "`video`"),
+    "an image under another key": ('[{"conversations": [], "image_path": "a.jpg"}]', [], "record 0", "`image_path`"),
+    "another name of a role": (
+        '[{"conversations": [{"from": "user", "value": "x"}]}]',
+        [],
+        "record 0",
+        "unknown role 'user' in turn 0",
+        "convert_data.py --to llava",
+    ),
+    "a list where a task is to be kept": (
+        '[{"conversations": [], "dataset": ["a", "b"]}]',
+        ["--existing", "keep"],
+        "record 0",
+        "a list under `dataset`",
+    ),
 }
 
 

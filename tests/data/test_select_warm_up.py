@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from tests.helpers.feature_files import call, mixture, record, refusal
 from tive.data.records import open_records
 
 main = select_warm_up_data.main
+ROOT = Path(select_warm_up_data.__file__).parent
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_another_key_and_json_lines_are_read(tmp_path):
         (["--sample_ratio", "nan"], "--sample_ratio nan"),
         (["--sample_ratio", 0.01], "less than one record"),
         (["--seed", -2], "--seed -2"),
-        (["--task_key", "source"], "names no task under `source`"),
+        (["--task_key", "source"], "no record names a task under `source`"),
         (["--source_path", "nowhere.json"], "cannot read nowhere.json"),
     ],
 )
@@ -97,6 +99,55 @@ def test_bad_arguments_get_one_line_and_write_nothing(source, capsys, given, say
     target = source.with_name("out.json")
     assert says in refusal(capsys, main, "--source_path", source, "--target_path", target, *given)
     assert not target.exists()
+
+
+def test_a_sample_smaller_than_the_tasks_is_drawn_from_all_of_them_by_the_seed(tmp_path, capsys):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record(row, f"task {row // 2}") for row in range(80)]))
+    times: Counter[str] = Counter()
+    for seed in range(40):
+        drawn = Counter(one["dataset"] for one in warm_up(path, "--seed", seed, "--sample_ratio", 0.25))
+        assert drawn.total() == 20 and max(drawn.values()) == 1
+        assert "20 of 40 tasks give nothing" in capsys.readouterr().out
+        times += drawn
+    assert len(times) == 40 and max(times.values()) < 40
+
+
+def test_all_records_that_cannot_be_used_are_listed_and_dropped_by_the_command_that_is_told(source, capsys):
+    records = json.loads(source.read_text())
+    records[3]["conversations"] = []
+    records[5]["video"] = "a.mp4"
+    records[7]["dataset"] = ["a", "b"]
+    source.write_text(json.dumps(records))
+    target = source.with_name("warm_up.json")
+    line = refusal(capsys, main, "--source_path", source, "--target_path", target)
+    listing = source.with_name("warm_up_bad_records.json")
+    assert "3 of 78 records cannot be used" in line and str(listing) in line
+    assert [entry["row"] for entry in json.loads(listing.read_text())] == [3, 5, 7]
+    assert not target.exists()
+    command = re.search("`python (.*)`", line)[1].replace("good.json", str(source.with_name("good.json")))
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
+    good = json.loads(source.with_name("good.json").read_text())
+    assert good == [one for row, one in enumerate(records) if row not in (3, 5, 7)]
+    call(main, "--source_path", source.with_name("good.json"), "--target_path", target)
+    assert not listing.exists()
+
+
+def test_pictures_under_images_are_pictures_and_tags_without_one_are_told(source, capsys):
+    records = json.loads(source.read_text())
+    for row, one in enumerate(records):
+        one.pop("image", None)
+        one["images"] = [] if row < 5 else [f"./{one['dataset']}/{row}.jpg"]
+        one["conversations"] = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "A."}]
+        one["dataset"] = one["dataset"] if row < 5 else None
+    source.write_text(json.dumps(records[:5]))
+    warm_up(source, "--sample_ratio", 1)
+    assert "5 records have <image> in their text and no image" in capsys.readouterr().out
+    source.write_text(json.dumps(records[5:]))
+    warm_up(source, "--sample_ratio", 1, "--task_key", "images:/")
+    assert {"vqa", "textcaps", "boxes", "chat", "total"} <= {
+        line.split()[0] for line in capsys.readouterr().out.splitlines()
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '[{"id": 1, "dataset": "a"}]', "[]", "[{}", "\xff"])

@@ -141,7 +141,7 @@ def test_all_records_that_cannot_be_trained_on_are_listed(
     ]
     (tmp_path / "data.json").write_text(json.dumps([records[0], *bad, records[1]]))
     ended = launch("finetune_lora.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"})
-    assert_refused(ended, "4 of 6 records cannot be trained on")
+    assert_refused(ended, "4 of 6 records cannot be used")
     assert len(ended.stdout + ended.stderr) < 5000
     listed = json.loads((tmp_path / "trained_bad_records.json").read_text())
     assert [entry["row"] for entry in listed] == [1, 2, 3, 4]

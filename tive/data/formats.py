@@ -7,9 +7,10 @@
 | messages | `messages`: `role`, `content` | `images`, a list | a first turn | LLaMA-Factory, ms-swift |
 | parts | `messages`, `content` a list of parts | `images`, a list | a first turn | TRL |
 
-In the first three the tag `<image>` in the text marks an image's place; in `parts` a part of type `image` does. Every
-other key of a record and of a turn is kept as it is. Errors are a `ValueError` whose text goes on from the record's
-name.
+In the first three the tag `<image>` in the text marks where an image stands; in `parts` a part of type `image` does.
+Turns with `from` and `value` are read under `messages` too, and `role` and `content` under `conversations`, with every
+name of a role in `_ROLES`. Every other key of a record and of a turn is kept as it is. Errors are a `ValueError` whose
+text goes on from the record's name.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 from tive.data.media import IMAGE_TAG, media_of, plain_path
+from tive.data.records import OTHER_ROLE_NAMES
+from tive.util.text import shown_value
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
-_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
-_MESSAGE_ROLES = {role: name for name, role in _ROLES.items()}
+# Every name of a role that is known, and LLaVA's; a system turn is no turn of LLaVA's.
+_ROLES = {"human": "human", "gpt": "gpt", "system": "system", **OTHER_ROLE_NAMES}
+_MESSAGE_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def to_llava(record: Any) -> dict[str, Any]:
@@ -35,15 +39,12 @@ def to_llava(record: Any) -> dict[str, Any]:
         raise ValueError("is not an object")
     if ("messages" in record) == ("conversations" in record):
         raise ValueError("must have either `conversations` or `messages`")
-    if "image" in record and "images" in record:
-        raise ValueError("has both `image` and `images`")
     key = "messages" if "messages" in record else "conversations"
     if not isinstance(record[key], list):
         raise ValueError(f"has `{key}` that are not a list of turns")
     images = _images(record)
-    read = _message if key == "messages" else _turn
     paths: list[str] = []
-    turns = [read(turn, number, paths) for number, turn in enumerate(record[key])]
+    turns = [_turn(turn, index, paths, key) for index, turn in enumerate(record[key])]
     if paths and images:
         raise ValueError("names its images twice: in `images` and in the parts of its turns")
     images = images or paths
@@ -59,6 +60,7 @@ def to_llava(record: Any) -> dict[str, Any]:
             converted["image"] = _image_value(images)
     if images:
         converted["image"] = _image_value(images)
+        _images(converted)
     _move_system(converted)
     return converted
 
@@ -82,7 +84,7 @@ def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> d
         elif name != "conversations" or form == "sharegpt":
             converted[name] = value
         else:
-            converted["messages"] = [_as_message(turn, number) for number, turn in enumerate(value)]
+            converted["messages"] = [_as_message(turn, index) for index, turn in enumerate(value)]
     if form == "sharegpt":
         return converted
     if isinstance(converted.get("system"), str):
@@ -119,29 +121,31 @@ def _image_value(images: list[str]) -> str | list[str]:
     return images[0] if len(images) == 1 else images
 
 
-def _turn(turn: Any, number: int, paths: list[str]) -> dict[str, Any]:
-    """A turn of `conversations`, checked."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"has a turn {number} without a text `value`")
-    if turn.get("from") not in _MESSAGE_ROLES:
-        raise ValueError(f"has a turn {number} whose `from` is none of {', '.join(_MESSAGE_ROLES)}")
-    return turn
+def _turn(turn: Any, index: int, paths: list[str], key: str) -> dict[str, Any]:
+    """A turn of `key` (`conversations` or `messages`) with `from` and `value`; the images that its parts name are added
+    to `paths`."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"has a turn {index} that is not an object")
+    is_message, is_turn = "role" in turn or "content" in turn, "from" in turn or "value" in turn
+    if key == "messages" and is_message and is_turn:
+        raise ValueError(f"has a turn {index} with keys of both forms")
+    is_message = is_message and not is_turn
+    role_key, text_key = ("role", "content") if is_message else ("from", "value")
+    role, text = turn.get(role_key), turn.get(text_key)
+    if not isinstance(role, str) or role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise ValueError(f"has a turn {index} whose `{role_key}` {shown_value(role)} is none of {known}; rename it")
+    if is_message:
+        text = _text(text, index, paths)
+    elif not isinstance(text, str):
+        raise ValueError(f"has a turn {index} without a text `value`")
+    renamed = {role_key: ("from", _ROLES[role]), text_key: ("value", text)}
+    return dict(renamed.get(name, (name, value)) for name, value in turn.items())
 
 
-def _message(message: Any, number: int, paths: list[str]) -> dict[str, Any]:
-    """A turn of `messages` as one of `conversations`; the images that its parts name are added to `paths`."""
-    if not isinstance(message, dict) or message.get("role") not in tuple(_ROLES):
-        raise ValueError(f"has a turn {number} whose `role` is none of {', '.join(_ROLES)}")
-    if "from" in message or "value" in message:
-        raise ValueError(f"has a turn {number} with keys of both forms")
-    text = _text(message.get("content"), number, paths)
-    renamed = {"role": ("from", _ROLES[message["role"]]), "content": ("value", text)}
-    return dict(renamed.get(name, (name, value)) for name, value in message.items())
-
-
-def _as_message(turn: dict[str, Any], number: int) -> dict[str, Any]:
+def _as_message(turn: dict[str, Any], index: int) -> dict[str, Any]:
     if "role" in turn or "content" in turn:
-        raise ValueError(f"has a turn {number} with keys of both forms")
+        raise ValueError(f"has a turn {index} with keys of both forms")
     renamed = {"from": ("role", _MESSAGE_ROLES[turn["from"]]), "value": ("content", turn["value"])}
     return dict(renamed.get(name, (name, value)) for name, value in turn.items())
 
@@ -163,33 +167,39 @@ def _move_system(record: dict[str, Any]) -> None:
 def _parts(text: str, has_image: bool) -> list[dict[str, str]]:
     """A text as TRL's parts. The tag of a record without an image is only text."""
     parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
-        parts += [{"type": "image"}] if number else []
+    for index, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
+        parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts or [{"type": "text", "text": ""}]
 
 
-def _text(content: Any, number: int, paths: list[str]) -> str:
+def _text(content: Any, index: int, paths: list[str]) -> str:
     """The text of a turn's content, parts joined, an image part as its tag."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"has a turn {number} whose `content` is neither a text nor a list of parts")
+        raise ValueError(f"has a turn {index} whose `content` is neither a text nor a list of parts")
     pieces = []
     for part in content:
         # A table's export fills the keys that other parts have with null.
         known = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
         kind = known.pop("type", None)
+        path = _path_of_part(known.get(kind)) if kind in ("image", "image_url") else None
         if kind == "text" and known.keys() == {"text"} and isinstance(known["text"], str):
             pieces.append(known["text"])
-        elif kind == "image" and not known:
+        elif (kind == "image" and not known) or (path and known.keys() == {kind}):
             pieces.append(IMAGE_TAG)
-        elif kind == "image" and known.keys() == {"image"} and isinstance(known["image"], str) and known["image"]:
-            pieces.append(IMAGE_TAG)
-            paths.append(known["image"])
+            paths += [path] if path else []
         else:
-            raise ValueError(f"has a part in turn {number} that is neither a text nor an image by its path")
+            raise ValueError(f"has a part in turn {index} that is neither a text nor an image by its path")
     return "".join(pieces)
+
+
+def _path_of_part(value: Any) -> str | None:
+    """The path in an image part: a text, or OpenAI's `{"url": ...}`; None where it holds something else."""
+    if isinstance(value, dict) and value.keys() <= {"url", "detail"}:
+        value = value.get("url")
+    return value.removeprefix("file://") if isinstance(value, str) else None
 
 
 def _check_parts(turns: list[dict[str, Any]], has_image: bool) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from tive.data.media import IMAGE_TAG, media_of
-from tive.data.records import image_of, value_at
+from tive.data.records import OTHER_ROLE_NAMES, image_of, unknown_role
+from tive.data.tasks import value_at
 from tive.util.errors import UserError
+from tive.util.text import shown
 
 # Whether a record, its image (or None) and its questions (the text of the human turns) meet a condition.
 Test = Callable[[dict[str, Any], str | None, list[str]], bool]
@@ -71,13 +73,15 @@ def shape_problem(record: Any) -> str | None:
     if not isinstance(record, dict):
         return "is not an object"
     turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and _is_text(turn.get("value")) for turn in turns):
+    if not isinstance(turns, list):
         return "has no `conversations` that are a list of turns with a text `value`"
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return "has no `conversations` that are a list of turns with a text `value`"
+        role = turn.get("from")
+        if isinstance(role, str) and role in OTHER_ROLE_NAMES:  # its questions would not be found
+            return unknown_role(role, index)
     return media_of(record).problem
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def questions_of(record: dict[str, Any]) -> list[str]:
@@ -196,7 +200,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
             f"{path}{line}: not YAML that can be used ({error.problem or error.context}); correct it"
         ) from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        what = " ".join(str(error).split())[:120]
+        what = shown(" ".join(str(error).split()), 120)
         raise UserError(f"{path}: not YAML that can be used ({what}); correct it") from error
     if not isinstance(content, dict) or not isinstance(content.get("rules"), list) or not content["rules"]:
         raise UserError(f"{path}: has no list under `rules:`; see scripts/rules/llava_v1_5.yaml for the form")

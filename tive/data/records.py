@@ -1,4 +1,4 @@
-"""Read, check, group and chunk instruction records.
+"""Read, check, chunk and write instruction records.
 
 A data file is a JSON list of records, or JSON Lines. It is read as a stream: a record stays on disk, and what
 is kept in memory is where it lies, so 665K records cost megabytes and are written again byte for byte.
@@ -7,7 +7,6 @@ is kept in memory is where it lies, so 665K records cost megabytes and are writt
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -17,12 +16,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tive.data.media import IMAGE_KEYS, IMAGE_TAG, media_of, plain_path
-from tive.data.stream import append_raw, stream_records
+from tive.data.media import IMAGE_TAG, media_of, plain_path
+from tive.data.stream import append_raw, parse_record, stream_records
 from tive.util.errors import UserError
 from tive.util.files import whole_file
+from tive.util.text import shown_value
 
 ROLES = ("human", "gpt")
+# What other trainers call LLaVA's roles.
+OTHER_ROLE_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class RecordFile:
             return os.pread(file.fileno(), int(self.lengths[row]), int(self.offsets[row]))
 
     def __getitem__(self, row: int) -> Any:
-        return json.loads(self.raw(row))
+        return parse_record(self.raw(row))
 
 
 def open_records(path: str | os.PathLike[str], visit: Callable[[int, Any], None] | None = None) -> RecordFile:
@@ -72,57 +74,65 @@ def write_records(path: str | os.PathLike[str], records: RecordFile, rows: Itera
 def copy_records(file: BinaryIO, records: RecordFile, rows: Iterable[int]) -> None:
     """`write_records` into an open file."""
     with open(records.path, "rb") as source:
-        places = ((int(records.lengths[row]), int(records.offsets[row])) for row in rows)
-        append_raw(file, (os.pread(source.fileno(), *place) for place in places))
+        descriptor = source.fileno()
+        append_raw(file, (os.pread(descriptor, int(records.lengths[row]), int(records.offsets[row])) for row in rows))
 
 
 def problem_of(record: Any) -> str | None:
-    """What keeps LLaVA from training on a record, in a few words; None when nothing does.
+    """What keeps LLaVA from training on a record, in the words that follow its name; None when nothing does.
 
-    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a
-    leading `gpt` turn is allowed: it is dropped), one image at most, and its tag in one turn at most.
+    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a leading
+    `gpt` turn is allowed: it is dropped with what it holds), one image at most and no other medium, and the image's
+    tag in one turn at most. A problem with a remedy of its own names it after a semicolon.
     """
     if not isinstance(record, dict):
         return "is not an object"
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         return "has no `conversations`" if turns is None else "has `conversations` that are not a list of turns"
-    tagged = 0
-    for number, turn in enumerate(turns):
+    for index, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return f"has a turn {number} without a text `value`"
+            return f"has a turn {index} without a text `value`"
         role, text = turn.get("from"), turn["value"]
         if role not in ROLES:
-            return f"has an unknown role {_shown(role)} in turn {number} (known: human, gpt)"
-        if not text.isascii() and not _is_unicode(text):
-            return f"has text in turn {number} that is not valid Unicode"
-        tagged += IMAGE_TAG in text
+            return unknown_role(role, index)
+        if not text.isascii() and not is_unicode(text):
+            return f"has text in turn {index} that is not valid Unicode"
     first = 1 if turns[0]["from"] == "gpt" else 0
     if first == len(turns):
         return "has no human turn"
-    for number, turn in enumerate(turns[first:]):
-        if turn["from"] != ROLES[number % 2]:
-            return f"has two {turn['from']} turns in a row (turn {number + first})"
+    tagged = 0
+    for index, turn in enumerate(turns[first:]):
+        if turn["from"] != ROLES[index % 2]:
+            return f"has two {turn['from']} turns in a row (turn {index + first})"
+        tagged += IMAGE_TAG in turn["value"]
     media = media_of(record)
     if media.problem:
         return media.problem
     if len(media.images) > 1:
-        return f"has {len(media.images)} images; one is supported"
-    if "image" in record and not media.images:  # LLaVA's trainer stops at the key without a path
-        return "has an `image` that is neither a path nor a list of one path"
+        return f"has {len(media.images)} images, and one is supported"
+    if "image" in record and not media.images:
+        return "has an `image` that is neither a path nor a list of one path; remove the key where there is no image"
     if media.images and tagged > 1:
         return f"has {IMAGE_TAG} in {tagged} turns and one image"
     return None
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, dict)):
-        return f"that is a {type(value).__name__}"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def unknown_role(role: Any, index: int) -> str:
+    """The problem of a record whose turn `index` has a role that LLaVA does not know."""
+    problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
+    if isinstance(role, str) and role in OTHER_ROLE_NAMES:
+        return problem + "; convert the data with scripts/convert_data.py --to llava"
+    return problem
 
 
-def _is_unicode(text: str) -> bool:
+def with_remedy(problem: str) -> str:
+    """A problem with what to do about it, where it does not say so itself."""
+    return problem if ";" in problem else f"{problem}; repair or remove it"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -133,90 +143,13 @@ def _is_unicode(text: str) -> bool:
 def name_of(path: str | os.PathLike[str], row: int, record: Any) -> str:
     """How an error names a record: file, row, and the id where there is one."""
     identity = record.get("id") if isinstance(record, dict) else None
-    return f"{path}: record {row}" + (f" (id {_shown(identity)})" if identity is not None else "")
+    return f"{path}: record {row}" + (f" (id {shown_value(identity)})" if identity is not None else "")
 
 
 def image_of(record: dict[str, Any]) -> str | None:
     """The path of the record's (first) image below the image folder, or None. The record is one without a problem."""
     images = media_of(record).images
     return plain_path(images[0]) if images else None
-
-
-def value_at(record: dict[str, Any], key: str) -> Any:
-    """The value under a key, or under a dotted path (`meta.source`); None when nothing is there."""
-    if key in record:
-        return record[key]
-    value: Any = record
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, dict) else None
-    return value
-
-
-def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
-    """The task that a record names; None when it names none.
-
-    Args:
-        task_key: a key (`dataset`), a dotted path (`meta.source`), or `KEY:SEPARATOR`, the part of the value before
-            the first separator (`image:/`, the first folder of the image; `id:_`).
-
-    Raises:
-        UserError: `task_key` ends in its colon.
-    """
-    key, colon, separator = task_key.partition(":")
-    if colon and not separator:
-        raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
-    value = value_at(record, key)
-    if key in IMAGE_KEYS:  # whichever of the two keys the record has, and however its path is spelled
-        value = image_of(record)
-    elif isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        return None
-    text = str(value)
-    if not text.isascii() and not _is_unicode(text):
-        return None
-    if not colon:
-        return text
-    before, found, _ = text.partition(separator)
-    return before if found and before else None
-
-
-def checked_task(path: str | os.PathLike[str], row: int, record: Any, task_key: str = "dataset") -> str:
-    """The task of a record that can be trained on.
-
-    Raises:
-        UserError: the record has a problem or names no task; it is named.
-    """
-    problem = problem_of(record)
-    if problem:
-        raise UserError(f"{name_of(path, row, record)} {problem}; repair or remove it")
-    task = task_of(record, task_key)
-    if task is None:
-        raise UserError(
-            f"{name_of(path, row, record)} names no task under `{task_key}`; add it with "
-            f"`python scripts/label_tasks.py --source_path {path} --target_path labelled.json`, "
-            "or name another key with --task_key"
-        )
-    return task
-
-
-def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset") -> tuple[RecordFile, list[str]]:
-    """A data file, and the task of each of its records `[n]`.
-
-    Raises:
-        UserError: as `open_records` and `checked_task`.
-    """
-    tasks: list[str] = []
-    records = open_records(path, lambda row, record: tasks.append(checked_task(path, row, record, task_key)))
-    return records, tasks
-
-
-def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
-    """The rows of every task, ascending; the tasks in order of their first record."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(tasks))}
-    codes = np.fromiter((numbers[name] for name in tasks), np.int64, len(tasks))
-    groups = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-    return dict(zip(numbers, groups, strict=True))
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:

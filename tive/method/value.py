@@ -92,16 +92,22 @@ def draw_middle(scores: np.ndarray, number: int) -> np.ndarray:
     return np.sort(np.argsort(np.asarray(scores, np.float64), kind="stable")[first : first + number])
 
 
-def equal_shares(sizes: list[int], total: int) -> list[int]:
+def equal_shares(sizes: list[int], total: int, seed: int) -> list[int]:
     """`total` spread equally over tasks of `sizes`; a small task gives all it has and the rest goes to the others.
 
-    What does not divide goes one each to the largest tasks (the earlier ones, where sizes are equal).
+    What does not divide goes one each to tasks drawn by the seed from those that have records left.
     """
-    shares = [0] * len(sizes)
-    for place, task in enumerate(order := sorted(range(len(sizes)), key=lambda task: (sizes[task], -task))):
-        shares[task] = min(sizes[task], total // (len(order) - place))
-        total -= shares[task]
-    return shares
+    level, left = 0, total
+    for index, size in enumerate(sorted(sizes)):
+        level = left // (len(sizes) - index)
+        if size > level:
+            break
+        left -= size
+    shares = np.minimum(sizes, level)
+    unfilled = np.flatnonzero(np.array(sizes) > level)
+    rest = min(total - int(shares.sum()), len(unfilled))
+    shares[unfilled[draw(np.zeros(len(unfilled)), 0.0, rest, seed, "rest of the equal shares")]] += 1
+    return shares.tolist()
 
 
 def _logits(scores: np.ndarray, q: float) -> np.ndarray:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.records import RecordFile, checked_task, open_records, rows_by_task, task_of
+from tive.data.records import RecordFile, open_records
+from tive.data.tasks import checked_task, rows_by_task, task_of
 from tive.features.chunks import Chunk
 from tive.selection.choice import NO_TASK
 from tive.selection.summary import LeftOut

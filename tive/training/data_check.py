@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tive.data.bad_records import report_bad_records
+from tive.data.bad_records import refuse_bad_records
 from tive.data.images import look_for
 from tive.data.media import has_tag_alone, media_of
-from tive.data.records import name_of, open_records, problem_of
+from tive.data.records import open_records, problem_of
 from tive.data.stream import is_json_lines
 from tive.util.errors import UserError
 from tive.util.text import shown
@@ -91,16 +91,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
             f"{path} names {len(images):,} images, and the folder {image_folder} is not there; set IMAGE_FOLDER"
         )
     problems |= _missing_images(images, image_folder or "")
-    listing.unlink(missing_ok=True)
-    if problems:
-        report_bad_records(records, problems, len(records), listing)
-        row = min(problems)
-        raise UserError(
-            f"{path}: {len(problems):,} of {len(records):,} records cannot be trained on (the first: "
-            f"{name_of(path, row, records[row])} {shown(problems[row], 300)}), all are listed in {listing}; repair "
-            f"them, or write the data without them: `python scripts/convert_data.py --source_path {path} --target_path "
-            f"good.json --drop {listing}`"
-        )
+    refuse_bad_records(records, problems, listing)
     return TrainingData(len(records), len(images), len(set(images.values())), tags_alone)
 
 

@@ -1,0 +1,239 @@
+"""What must hold of reading a data file, whatever it holds: the records that Python's json reads, or one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.records import JSON_VALUES, NEAR_RECORDS, RECORDS, turn, write
+from tive.data import stream as json_stream
+from tive.data.records import open_records, write_records
+from tive.data.stream import parse_record, stream_records
+from tive.data.tasks import read_tasks
+from tive.util.errors import UserError
+
+
+def read(path):
+    return [record for _, _, record in stream_records(path)]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_and_json_lines_hold_the_same_records(tmp_path, ascii_only, indent):
+    records = RECORDS if ascii_only else RECORDS[:1]
+    listed = write(tmp_path / "a.json", json.dumps(records, ensure_ascii=ascii_only, indent=indent))
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
+    assert read(listed) == read(write(tmp_path / "a.jsonl", lines)) == records
+
+
+LAYOUTS = {
+    "list": b"[%s]",
+    "spaced list": b"\r\n\t [ \n %s \n ] \n\n",
+    "byte order mark": b"\xef\xbb\xbf[%s]",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("read_bytes", [1, 2, 3, 7, 64, 4 << 20])
+def test_offsets_and_raw_bytes_are_those_of_the_file_wherever_a_read_ends(tmp_path, monkeypatch, layout, read_bytes):
+    monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
+    texts = [
+        '{"id": "caf\u00e9 \U0001f680"}'.encode(),
+        b'{ "n" : 1.50e1 ,"dup":1, "dup":2}',
+        b'{"s":"\\u00e9\\\\"}',
+        b"{}",
+    ]
+    path = write(tmp_path / "a.json", layout % b" ,\n".join(texts))
+    content = path.read_bytes()
+    found = list(stream_records(path))
+    assert [raw for _, raw, _ in found] == texts
+    assert [content[offset : offset + len(raw)] for offset, raw, _ in found] == texts
+    records = open_records(path)
+    assert [records.raw(row) for row in range(len(records))] == texts
+    assert records[0] == {"id": "caf\u00e9 \U0001f680"}
+
+
+def test_a_record_across_the_real_read_boundary_is_whole(tmp_path):
+    long = {"id": "long", "conversations": [turn("human", "é" * (5 << 20)), turn("gpt", "end")]}
+    path = write(tmp_path / "a.json", json.dumps([RECORDS[0], long, RECORDS[1]], ensure_ascii=True))
+    assert read(path) == [RECORDS[0], long, RECORDS[1]]
+
+
+BROKEN = {
+    "empty file": (b"", "is empty"),
+    "only white space": (b" \n\t ", "is empty"),
+    "not a list": (b'"text"', "neither a JSON list"),
+    "a table": (b"id,image\n1,a.jpg\n", "neither a JSON list"),
+    "list breaks off in a record": (b'[{"id": 1}, {"id": 2', "record 1"),
+    "list breaks off after a record": (b'[{"id": 1}', "bracket is missing"),
+    "list breaks off after a comma": (b'[{"id": 1},', "record 1"),
+    "trailing comma": (b'[{"id": 1},]', "record 1"),
+    "missing comma": (b'[{"id": 1} {"id": 2}]', "comma"),
+    "text after the list": (b'[{"id": 1}] []', "after the end"),
+    "line breaks off": (b'{"id": 1}\n{"id": "x', "record 1"),
+    "garbage line": (b'{"id": 1}\n<html>\n', "record 1"),
+    "not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
+    "UTF-16 in UTF-8": (b'[{"id": 1}, \xff\xfe[', "UTF-8"),
+    "cut inside a character": ('[{"id": "é'.encode()[:-1], "UTF-8"),
+    "bare line break in a string": (b'[{"id": "a\nb"}]', "not JSON"),
+    "an integer of 5000 digits": (b'[{"id": ' + b"9" * 5000 + b"}]", "record 0"),
+    "nested 100,000 deep": (b"[" * 100_000, "nested too deeply"),
+    "an object nested 100,000 deep": (b'{"a":' * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_damaged_file_ends_in_one_line_that_names_the_file_and_the_place(tmp_path, content, said):
+    path = write(tmp_path / "a.json", content)
+    with pytest.raises(UserError, match=said) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "."])
+def test_a_path_that_is_no_file_is_a_user_error(tmp_path, name):
+    with pytest.raises(UserError, match="cannot read"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("end", [b'"}]', b""], ids=["whole", "never ends"])
+def test_a_record_above_the_limit_is_refused_before_the_file_is_read_through(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 1 << 10)
+    monkeypatch.setattr(json_stream, "READ_BYTES", 1 << 8)
+    path = write(tmp_path / "a.json", b'[{"id": 1}, {"id": "' + b"x" * (1 << 20) + end)
+    digest = CountingDigest()
+    with pytest.raises(UserError, match="one record above"):
+        list(stream_records(path, digest))
+    assert digest.count < 1 << 13
+
+
+class CountingDigest:
+    count = 0
+
+    def update(self, block):
+        self.count += len(block)
+
+
+def test_the_limit_counts_bytes_not_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 1000)
+    assert len(read(write(tmp_path / "a.json", '[{"id": "' + "e" * 900 + '"}]'))) == 1
+    with pytest.raises(UserError, match="one record above"):
+        read(write(tmp_path / "b.json", '[{"id": "' + "é" * 900 + '"}]'))
+
+
+def test_a_file_without_records_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no records"):
+        open_records(write(tmp_path / "a.json", b" [ ] "))
+
+
+# Fuzzing: a `UserError` or records, nothing else
+
+
+def mutated(content: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    for place, length, new in edits:
+        start = place % (len(content) + 1)
+        content = content[:start] + new + content[start + length :]
+    return content
+
+
+VALID_FILES = st.builds(
+    lambda records, lines: ("\n".join(map(json.dumps, records)) if lines else json.dumps(records)).encode(),
+    st.lists(NEAR_RECORDS | JSON_VALUES, max_size=5),
+    st.booleans(),
+)
+EDITS = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 30), st.binary(max_size=6)), max_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    content=st.binary(max_size=400) | VALID_FILES | st.builds(mutated, VALID_FILES, EDITS),
+    read_bytes=st.integers(1, 50),
+)
+def test_whatever_the_bytes_are_reading_ends_in_records_or_one_line(folder, content, read_bytes):
+    path = write(folder / "a.json", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "READ_BYTES", read_bytes)
+        try:
+            data = read_tasks(path)
+        except UserError as error:
+            assert str(error).startswith((str(path), f"cannot read {path}")), str(error)
+            assert "\n" not in str(error)
+        else:
+            assert len(data.records) == len(data.tasks) > 0
+    assert [file.name for file in folder.iterdir()] == ["a.json"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(records=st.lists(st.dictionaries(st.text(max_size=8), JSON_VALUES, max_size=4), min_size=1), lines=st.booleans())
+def test_records_that_json_can_hold_are_read_as_they_are_and_written_byte_for_byte(folder, records, lines):
+    texts = [json.dumps(record) for record in records]
+    path = write(folder / "a.json", "\n".join(texts) if lines else "[" + ",".join(texts) + "]")
+    found = open_records(path)
+    assert [found.raw(row).decode() for row in range(len(found))] == texts
+    target = folder / "b.json"
+    write_records(target, found, range(len(found)))
+    assert [raw.decode() for _, raw, _ in stream_records(target)] == texts
+    target.unlink()
+
+
+# What stands between two records stands within them too: in lists of objects, in texts.
+GAPS = st.sampled_from([",", ", ", " ,\n", "\n", "\r\n ", ""])
+ALIKE = st.recursive(
+    st.sampled_from(['"}, {\\"id\\": 1"', '"a"', "1", "NaN", '"\\ud800"', "1e999", "-0", '"é"', '"\\u00e9"', "[]"]),
+    lambda inner: st.lists(inner, max_size=2).map(lambda items: f"[{', '.join(items)}]")
+    | st.builds(lambda key, value: f'{{"{key}": {value}}}', st.sampled_from(["id", "a", "x}, {"]), inner),
+    max_leaves=4,
+)
+TEXTS = st.lists(
+    st.builds(
+        lambda key, values: "{"
+        + ", ".join(f'"{key}{index or ""}": {value}' for index, value in enumerate(values))
+        + "}",
+        st.sampled_from(["id", "id", "id", "image"]),
+        st.lists(ALIKE, min_size=1, max_size=3),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=TEXTS, gap=GAPS, read_bytes=st.integers(1, 200))
+def test_records_end_where_they_end_whatever_stands_within_them(folder, texts, gap, read_bytes):
+    path = write(folder / "a.json", f"[{gap.join(texts)}]" if "," in gap else gap.join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "READ_BYTES", read_bytes)
+        found = list(stream_records(path))
+    assert [raw.decode() for _, raw, _ in found] == texts
+    assert [repr(record) for _, _, record in found] == [repr(json.loads(text)) for text in texts]
+    assert [path.read_bytes()[offset : offset + len(raw)].decode() for offset, raw, _ in found] == texts
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=JSON_VALUES | st.binary(max_size=30))
+def test_a_record_is_what_json_makes_of_it(value):
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    try:
+        expected = json.loads(raw)
+    except ValueError:
+        with pytest.raises(ValueError):
+            parse_record(raw)
+    else:
+        assert repr(parse_record(raw)) == repr(expected)
+
+
+def test_a_number_or_text_that_only_python_reads_is_read(tmp_path):
+    records = read(write(tmp_path / "a.json", '[{"n": NaN}, {"n": 1e999}, {"n": "\\ud800"}, {"n": -Infinity}]'))
+    assert repr(records) == repr([{"n": float("nan")}, {"n": float("inf")}, {"n": "\ud800"}, {"n": float("-inf")}])

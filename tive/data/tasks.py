@@ -1,0 +1,140 @@
+"""Which task a record names, and the records of each task."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tive.data.bad_records import count_and_first, refuse_bad_records
+from tive.data.media import IMAGE_KEYS, has_tag_alone
+from tive.data.records import RecordFile, image_of, is_unicode, name_of, open_records, problem_of, with_remedy
+from tive.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A data file, the task of each of its records `[n]`, and how many have the image's tag but no image."""
+
+    records: RecordFile
+    tasks: list[str]
+    tags_alone: int
+
+
+def value_at(record: dict[str, Any], key: str) -> Any:
+    """The value under a key, or under a dotted path (`meta.source`); None when nothing is there."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
+    """The task that a record names; None when it names none.
+
+    Args:
+        task_key: a key (`dataset`), a dotted path (`meta.source`), or `KEY:SEPARATOR`, the part of the value before
+            the first separator (`image:/`, the first folder of the image; `id:_`).
+
+    Raises:
+        UserError: `task_key` ends in its colon.
+    """
+    return task_or_problem(record, task_key)[0]
+
+
+def task_or_problem(record: dict[str, Any], task_key: str) -> tuple[str | None, str]:
+    """The task of a record, and why it names none (empty where it does)."""
+    key, colon, separator = task_key.partition(":")
+    if colon and not separator:
+        raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
+    # Whichever of the two keys of an image the record has, and however its path is spelled.
+    value = image_of(record) if key in IMAGE_KEYS else value_at(record, key)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (list, dict)):
+        kind = "a list" if isinstance(value, list) else "an object"
+        return None, f"has {kind} under `{task_key}`, and a task is a text, a number, true or false"
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    if not text.isascii() and not is_unicode(text):
+        return None, f"names a task under `{task_key}` that is not valid Unicode"
+    if colon:
+        before, found, _ = text.partition(separator)
+        text = before if found else ""
+    return (text, "") if text else (None, no_task(task_key))
+
+
+def no_task(task_key: str) -> str:
+    """The problem of a record that names no task."""
+    return f"names no task under `{task_key}`"
+
+
+def checked_task(path: str | os.PathLike[str], row: int, record: Any, task_key: str = "dataset") -> str:
+    """The task of a record that can be trained on.
+
+    Raises:
+        UserError: the record has a problem or names no task; it is named.
+    """
+    problem = problem_of(record)
+    task, without_task = (None, "") if problem else task_or_problem(record, task_key)
+    if task is None:
+        name = name_of(path, row, record)
+        if without_task == no_task(task_key):
+            raise UserError(f"{name} {without_task}; {_add_tasks(path)}")
+        raise UserError(f"{name} {with_remedy(problem or without_task)}")
+    return task
+
+
+def _add_tasks(path: str | os.PathLike[str]) -> str:
+    return (
+        f"add it with `python scripts/label_tasks.py --source_path {path} --target_path labelled.json`, "
+        "or name another key with --task_key"
+    )
+
+
+def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing: Path | None = None) -> TaskFile:
+    """Read a data file whose every record can be trained on and names its task.
+
+    Args:
+        listing: where the bad records are listed, all of them; one of an earlier call is removed. None: not listed.
+
+    Raises:
+        UserError: as `open_records`, or records have a problem or name no task; their counts and the first ten are
+            printed.
+    """
+    tasks: list[str] = []
+    problems: dict[int, str] = {}
+    tags_alone = 0
+
+    def visit(row: int, record: Any) -> None:
+        nonlocal tags_alone
+        problem = problem_of(record)
+        task, without_task = (None, "") if problem else task_or_problem(record, task_key)
+        if task is None:
+            problems[row] = problem or without_task
+            return
+        tasks.append(task)
+        tags_alone += has_tag_alone(record)
+
+    records = open_records(path, visit)
+    unlabelled = sum(problem == no_task(task_key) for problem in problems.values())
+    if unlabelled == len(records):
+        raise UserError(f"{path}: no record names a task under `{task_key}`; {_add_tasks(path)}")
+    if listing is not None:
+        refuse_bad_records(records, problems, listing)
+    elif problems:
+        raise UserError(f"{count_and_first(records, problems)}; repair or remove them")
+    return TaskFile(records, tasks, tags_alone)
+
+
+def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
+    """The rows of every task, ascending; the tasks in order of their first record."""
+    codes_by_name = {name: code for code, name in enumerate(dict.fromkeys(tasks))}
+    codes = np.fromiter((codes_by_name[name] for name in tasks), np.int64, len(tasks))
+    groups = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    return dict(zip(codes_by_name, groups, strict=True))
