@@ -87,6 +87,15 @@ def copy_state(checkpoint: Path, target: Path) -> None:
             else:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(found, target / found.name)
+    for part in target.glob("global_step*/zero_pp_rank_[1-9]*_model_states.pt"):
+        part.unlink()  # the first rank's names them all
+    for name, key, value in (
+        ("config.json", "_name_or_path", "./vicuna"),
+        ("config.json", "mm_vision_tower", "./clip"),
+        ("adapter_config.json", "base_model_name_or_path", "./vicuna"),
+    ):
+        settings = json.loads((target / name).read_text())
+        (target / name).write_text(json.dumps(settings | {key: value}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -96,8 +105,6 @@ def main() -> None:
             checkpoint = train(Path(folder), stage, bfloat16)
             shutil.rmtree(target / kind, ignore_errors=True)
             copy_state(checkpoint, target / kind)
-            for part in (target / kind).glob("global_step*/zero_pp_rank_[1-9]*_model_states.pt"):
-                part.unlink()  # the first rank's names them all
 
 
 if __name__ == "__main__":
