@@ -1,4 +1,4 @@
-"""Step 4 for a target: the records whose gradients, as the optimizer applies them, point where the target's do (LESS)."""
+"""Step 4 for a target: the records whose gradients, as Adam applies them, point where the target's point (LESS)."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def main() -> None:
     options = Options(arguments.p, arguments.within, arguments.over_targets, arguments.gradient, weights)
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
-    from tive.features.spans import spans_of
-    from tive.selection.mixture import read_mixture
-    from tive.selection.printed import bar
-    from tive.selection.summary import inputs_of, summary_of
-    from tive.util.device import usable_device
 
+    from tive.features.spans import spans_of
     from tive.method.influence import products
     from tive.method.target import subtask_scores
     from tive.selection import target as less
     from tive.selection.files import Scores, check_writable, files_of, write_selection
+    from tive.selection.mixture import read_mixture
+    from tive.selection.printed import bar
     from tive.selection.printed_target import print_target_choice, print_warnings
+    from tive.selection.summary import inputs_of, summary_of
+    from tive.util.device import usable_device
 
     device = usable_device(arguments.device)
     check_writable(arguments.save_path)

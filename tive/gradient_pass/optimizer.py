@@ -44,6 +44,11 @@ class GradientKind:
     def step(self) -> int | None:
         return self.trainer.step if self.trainer else None
 
+    @property
+    def learning_rates(self) -> dict[str, float] | None:
+        """How many rates the trainer logged up to the checkpoint, and their sum, for the manifest."""
+        return {"logged": self.trainer.logged, "sum": self.trainer.learning_rate_sum} if self.trainer else None
+
 
 def gradient_kind(model_path: str, form: str | None = None, optimizer_state: str | None = None) -> GradientKind:
     """Find and check what the gradient needs beside the model.
@@ -89,7 +94,7 @@ def transform_of(
     if state.stored_dtype != torch.float32:
         print(
             f"warning: Adam's moments were kept in {str(state.stored_dtype).removeprefix('torch.')}, in which v "
-            f"cannot decay with b2 = {state.b2:g} and stays too large; train with DeepSpeed, which keeps them in float32"
+            f"cannot decay with b2 = {state.b2:g} and stays too large; DeepSpeed keeps them in float32"
         )
     m = {name: moment.to(reference.device) for name, moment in state.m.items()}
     v = {name: moment.to(reference.device) for name, moment in state.v.items()}

@@ -64,6 +64,6 @@ def votes(scores: np.ndarray, number: int) -> np.ndarray:
 
 
 def ranking(scores: np.ndarray, tie_break: np.ndarray | None = None) -> np.ndarray:
-    """Rows by falling score `[N]`, then falling `tie_break`, then rising row; those whose score is NaN are not in it."""
+    """Rows by falling score `[N]`, then falling `tie_break`, then rising row; those of score NaN are left out."""
     keys = (-scores,) if tie_break is None else (-tie_break, -scores)
     return np.lexsort(keys)[: np.count_nonzero(~np.isnan(scores))]

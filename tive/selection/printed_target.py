@@ -23,7 +23,7 @@ def print_target_choice(
     files: Files,
 ) -> None:
     """Print three tables (checkpoints, tasks, subtasks), what was left out, and which files there are."""
-    rows = [("checkpoint", "step", "gradient", "weight")]
+    rows: list[tuple[str, ...]] = [("checkpoint", "step", "gradient", "weight")]
     for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
         step = checkpoint.match.checkpoint
         rows.append(

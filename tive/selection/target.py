@@ -19,6 +19,7 @@ from tive.features.spans import spans_of
 from tive.method.influence import group_means
 from tive.method.target import best_subtask, checkpoint_weights, mean_rates_since, mean_subtask, ranking, votes
 from tive.method.value import rounded_down
+from tive.selection.files import name_part
 from tive.selection.mixture import Mixture, reasons_left_out, record_scores
 from tive.selection.summary import Task
 from tive.util.errors import UserError
@@ -401,7 +402,9 @@ def less_stem(options: Options, task_key: str) -> str:
             parts.append(f"{name}-{getattr(options, name)}")
     if options.weights is not None:
         parts.append(f"weights-{'+'.join(map(str, options.weights))}")
-    return "_".join(parts) + task_key_part(task_key)
+    if task_key != "dataset":
+        parts.append(f"task_key-{name_part([task_key])}")
+    return "_".join(parts)
 
 
 def _listed(values: Sequence[Any]) -> str:
