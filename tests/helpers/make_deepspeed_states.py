@@ -45,6 +45,8 @@ def train(output: Path, stage: int, bfloat16: bool) -> Path:
         "version": "v1",
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
         "group_by_modality_length": True,
         "lora_enable": True,
