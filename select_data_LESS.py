@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from tive.selection.target import GRADIENTS, OVER_TARGETS, WITHIN, Options
+from tive.selection.target_options import GRADIENTS, OVER_TARGETS, WITHIN, Options
 from tive.util.errors import UserError, run
 
 EXAMPLES = """

@@ -34,4 +34,5 @@ def less_arguments(model_path: Path, data: str | Path, *more: object) -> list[ob
 
 
 def run_less(output: Path, model_path: Path, data: str | Path, *more: object) -> Finished:
+    torch.set_flush_denormal(True)
     return run_step(output, *less_arguments(model_path, data, *more))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,9 @@ from tive.method.value import rounded_down
 from tive.selection.files import name_part
 from tive.selection.mixture import Mixture, reasons_left_out, record_scores
 from tive.selection.summary import Task
+from tive.selection.target_options import Options
 from tive.util.errors import UserError
 
-GRADIENTS = ("adam", "sgd")
-WITHIN = ("mean", "mean_gradient")
-OVER_TARGETS = ("max", "mean", "vote")
 # What the features of the records and of the target must have in common, to be of one space.
 _PAIRED = {
     "model": "model",
@@ -37,43 +34,6 @@ _PAIRED = {
     "proj_seed": "projection's seed",
     "proj_dim": "dimension",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is chosen: LESS's selection, unless said otherwise.
-
-    Attributes:
-        p: share of all records to select, above 0 and up to 1.
-        within: a subtask's `mean` of cosines, or the cosine with its `mean_gradient`.
-        over_targets: the best subtask (`max`), their `mean`, or a `vote`: in how many a record is within the top p.
-        gradient: of the training records, as Adam applies it (`adam`, of either form) or as it is (`sgd`).
-        weights: of the checkpoints, in their order; None for the mean logged learning rates.
-
-    Raises:
-        UserError: a value is not one of those.
-    """
-
-    p: float = 0.05
-    within: str = "mean"
-    over_targets: str = "max"
-    gradient: str = "adam"
-    weights: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise UserError(f"p = {self.p} is not a share; give a number above 0 and up to 1")
-        known = {"within": WITHIN, "over_targets": OVER_TARGETS, "gradient": GRADIENTS}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} {getattr(self, name)!r} is not known; give one of {', '.join(values)}")
-        if self.weights is not None:
-            if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
-                raise UserError(
-                    f"weights {_listed(self.weights)}: one is negative or not a number; give them from 0 up"
-                )
-            if not any(self.weights):
-                raise UserError(f"weights {_listed(self.weights)} are all zero; give one above zero")
 
 
 @dataclass(frozen=True)
