@@ -148,9 +148,9 @@ def check_files(files: ModelFiles) -> None:
         )
     if not (folder / "non_lora_trainables.bin").is_file():
         raise UserError(
-            f"{folder} lacks non_lora_trainables.bin, the trained projector, which LLaVA writes only when training "
-            "ends; run finetune_lora.sh again with the same OUTPUT_DIR (LLaVA goes on from its last checkpoint) and "
-            "name that OUTPUT_DIR as --model_path, not a checkpoint-N in it"
+            f"{folder} lacks non_lora_trainables.bin, the trained projector, which LLaVA's own trainer writes only "
+            "when training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with it "
+            "(the same OUTPUT_DIR) and name that OUTPUT_DIR as --model_path"
         )
     if not Path(model_base, "config.json").is_file():
         raise UserError(f"--model_base {model_base} is not a model folder (no config.json); name the base's folder")

@@ -9,7 +9,6 @@ at training time; tive's trainer writes the names beside it, and for older state
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tive.models.adapter import read_tensors
+from tive.models.adapter import adapter_file, read_tensors
 from tive.models.deepspeed_state import read_deepspeed
 from tive.models.stored_optimizer import StoredParameter, read_optimizer_file
 from tive.util.errors import UserError
@@ -26,6 +25,7 @@ from tive.util.files import read_json, sha256_of
 NAMES_FILE = "optimizer_names.json"
 # bfloat16 keeps 8 bits, and the adapter is saved in the training's precision: the master weights are not rounded.
 _RELATIVE, _ABSOLUTE = 2.0**-8, 1e-7
+_DROPPED = {"base_model", "module", "model", "language_model", "text_model", "modules_to_save", "default"}
 _HOW_TO_KEEP = (
     "an output folder after training and a checkpoint of --save_only_model have none; take a checkpoint-N folder as "
     "the model (--save_strategy epoch --save_total_limit N keeps them), or name the place of its state"
@@ -166,9 +166,8 @@ def adam_state(state: StoredState, model: nn.Module, matrices: Mapping[str, nn.L
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what peft, DeepSpeed and the trainers put around it."""
-    name = re.sub(r"^(?:base_model\.|module\.|model\.)+", "", name)
-    return re.sub(r"\.lora_([AB])\.(?:\w+\.)?weight$", r".lora_\1.weight", name)
+    """A parameter's name without the parts that peft, DeepSpeed, and releases of transformers add or leave out."""
+    return ".".join(part for part in name.split(".") if part not in _DROPPED)
 
 
 def _named(state: StoredState, model: nn.Module, model_path: Path) -> list[list[StoredParameter]]:
@@ -214,13 +213,15 @@ def _names_beside(path: Path) -> list[list[str]]:
 
 def _layouts(model: nn.Module, model_path: Path) -> list[list[list[str]]]:
     """The groups that the trainers' rule gives: with and without decay, LLaVA's projector by itself or not."""
-    beside = model_path / "non_lora_trainables.bin"
-    trained_beside = {plain_name(name) for name in read_tensors(beside)} if beside.is_file() else set()
+    # LLaVA's and Bunny's models hold what is trained beside the adapter after the layers.
+    files = (adapter_file(model_path), model_path / "non_lora_trainables.bin")
     decayed: list[str] = []
     undecayed: list[str] = []
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name or plain_name(name) in trained_beside:
-            (decayed if parameter.ndim > 1 else undecayed).append(name)
+    for file in files:
+        trained = {plain_name(name) for name in read_tensors(file)} if file and file.is_file() else set()
+        for name, parameter in model.named_parameters():
+            if plain_name(name) in trained:
+                (decayed if parameter.ndim > 1 else undecayed).append(name)
 
     def split(names: list[str], projector: bool) -> list[str]:
         return [name for name in names if ("mm_projector" in name) == projector]
