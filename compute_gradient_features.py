@@ -19,6 +19,8 @@ all GPUs of this machine, one process each, which takes one open chunk after the
 or with torchrun, which tells each process its chunk; or a SLURM array:
   torchrun --nproc_per_node 8 compute_gradient_features.py --input_file data.json ...
   sbatch scripts/compute_gradients.sbatch --input_file data.json ...
+for LESS, the gradient as the checkpoint's Adam would apply it (docs/less.md):
+  python compute_gradient_features.py --model_path checkpoints/reference-lora/checkpoint-105 --gradient adam ...
 
 A run that stops, however it stops, is continued by the same command.
 """
@@ -59,6 +61,9 @@ def parse_arguments() -> argparse.Namespace:
         "--projector", default="auto", type=projector_kind, choices=kinds, help="auto: trak_cuda if it works, or sparse"
     )
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
+    add("--gradient", default="sgd", choices=("sgd", "adam"), help="as it is, or for LESS as Adam applies it (sgd)")
+    add("--adam_form", choices=("adam", "release"), help="Adam's own step, or that of LESS's code (adam)")
+    add("--optimizer_state", metavar="PATH", help="Adam's state, where it is not beside --model_path")
     add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
@@ -84,6 +89,9 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not a positive number")
+    for name in ("adam_form", "optimizer_state"):
+        if arguments.gradient != "adam" and getattr(arguments, name):
+            parser.error(f"--{name} has no meaning without --gradient adam")
     if arguments.overwrite and arguments.chunk_idx == "any":
         parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
     if arguments.most_left_out is not None:
@@ -115,6 +123,7 @@ def main() -> None:
     from tive.gradient_pass.batches import GradientStep
     from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
+    from tive.gradient_pass.optimizer import gradient_kind, transform_of
     from tive.gradient_pass.preflight import Tolerance, read_data
     from tive.method.projection import make_projector
     from tive.models import ModelFiles, family_of
@@ -134,6 +143,8 @@ def main() -> None:
     )
     family = family_of(files)
     family.check_files(files)
+    form = (arguments.adam_form or "adam") if arguments.gradient == "adam" else None
+    gradient = gradient_kind(arguments.model_path, form, arguments.optimizer_state)
     data = read_data(arguments.input_file, family.record_problem)
     model = family.identity(files)
     options = PassOptions(
@@ -149,6 +160,7 @@ def main() -> None:
             "model_path": arguments.model_path,
             "model_base": arguments.model_base,
             "image_folder": os.path.abspath(arguments.image_folder),
+            "learning_rates": gradient.learning_rates,
         },
     )
 
@@ -170,7 +182,8 @@ def main() -> None:
             )
             raise UserError(f"--projector {error}; {remedy}") from error
         print(f"projector {projector.kind}: {projector.about}")
-        return GradientStep(family, reference, matrices, projector, el2n=arguments.el2n)
+        transform = transform_of(gradient, reference, matrices, arguments.model_path)
+        return GradientStep(family, reference, matrices, projector, transform, arguments.el2n)
 
     def compute(chunk_idx: int) -> None:
         rows = chunk_range(len(data.records), place.num_chunks, chunk_idx)
@@ -184,9 +197,9 @@ def main() -> None:
             start=rows.start,
             stop=rows.stop,
             model=model,
-            gradient="sgd",
-            optimizer_state=None,
-            checkpoint=None,
+            gradient=gradient.name,
+            optimizer_state=gradient.state_sha256,
+            checkpoint=gradient.step,
             grad_modules=arguments.grad_modules,
             last_layers=arguments.last_layers,
             proj_seed=arguments.seed,

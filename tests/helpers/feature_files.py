@@ -74,8 +74,9 @@ def write_features(
     num_chunks: int = 3,
     left_out: dict[int, str] | None = None,
     change: Callable[[dict[str, Any]], None] = lambda match: None,
+    manifest: dict[str, Any] | None = None,
 ) -> None:
-    """Write chunks as step 3 does; `change` may alter a chunk's match before."""
+    """Write chunks as step 3 does; `change` may alter a chunk's match before, `manifest` says what else is known."""
     for chunk in range(num_chunks):
         match = match_for(data, len(features), num_chunks, chunk, features.shape[1])
         rows = slice(match["start"], match["stop"])
@@ -85,7 +86,7 @@ def write_features(
             if match["start"] <= row < match["stop"]
         ]
         change(match)
-        made = {"image_folder": "images", "records_per_second": 2.5}
+        made = {"image_folder": "images", "records_per_second": 2.5} | (manifest or {})
         write_chunk(folder, Match(**match), features[rows], scores_of(norms[rows]), entries, made)
 
 

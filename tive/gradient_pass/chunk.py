@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class PassOptions:
         read_image: reads every image before the run, or None.
         tolerance: which records may be left out.
         num_workers: processes that read and encode; None for a number by the device.
-        inputs: the paths that the command named, for the manifest.
+        inputs: the paths that the command named and what is known of the checkpoint, for the manifest.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class PassOptions:
     overwrite: bool
     projector: str
     num_workers: int | None
-    inputs: dict[str, str]
+    inputs: Mapping[str, object]
 
 
 def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, load: Callable[[], GradientStep]) -> None:

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -212,12 +212,12 @@ def finish_chunk(
     outcome: Outcome,
     progress: Progress,
     step: GradientStep,
-    inputs: dict[str, str],
+    inputs: Mapping[str, object],
 ) -> None:
     """Write the chunk's files, whose windows are all on disk, remove what it does not need any more, and say so.
 
     Args:
-        inputs: the paths that the command named, for the manifest.
+        inputs: the paths that the command named and what is known of the checkpoint, for the manifest.
     """
     left_out = [entry for state in outcome.states for entry in state.left_out]
     manifest = {

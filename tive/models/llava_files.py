@@ -62,9 +62,9 @@ def check_model(files: ModelFiles) -> str:
         )
     if not (folder / PROJECTOR_FILE).is_file():
         raise UserError(
-            f"{folder} lacks {PROJECTOR_FILE}, the trained projector, which LLaVA writes only when training "
-            "ends; run finetune_lora.sh again with the same OUTPUT_DIR (LLaVA goes on from its last checkpoint) and "
-            "name that OUTPUT_DIR as --model_path, not a checkpoint-N in it"
+            f"{folder} lacks {PROJECTOR_FILE}, the trained projector, which LLaVA's own trainer writes only when "
+            "training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with it "
+            "(the same OUTPUT_DIR) and name that OUTPUT_DIR as --model_path"
         )
     _check_settings(folder, config)
     check_adapter(folder)

@@ -108,13 +108,14 @@ def tive_stem(options: Options, task_names: Sequence[str], task_key: str) -> str
         if value != getattr(Options, field):
             parts.append(f"{names.get(field, field)}-{value}")
     if set(options.exclude_tasks) != set(Options.exclude_tasks) & set(task_names):
-        parts.append(f"exclude-{_in_a_name(sorted(options.exclude_tasks)) if options.exclude_tasks else 'none'}")
+        parts.append(f"exclude-{name_part(sorted(options.exclude_tasks)) if options.exclude_tasks else 'none'}")
     if task_key != "dataset":
-        parts.append(f"task_key-{_in_a_name([task_key])}")
+        parts.append(f"task_key-{name_part([task_key])}")
     return "_".join(parts)
 
 
-def _in_a_name(texts: list[str]) -> str:
+def name_part(texts: list[str]) -> str:
+    """Texts as part of a file name; eight digits of their SHA-256 where their letters do not suit one."""
     joined = "+".join(texts)
     if len(joined) <= 40 and texts != ["none"] and all(re.fullmatch(r"[A-Za-z0-9._-]+", text) for text in texts):
         return joined
