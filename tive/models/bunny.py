@@ -184,11 +184,6 @@ def _load_trained(path: Path, projector: nn.Module, tower: nn.Module, has_tower:
         copy_into(module, tensors, path)
 
 
-def pads_images(files: ModelFiles) -> bool:
-    """Whether images are padded to a square."""
-    return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
-
-
 def record_problem(record: Any) -> str | None:
     """What keeps Bunny from training on a record; None when nothing does."""
     return problem_of(record)
