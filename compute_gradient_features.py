@@ -112,8 +112,8 @@ def projector_kind(name: str) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    # Threads that spin long take the cores from the processes that read, threads that never spin wake too late:
-    # on two cores without a GPU 43 records/s, against 28 with a passive wait and 15 to 40 with OpenMP's own.
+    # Threads that spin long take the cores from the processes that read, threads that never spin wake too late
+    # (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.data.images import open_image
@@ -128,7 +128,7 @@ def main() -> None:
     from tive.method.projection import make_projector
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder, target_modules
-    from tive.util.device import device_of, dtype_of
+    from tive.util.device import device_of, dtype_of, leave_a_core
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
@@ -168,6 +168,8 @@ def main() -> None:
     def load() -> GradientStep:
         reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
         matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
+        if device.type == "cpu":
+            leave_a_core(max(matrix.in_features for matrix in matrices.values()))
         parameters = sum(matrix.weight.numel() for matrix in matrices.values())
         layers = len({name.split(".")[1] for name in matrices})
         print(

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """One matrix goes through the step under the names of all 256: what each leaves behind adds up."""
+    """One matrix goes through the step; before it, what the projector keeps of each of the 256 is drawn."""
     device = device_of(arguments.device)
     matrix = torch.nn.Linear(HIDDEN, RANK, bias=False, device=device).requires_grad_(False)
     projector = make_projector("auto", 0, arguments.proj_dim, device)
@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     reset_peak(device)
     before = peak(device)
     for number in range(MATRICES):
-        gradient_features(lambda: matrix(inputs).square().mean((1, 2)), {f"matrix {number}": matrix}, projector)
+        projector.project(f"matrix {number}", torch.zeros(1, HIDDEN * RANK, device=device))
+    gradient_features(lambda: matrix(inputs).square().mean((1, 2)), {"matrix 0": matrix}, projector)
     print(f"projector {projector.kind}: {projector.about}")
     print(
         f"{arguments.batch_size} records of {arguments.tokens} tokens, {MATRICES} matrices of rank {RANK}, "

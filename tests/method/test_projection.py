@@ -136,7 +136,7 @@ def test_what_is_kept_between_batches_is_a_bit_for_each_entry_and_eight_bytes_fo
         projector.project(f"m{number}", torch.randn(2, 100_000))
         projector.project(f"m{number}", torch.randn(2, 100_000))
     kept = sum(part.nbytes for parts in projector.drawn.values() for part in parts)
-    assert kept == 3 * (100_000 // 8 + 8 * 196)
+    assert kept == 3 * 8 * (-(-100_000 // 64) + 196)
 
 
 def test_the_number_of_operations_does_not_grow_with_the_blocks():

@@ -23,6 +23,7 @@ _SIGNS, _ROTATIONS = 0, 1  # the generator's streams
 # Entries that are projected at once: on a CPU what its cache holds, on a GPU enough to keep it busy.
 _ENTRIES_AT_ONCE = {"cpu": 2**18}
 _ENTRIES_AT_ONCE_ELSEWHERE = 2**24
+_ROOM_BYTES = 2**24
 # TRAK sets it to the GPU's number of multiprocessors, so two kinds of GPU would give features that do not match.
 _FEATURE_TILES = 128
 _BASIC_BLOCK = 128
@@ -57,15 +58,16 @@ class Sparse:
         self.seed, self.proj_dim, self.device = seed, proj_dim, device
         self.drawn: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-        self.signs_of_octets = (1 - 2 * bits).float().to(device)
+        self.signs_of_octets = (math.sqrt(proj_dim) * (1 - 2 * bits)).float().to(device)
+        self.room = torch.empty(0, dtype=torch.uint8, device=device)
         self.entries_at_once = _ENTRIES_AT_ONCE.get(device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
 
     def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
         """Project the gradients `[B, P]` of one matrix, in any dtype, to `[B, proj_dim]`; all sums are float32."""
         records, entries = gradients.shape
         octets, rotations = self._draw(matrix_name, entries)
-        signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries] * math.sqrt(self.proj_dim)
-        features = torch.arange(self.proj_dim, device=self.device) + rotations[:, None]
+        signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries]
+        features = torch.arange(min(self.proj_dim, entries), device=self.device) + rotations[:, None]
         features = torch.where(features < self.proj_dim, features, features - self.proj_dim).flatten()[:entries]
         sketch = torch.zeros(records, self.proj_dim, device=self.device)
         size = max(1, self.entries_at_once // entries)
@@ -76,16 +78,24 @@ class Sparse:
     def _draw(self, matrix_name: str, entries: int) -> tuple[Tensor, Tensor]:
         """The signs of a matrix's entries, eight in an octet, and its blocks' rotations, int64."""
         if (matrix_name, entries) not in self.drawn:
-            octets = torch.from_numpy(sign_octets(self.seed, matrix_name, entries))
-            rotations = torch.from_numpy(block_rotations(self.seed, matrix_name, entries, self.proj_dim))
-            self.drawn[matrix_name, entries] = (octets.to(self.device), rotations.to(self.device))
+            rotations = block_rotations(self.seed, matrix_name, entries, self.proj_dim)
+            octets = sign_octets(self.seed, matrix_name, entries)
+            kept = self._keep(np.concatenate([rotations.view(np.uint8), octets]))
+            self.drawn[matrix_name, entries] = (kept[rotations.nbytes :], kept[: rotations.nbytes].view(torch.int64))
         return self.drawn[matrix_name, entries]
+
+    def _keep(self, octets: np.ndarray) -> Tensor:
+        """Copy to one large piece of memory: small ones that stay, between large ones that go, would tear holes."""
+        if len(self.room) < len(octets):
+            self.room = torch.empty(max(_ROOM_BYTES, len(octets)), dtype=torch.uint8, device=self.device)
+        kept, self.room = self.room.split([len(octets), len(self.room) - len(octets)])
+        return kept.copy_(torch.from_numpy(octets))
 
 
 def sign_octets(seed: int, matrix_name: str, entries: int) -> np.ndarray:
-    """A matrix's signs, uint8 `[ceil(entries / 8)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
-    words = random_words(-(-entries // 32), key_of(seed, matrix_name), _SIGNS)
-    return words.astype("<u4").view(np.uint8)[: -(-entries // 8)].copy()
+    """A matrix's signs, uint8 `[8 ceil(entries / 64)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
+    words = random_words(2 * -(-entries // 64), key_of(seed, matrix_name), _SIGNS)
+    return words.astype("<u4").view(np.uint8)
 
 
 def block_rotations(seed: int, matrix_name: str, entries: int, proj_dim: int) -> np.ndarray:

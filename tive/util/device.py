@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tive.util.errors import UserError
+
+_WIDE = 1024
 
 
 def device_of(wanted: str, local_rank: int = 0) -> torch.device:
@@ -16,6 +20,17 @@ def device_of(wanted: str, local_rank: int = 0) -> torch.device:
         # Numbers below 1e-38 halved the speed of a small model on a CPU; set before torch starts its threads.
         torch.set_flush_denormal(True)
     return device
+
+
+def leave_a_core(width: int) -> None:
+    """Give torch one thread fewer than there are cores, where a model of this width runs on a CPU and nobody chose.
+
+    An operation ends with its slowest thread. Where another process, such as the one that reads, holds a thread's core,
+    each of thousands of short operations waits for it: milliseconds instead of microseconds. A wide model's operations
+    are long enough to take every core. The choice depends on nothing but model and machine, as the last bits do on it.
+    """
+    if width < _WIDE and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
