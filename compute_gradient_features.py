@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from tive.util.errors import UserError
-from tive.util.errors import run as run_script
+from tive.util.errors import run
 
 EXAMPLES = """
 one GPU:
@@ -117,106 +118,55 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.data.images import open_image
-    from tive.data.records import chunk_range
     from tive.features.lock import compute_open_chunks
-    from tive.features.manifest import Run
-    from tive.gradient_pass.batches import GradientStep
     from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
-    from tive.gradient_pass.optimizer import gradient_kind, transform_of
+    from tive.gradient_pass.optimizer import gradient_kind
     from tive.gradient_pass.preflight import Tolerance, read_data
-    from tive.method.projection import make_projector
+    from tive.gradient_pass.step import Settings, load_step, run_of
     from tive.models import ModelFiles, family_of
-    from tive.models.common import base_folder, target_modules
-    from tive.util.device import device_of, dtype_of, leave_a_core
+    from tive.models.common import base_folder
+    from tive.util.device import device_of, dtype_of
+
+    def chosen(structure: type) -> dict[str, Any]:
+        """The arguments that are fields of a dataclass."""
+        return {field.name: given[field.name] for field in fields(structure) if field.name in given}
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
-    dtype = dtype_of(arguments.dtype, device)
-    files = ModelFiles(
-        arguments.model_path,
-        base_folder(arguments.model_base),
-        arguments.vision_tower,
-        arguments.chat_template,
-        arguments.max_length,
-        arguments.max_pixels,
-    )
+    dtype = str(dtype_of(arguments.dtype, device)).removeprefix("torch.")
+    given = vars(arguments) | {"dtype": dtype, "proj_seed": arguments.seed}
+    settings = Settings(**chosen(Settings))
+
+    files = ModelFiles(**chosen(ModelFiles) | {"model_base": base_folder(arguments.model_base)})
     family = family_of(files)
     family.check_files(files)
     form = (arguments.adam_form or "adam") if arguments.gradient == "adam" else None
     gradient = gradient_kind(arguments.model_path, form, arguments.optimizer_state)
     data = read_data(arguments.input_file, family.record_problem)
     model = family.identity(files)
+
+    inputs = {name: given[name] for name in ("model_path", "model_base")}
+    inputs |= {"data_path": os.path.abspath(arguments.input_file)}
+    inputs |= {"image_folder": os.path.abspath(arguments.image_folder), "learning_rates": gradient.learning_rates}
     options = PassOptions(
+        **chosen(PassOptions),
         folder=Path(arguments.output_file),
-        image_folder=arguments.image_folder,
         read_image=partial(open_image, padded=family.pads_images(files)) if arguments.check_images == "full" else None,
         tolerance=Tolerance(arguments.on_bad_record == "skip", arguments.most_left_out),
-        overwrite=arguments.overwrite,
-        projector=arguments.projector,
-        num_workers=arguments.num_workers,
-        inputs={
-            "data_path": os.path.abspath(arguments.input_file),
-            "model_path": arguments.model_path,
-            "model_base": arguments.model_base,
-            "image_folder": os.path.abspath(arguments.image_folder),
-            "learning_rates": gradient.learning_rates,
-        },
+        inputs=inputs,
     )
-
-    @cache  # once for all chunks
-    def load() -> GradientStep:
-        reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
-        matrices = target_modules(reference, arguments.grad_modules, arguments.last_layers)
-        if device.type == "cpu":
-            leave_a_core(max(matrix.in_features for matrix in matrices.values()))
-        parameters = sum(matrix.weight.numel() for matrix in matrices.values())
-        layers = len({name.split(".")[1] for name in matrices})
-        print(
-            f"reference model {files.model_path}: {parameters:,} parameters count, in {len(matrices)} LoRA matrices of "
-            f"{layers} of {len(reference.layers)} layers"
-        )
-        try:
-            projector = make_projector(arguments.projector, arguments.seed, arguments.proj_dim, device)
-        except ValueError as error:
-            remedy = (
-                "use --projector auto" if arguments.projector.startswith("trak") else "report it with your versions"
-            )
-            raise UserError(f"--projector {error}; {remedy}") from error
-        print(f"projector {projector.kind}: {projector.about}")
-        transform = transform_of(gradient, reference, matrices, arguments.model_path)
-        return GradientStep(family, reference, matrices, projector, transform, arguments.el2n)
+    # Once for all chunks, when the first needs it.
+    load = cache(partial(load_step, family, files, device, settings, gradient, arguments.projector))
 
     def compute(chunk_idx: int) -> None:
-        rows = chunk_range(len(data.records), place.num_chunks, chunk_idx)
+        this_run = run_of(data.records, place.num_chunks, chunk_idx, model, gradient, settings)
         name = f"chunk {chunk_idx} of {place.num_chunks} ({place.source})"
-        print(f"{name}: {len(rows)} of {len(data.records)} records, from record {rows.start} on")
-        run = Run(
-            data_sha256=data.records.sha256,
-            data_records=len(data.records),
-            num_chunks=place.num_chunks,
-            chunk_idx=chunk_idx,
-            start=rows.start,
-            stop=rows.stop,
-            model=model,
-            gradient=gradient.name,
-            optimizer_state=gradient.state_sha256,
-            checkpoint=gradient.step,
-            grad_modules=arguments.grad_modules,
-            last_layers=arguments.last_layers,
-            proj_seed=arguments.seed,
-            proj_dim=arguments.proj_dim,
-            dtype=str(dtype).removeprefix("torch."),
-            batch_size=arguments.batch_size,
-            max_batch_tokens=arguments.max_batch_tokens,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            window=arguments.window,
-            el2n=arguments.el2n,
-        )
+        print(f"{name}: {len(this_run.rows)} of {len(data.records)} records, from record {this_run.start} on")
         if arguments.dry_run:
-            estimate_chunk(arguments.dry_run, data, run, options, load)
+            estimate_chunk(arguments.dry_run, data, this_run, options, load)
         else:
-            compute_chunk(name, data, run, options, load)
+            compute_chunk(name, data, this_run, options, load)
 
     if place.chunk_idx is not None or arguments.dry_run:
         compute(place.chunk_idx or 0)
@@ -225,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)

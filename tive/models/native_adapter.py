@@ -91,11 +91,12 @@ def attach_adapter(model: nn.Module, folder: Path, tensors: dict[str, Tensor], d
         if name not in ranks:
             raise UserError(f"{path} lacks the LoRA matrices of {name}, which its configuration names")
     named = list(ranks)
-    options: dict[str, Any] = {"lora_bias": True} if config.get("lora_bias") else {}
+    options: dict[str, Any] = {"lora_alpha": alphas[named[0]]} | (
+        {"lora_bias": True} if config.get("lora_bias") else {}
+    )
     inject_adapter_in_model(
         LoraConfig(
             r=ranks[named[0]],
-            lora_alpha=alphas[named[0]],
             target_modules=named,
             rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != ranks[named[0]]},
             alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items() if alpha != alphas[named[0]]},
