@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run every check: ruff, shellcheck and the tests, each test in the environment that it needs (docs/native.md), and what
-# needs neither in both. Sets the environments up first where they are missing.
+# Run every check: ruff, mypy, shellcheck and the tests, each test in the environment that it needs (docs/native.md),
+# and what needs neither in both. Sets the environments up first where they are missing.
 #
 #   bash scripts/test.sh                                 everything, in .venv and in .venv-native
 #   bash scripts/test.sh native                          in one of them: llava or native
@@ -35,10 +35,14 @@ check_style() {
         "$PYTHON" -m ruff check .
         "$PYTHON" -m ruff format --check .
     fi
+    if "$PYTHON" -m mypy --version >/dev/null 2>&1; then
+        echo "mypy: types"
+        "$PYTHON" -m mypy
+    fi
     shellcheck=$(dirname "$(command -v "$PYTHON")")/shellcheck
     if [[ -x $shellcheck ]]; then
         echo "shellcheck: the shell scripts"
-        "$shellcheck" --external-sources ./*.sh scripts/*.sh scripts/*.sbatch .ci/run
+        "$shellcheck" --external-sources ./*.sh scripts/*.sh scripts/shell/*.sh scripts/*.sbatch .ci/run
     fi
 }
 
@@ -65,6 +69,9 @@ for environment in "${environments[@]}"; do
     export PYTHON
     [[ $environment != "${environments[0]}" ]] || check_style
     echo "pytest: the tests, with $PYTHON"
+    if [[ $environment != native && ! -x $(PATH=$PATH:/usr/sbin command -v slurmctld) ]]; then
+        echo "left out: the tests on a real SLURM (on Debian: apt install slurm-wlm munge)"
+    fi
     run_tests "$@"
 done
 ((found)) || fail "no environment has a test of $*"
