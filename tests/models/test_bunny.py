@@ -384,6 +384,11 @@ def test_what_cannot_serve_is_refused_before_anything_is_loaded(model, name):
     assert file in line and said in line, line
 
 
+@pytest.mark.parametrize("option", [{"chat_template": "x"}, {"max_length": 9}, {"max_pixels": 9}], ids=str)
+def test_an_option_that_only_other_families_have_is_refused(option):
+    assert "--" + next(iter(option)) in refused(replace(files_of(GOLDEN / "phi-2"), **option))
+
+
 @pytest.mark.parametrize("kind, release", [("bunny-phi3", "4.41.0"), ("bunny-stablelm", "4.38.0")])
 def test_a_language_model_that_this_transformers_lacks_is_refused_with_the_release_that_has_it(
     model, monkeypatch, kind, release

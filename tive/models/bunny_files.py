@@ -15,7 +15,7 @@ from packaging.version import Version
 from tive.models import ModelFiles
 from tive.models.adapter import adapter_file
 from tive.models.bunny_encoding import ImageRules, TextRules, read_image_rules, read_text_rules
-from tive.models.common import fingerprint, library_versions, loading, refuse_options
+from tive.models.common import fingerprint, library_versions, loading, refuse_options, refuse_options
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
@@ -68,6 +68,7 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing or cannot serve, or adapter, base and tower do not fit together.
     """
+    refuse_options(files, "chat_template", "max_length", "max_pixels")
     refuse_options(files, "chat_template", "max_length", "max_pixels")
     folder, base = Path(files.model_path), Path(files.model_base)
     for name in ("config.json", "non_lora_trainables.bin"):
