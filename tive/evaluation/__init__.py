@@ -1,0 +1,1 @@
+"""Held-out losses and answers of trained models."""
