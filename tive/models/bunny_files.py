@@ -15,7 +15,7 @@ from packaging.version import Version
 from tive.models import ModelFiles
 from tive.models.adapter import adapter_file
 from tive.models.bunny_encoding import ImageRules, TextRules, read_image_rules, read_text_rules
-from tive.models.common import fingerprint, library_versions, loading, refuse_options, refuse_options
+from tive.models.common import fingerprint, library_versions, loading, refuse_options
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
