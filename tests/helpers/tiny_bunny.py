@@ -85,7 +85,7 @@ def make_parts(folder: Path, kind: str = "phi") -> ModelFiles:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    adapted.save_pretrained(reference)
+    adapted.save_pretrained(str(reference))
     layers = [torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 48)]
     projector = torch.nn.Sequential(*layers).state_dict()
     torch.save(
