@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.gradient_pass.run import device_name
+from tive.method.adam import adam_step, release_step
 from tive.method.gradients import gradient_features
 from tive.method.projection import Projector, make_projector
 from tive.util.memory import forget_peak, peak_memory
@@ -181,6 +182,29 @@ def with_projector(kind: str) -> Method:
     return ours(lambda proj_dim, device: make_projector(kind, 0, proj_dim, device))
 
 
+def as_adam_applies_it(form: str) -> Method:
+    """The gradient step with the sparse projector, on gradients as Adam applies them; random moments of usual sizes."""
+
+    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+        device = case.reference.device
+        projector = make_projector("sparse", 0, proj_dim, device)
+        shapes = {name: matrix.weight.shape for name, matrix in case.matrices.items()}
+        m = {name: 1e-3 * torch.randn(shape, device=device) for name, shape in shapes.items()}
+        v = {name: 1e-6 * torch.rand(shape, device=device) for name, shape in shapes.items()}
+
+        def transform(name: str, g: Tensor) -> Tensor:
+            if form == "release":
+                return release_step(g, m[name], v[name])
+            return adam_step(g, m[name], v[name], 100, 0.9, 0.999, 1e-8)
+
+        def compute(batch: list[int]) -> None:
+            gradient_features(partial(case.losses, batch), case.matrices, projector, transform)
+
+        return compute
+
+    return method
+
+
 def one_at_a_time(projector_name: str) -> Method:
     """What the method is without this engine: autograd's parameter gradients of one record after another.
 
@@ -258,6 +282,8 @@ METHODS: dict[str, Method] = {
     "forward_and_backward": forward_and_backward,
     "no_projection": ours(lambda proj_dim, device: NoProjection()),
     "sparse": with_projector("sparse"),
+    "adam": as_adam_applies_it("adam"),
+    "adam_release": as_adam_applies_it("release"),
     "trak_basic": with_projector("trak_basic"),
     "trak_cuda": with_projector("trak_cuda"),
     "one_at_a_time": one_at_a_time("BasicProjector"),
