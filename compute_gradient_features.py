@@ -117,12 +117,13 @@ def main() -> None:
     # (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive.data.checked import read_data
     from tive.data.images import open_image
     from tive.features.lock import compute_open_chunks
     from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
     from tive.gradient_pass.optimizer import gradient_kind
-    from tive.gradient_pass.preflight import Tolerance, read_data
+    from tive.gradient_pass.preflight import Tolerance
     from tive.gradient_pass.step import Settings, load_step, run_of
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder

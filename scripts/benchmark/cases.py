@@ -124,7 +124,7 @@ def encoded_records(
 
 def batches_of(records: list[Encoded], size: int, tokens: int) -> list[list[int]]:
     """The gradient step's own batches, in random order."""
-    from tive.gradient_pass.batches import BatchLimits, next_batch
+    from tive.models.batches import BatchLimits, next_batch
 
     by_number: dict[int, Any] = dict(enumerate(records))
     waiting = sorted(by_number, key=lambda number: (records[number].group, -records[number].length, number))

@@ -19,9 +19,10 @@ from tests.helpers.reference import (
     plain_loop,
     step_of,
 )
-from tive.gradient_pass.batches import BatchLimits, compute_records, next_batch
+from tive.gradient_pass.batches import compute_records
 from tive.method.gradients import RecordGradients
 from tive.models import Encoded, LeftOut, llava
+from tive.models.batches import BatchLimits, next_batch
 from tive.models.common import target_modules
 from tive.util.errors import UserError
 

@@ -1,9 +1,10 @@
-"""Batches of encoded records: which records share one, how large it may be, and what happens when memory runs out."""
+"""The features of a batch of encoded records: one backward pass on the reference model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector
 from tive.models import Encoded, Family, RecordLosses, Reference
-from tive.util.errors import UserError
+from tive.models.batches import BatchLimits, Computed, compute_in_batches
 
 # Small gradients vanish in float16 below 6e-8; this lifts them, and an overflow is met with a smaller scale.
 _FLOAT16_LOSS_SCALE = 2.0**12
-# Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
-_LEAST_EFFICIENCY = 0.9
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,6 @@ class GradientStep:
 
 
 @dataclass(frozen=True)
-class BatchLimits:
-    """How large a batch may be: records, and tokens with padding."""
-
-    records: int
-    tokens: int
-
-    def halved(self, batch: list[Encoded]) -> BatchLimits:
-        """Limits of half the size of a batch that did not fit in memory."""
-        records = max(1, len(batch) // 2)
-        return BatchLimits(records, min(self.tokens, records * max(record.length for record in batch)))
-
-
-@dataclass(frozen=True)
 class RecordResult:
     """Of one record: its feature, float16 `[proj_dim]`, the norm of its gradient, its loss, and EL2N if asked for."""
 
@@ -59,16 +45,6 @@ class RecordResult:
     norm: float
     loss: float
     el2n: float | None
-
-
-@dataclass(frozen=True)
-class Computed:
-    """Results of records by row, the batch limits that went well, and the batches' tokens without and with padding."""
-
-    results: dict[int, RecordResult]
-    limits: BatchLimits
-    tokens: int
-    padded_tokens: int
 
 
 def compute_batch(step: GradientStep, batch: list[Encoded]) -> list[RecordResult]:
@@ -89,68 +65,10 @@ def compute_batch(step: GradientStep, batch: list[Encoded]) -> list[RecordResult
 
 def compute_records(
     step: GradientStep, records: dict[int, Encoded], limits: BatchLimits, done: Callable[[int], object] = int
-) -> Computed:
-    """The result of each record by its row; records of like length share a batch.
-
-    Args:
-        done: is told the number of records of each batch when it is computed.
+) -> Computed[RecordResult]:
+    """`compute_batch` for each record by its row, in batches of records of like length.
 
     Raises:
         UserError: one record alone does not fit in memory.
     """
-    results: dict[int, RecordResult] = {}
-    tokens = padded_tokens = 0
-    # A group's longest first: what takes the most memory fails at the start.
-    waiting = sorted(records, key=lambda row: (records[row].group, -records[row].length, row))
-    while waiting:
-        rows = next_batch(waiting, records, limits)
-        batch = [records[row] for row in rows]
-        try:
-            computed = compute_batch(step, batch)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            computed = []
-        if not computed:  # outside of the handler, which keeps the failed pass's tensors alive
-            if len(batch) == 1:
-                raise UserError(
-                    f"record {rows[0]} ({batch[0].length} tokens) alone does not fit in memory; "
-                    "try --gradient_checkpointing or a device with more"
-                )
-            if step.reference.device.type == "cuda":
-                torch.cuda.empty_cache()
-            limits = limits.halved(batch)
-            print(f"out of memory: batches are now {limits.records} records or {limits.tokens} tokens at most")
-            continue
-        results.update(zip(rows, computed, strict=True))
-        tokens += sum(record.length for record in batch)
-        padded_tokens += len(batch) * max(record.length for record in batch)
-        done(len(rows))
-        waiting = waiting[len(rows) :]
-    return Computed(results, limits, tokens, padded_tokens)
-
-
-def next_batch(waiting: list[int], records: dict[int, Encoded], limits: BatchLimits) -> list[int]:
-    """The longest waiting records that fit in one batch: all of one group, and little padding.
-
-    Args:
-        waiting: rows, by group, then by falling length.
-    """
-    first = records[waiting[0]]
-    rows: list[int] = []
-    tokens = 0
-    for row in waiting[: limits.records]:
-        record = records[row]
-        if record.group != first.group:
-            break
-        padded = (len(rows) + 1) * first.length
-        if rows and (padded > limits.tokens or tokens + record.length < _LEAST_EFFICIENCY * padded):
-            break
-        rows.append(row)
-        tokens += record.length
-    return rows
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    known = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(part in str(error) for part in known)
+    return compute_in_batches(partial(compute_batch, step), records, limits, step.reference.device, done)

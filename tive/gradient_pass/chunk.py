@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tive.data.checked import Checked, DataFile, check_chunk
 from tive.features.lock import hold_chunk, is_complete, refuse_other_runs
 from tive.features.manifest import Run
 from tive.features.progress import Progress, remove_progress
-from tive.gradient_pass.batches import BatchLimits, GradientStep
+from tive.gradient_pass.batches import GradientStep
 from tive.gradient_pass.dry_run import dry_run
-from tive.gradient_pass.loading import EncodedRecords
-from tive.gradient_pass.preflight import Checked, DataFile, Tolerance, check_chunk, check_disk, report_bad_records
+from tive.gradient_pass.preflight import Tolerance, check_disk, report_bad_records
 from tive.gradient_pass.run import finish_chunk, run_pass
+from tive.models.batches import BatchLimits
+from tive.models.loading import EncodedRecords
 
 
 @dataclass(frozen=True)

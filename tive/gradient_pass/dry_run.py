@@ -7,11 +7,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tive.gradient_pass.batches import BatchLimits, GradientStep, compute_batch, compute_records
-from tive.gradient_pass.loading import EncodedRecords, encoded_windows
-from tive.gradient_pass.preflight import Checked
+from tive.data.checked import Checked
+from tive.gradient_pass.batches import GradientStep, compute_batch, compute_records
 from tive.gradient_pass.run import padding_efficiency, peak_memory
 from tive.models import Encoded
+from tive.models.batches import BatchLimits
+from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util.errors import UserError
 from tive.util.stopwatch import Stopwatch
 

@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tive.data.checked import Checked
 from tive.features.chunks import write_chunk
 from tive.features.manifest import LeftOutRecord, RecordScores, Run
 from tive.features.progress import Progress, WindowState, remove_progress
-from tive.gradient_pass.batches import BatchLimits, Computed, GradientStep, compute_records
-from tive.gradient_pass.loading import EncodedRecords, encoded_windows
-from tive.gradient_pass.preflight import Checked, Tolerance, count_reasons, left_out_entry, list_file, refuse_many
+from tive.gradient_pass.batches import GradientStep, RecordResult, compute_records
+from tive.gradient_pass.preflight import Tolerance, count_reasons, left_out_entry, list_file, refuse_many
 from tive.models import Encoded, Family
+from tive.models.batches import BatchLimits, Computed
+from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util import memory
 from tive.util.errors import UserError
 
@@ -143,7 +145,7 @@ def compute_window(
     tolerance: Tolerance,
     listed: Path,
     done: Callable[[int], object],
-) -> tuple[np.ndarray, WindowState, Computed]:
+) -> tuple[np.ndarray, WindowState, Computed[RecordResult]]:
     """Features (float16 `[n, d]`) and state of one window, in record order, and what was computed for it.
 
     Args:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tive.data.records import open_records
-from tive.gradient_pass.loading import EncodedRecords, encoded_windows
 from tive.models import Encoded, LeftOut
+from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util.errors import UserError
 
 COUNT = 24
@@ -132,7 +132,7 @@ def test_other_errors_of_the_run_pass_through_and_no_worker_stays(tmp_path):
 STUCK = """
 import os, signal, sys, time
 from pathlib import Path
-from tests.gradient_pass import test_loading
+from tests.models import test_loading
 folder = Path(sys.argv[1])
 def stuck(processor, record, image_folder):
     time.sleep(0 if record["id"] in ("r0", "r1") else 1000)
