@@ -474,7 +474,7 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         path,
         {"format": "pt"},
     )
-    with pytest.raises(UserError, match="lacks 1 weights"):
+    with pytest.raises(UserError, match="lacks 2 weights"):
         native.load(files, CPU, torch.float32)
 
 
