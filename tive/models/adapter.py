@@ -6,7 +6,6 @@ Tensors are read from safetensors, or with `weights_only=True`: a file can hold 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,8 @@ def tensor_names(path: Path) -> list[str]:
         return list(read_tensors(path))
 
 
-def check_adapter(folder: Path, supported: Collection[str] = ()) -> dict[str, Any]:
+def check_adapter(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, of LoRA on linear maps with nothing in it that would be passed over in silence.
-
-    Args:
-        supported: further keys of peft's configuration that the family computes.
 
     Raises:
         UserError: the configuration cannot be read, or names what is not supported; with the remedy.
@@ -96,7 +92,7 @@ def check_adapter(folder: Path, supported: Collection[str] = ()) -> dict[str, An
             "does not hold; train with init_lora_weights true"
         )
     for key, value in config.items():
-        if key not in _READ and key not in _WITHOUT_EFFECT and key not in supported and value not in _NEUTRAL:
+        if key not in _READ and key not in _WITHOUT_EFFECT and value not in _NEUTRAL:
             name, remedy = _UNSUPPORTED.get(key, (f"{key} {value!r}", f"leave {key} out"))
             raise UserError(f"{path}: the adapter was trained with {name}, which is not supported; {remedy}")
     embedding = next((name for name in tensor_names(_weights_of(folder)) if ".lora_embedding_" in name), None)

@@ -13,7 +13,7 @@ from typing import Any
 from packaging.version import Version
 
 from tive.models import ModelFiles
-from tive.models.adapter import adapter_file
+from tive.models.adapter import adapter_file, check_adapter, refuse_quantized
 from tive.models.bunny_encoding import ImageRules, TextRules, read_image_rules, read_text_rules
 from tive.models.common import fingerprint, library_versions, loading, refuse_options
 from tive.util.errors import UserError
@@ -80,6 +80,8 @@ def check_files(files: ModelFiles) -> None:
             "fully trained Bunny model cannot serve: train one with Bunny's finetune_lora.sh"
         )
     config = read_json(folder / "config.json")
+    refuse_quantized(folder, config)
+    check_adapter(folder)
     _check_language_model(folder, config, base)
     if config.get("use_s2"):
         raise UserError(f"{folder}/config.json: use_s2 is not supported; train the reference model without --use_s2")
