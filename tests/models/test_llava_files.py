@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,3 +261,17 @@ def test_lora_on_the_tower_is_loaded_and_not_counted(model: SimpleNamespace, gol
     x, name = torch.randn(2, 64), f"{place}.0.self_attn.q_proj"
     added = x @ tensors[f"{name}.lora_A.weight"].T @ tensors[f"{name}.lora_B.weight"].T * (16 / 8)
     torch.testing.assert_close(adapted(x), plain(x) + added)
+
+
+def test_another_llava_on_the_path_is_named(tmp_path: Path) -> None:
+    """As PYTHONPATH brings it; the base was blamed for the weights that such a class lacks."""
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "__init__.py").write_text("raise SystemExit('not the installed package')")
+    program = f"""
+from tive.models import ModelFiles, llava
+llava.check_files(ModelFiles({str(GOLDEN / "llava-lora")!r}, {str(GOLDEN / "vicuna")!r}, {str(GOLDEN / "clip")!r}))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert f"llava is taken from {tmp_path / 'llava'}" in last and "is PYTHONPATH set?" in last
