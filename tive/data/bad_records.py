@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tive.data.media import media_of
+from tive.data.formats import images_of
 from tive.data.records import RecordFile, name_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
@@ -18,14 +18,27 @@ SHOWN = 10
 
 
 def bad_record(row: int, record: Any, reason: str) -> dict[str, Any]:
-    """How a list of bad records names one; its image is the path in the data."""
-    images = media_of(record).images if isinstance(record, dict) else ()
-    return {"row": row, "id": _identity(record), "reason": reason, "image": _writable(images[0]) if images else None}
+    """How a list of bad records names one; its images are paths below the image folder."""
+    return {"row": row, "id": identity_of(record), "reason": reason, "image": images_named(record) or None}
 
 
-def _identity(record: Any) -> str | int | None:
+def identity_of(record: Any) -> str | int | None:
+    """A record's id as it can be written, if it is a text or a number."""
     identity = record.get("id") if isinstance(record, dict) else None
     return _writable(identity) if isinstance(identity, str) else identity if isinstance(identity, int) else None
+
+
+def images_named(record: Any) -> str:
+    """The paths of a record's images in one text, empty where there is none that can be told."""
+    try:
+        return _writable(", ".join(images_of(record))) if isinstance(record, dict) else ""
+    except ValueError:
+        return ""
+
+
+def kind_of(reason: str) -> str:
+    """What is counted of a reason: an image has many ways to be unreadable."""
+    return "unreadable image" if reason.startswith("unreadable image") else reason
 
 
 def _writable(text: str) -> str:
@@ -47,8 +60,8 @@ def refuse_bad_records(records: RecordFile, reasons: dict[int, str], listing: Pa
         return
     report_bad_records(records, reasons, len(records), listing)
     raise UserError(
-        f"{count_and_first(records, reasons)}, all are listed in {listing}; repair them, or write the data without "
-        f"them: `python scripts/convert_data.py --source_path {records.path} --target_path good.json --drop {listing}`"
+        f"{count_and_first(records, reasons)}, all are listed in {listing}; repair them, or drop them with "
+        "scripts/convert_data.py, which reads that list"
     )
 
 
@@ -62,24 +75,37 @@ def count_and_first(records: RecordFile, reasons: dict[int, str]) -> str:
     )
 
 
-def report_bad_records(records: RecordFile, reasons: dict[int, str], total: int, listing: Path) -> None:
+def report_bad_records(
+    records: RecordFile, reasons: dict[int, str], total: int, listing: Path, what: str = "records"
+) -> None:
     """Print how many of `total` records cannot be used, why, and the first ten; write all of them to `listing`.
 
     Args:
         reasons: row -> why the record cannot be used; at least one.
+        what: of what there are `total`.
+
+    Raises:
+        UserError: the list cannot be written.
+    """
+    entries = list_bad_records(records, reasons, listing)
+    print(f"{len(entries):,} of {total:,} {what} cannot be used:")
+    for kind, count in Counter(map(kind_of, reasons.values())).most_common(SHOWN):
+        print(f"  {count:>8,}  {shown(kind, 160)}")
+    print("the first:")
+    for entry in entries[:SHOWN]:
+        image = f" ({shown(entry['image'], 120)})" if entry["image"] else ""
+        print(f"  record {entry['row']} (id {shown_value(entry['id'])}): {shown(entry['reason'], 160)}{image}")
+
+
+def list_bad_records(records: RecordFile, reasons: dict[int, str], listing: Path) -> list[dict[str, Any]]:
+    """Write down, by row, the records that cannot be used, as `listed_records` reads them.
 
     Raises:
         UserError: the list cannot be written.
     """
     entries = [bad_record(row, records[row], reason) for row, reason in sorted(reasons.items())]
     write_json(listing, entries)
-    print(f"{len(entries):,} of {total:,} records cannot be used:")
-    for reason, count in Counter(reasons.values()).most_common(SHOWN):
-        print(f"  {count:>8,}  {shown(reason, 160)}")
-    print("the first:")
-    for entry in entries[:SHOWN]:
-        image = f" ({shown(entry['image'], 80)})" if entry["image"] else ""
-        print(f"  record {entry['row']} (id {shown_value(entry['id'])}): {shown(entry['reason'], 160)}{image}")
+    return entries
 
 
 def listed_records(listings: Iterable[str | os.PathLike[str]]) -> dict[int, dict[str, Any]]:
@@ -107,7 +133,7 @@ def check_listed(name: str, entry: dict[str, Any], record: Any) -> None:
     Raises:
         UserError: the record has another id than the one that is listed for its row.
     """
-    if entry["id"] != _identity(record):
+    if entry["id"] != identity_of(record):
         raise UserError(
             f"{name} is listed with the id {shown_value(entry['id'])}; the list is of another data file, or the file "
             "was changed since: make it again"

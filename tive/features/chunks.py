@@ -24,6 +24,7 @@ from tive.data.records import RecordFile
 from tive.features.manifest import COMMON_KEYS, DAMAGED, LeftOutRecord, Manifest, Match, RecordScores, read_manifest
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, read_json, whole_file, write_json
+from tive.util.text import listed, shown
 
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
 # LLaVA's own environment has torch 2.0, which reads a file into memory instead.
@@ -129,8 +130,8 @@ def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: 
         raise UserError(f"{folder} holds no feature files (output_0.pt ...); run compute_gradient_features.py first")
     if numbers[".pt"] and numbers[None]:
         raise UserError(
-            f"{folder} holds feature files of two kinds ({_listed(numbers['.pt'], 'output_{}.pt')} and "
-            f"{_listed(numbers[None], 'output_{}')}); keep one kind in the folder"
+            f"{folder} holds feature files of two kinds ({_chunks(numbers['.pt'], 'output_{}.pt')} and "
+            f"{_chunks(numbers[None], 'output_{}')}); keep one kind in the folder"
         )
     found = numbers[".pt"] or numbers[None]
     if numbers[".pt"]:
@@ -151,8 +152,8 @@ def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> dict
     unfinished = [number for number in found if not (folder / f"manifest_{number}.json").is_file()]
     if unfinished:
         raise UserError(
-            f"{folder}: {_listed(unfinished)} not finished (no manifest); run compute_gradient_features.py "
-            f"again with {_listed(unfinished, '--chunk_idx {}')}"
+            f"{folder}: {_chunks(unfinished)} not finished (no manifest); run compute_gradient_features.py "
+            f"again with {_chunks(unfinished, 'chunk_idx {}')}"
         )
     manifests = {number: read_manifest(folder / f"manifest_{number}.json", number) for number in found}
     for key in COMMON_KEYS:
@@ -160,7 +161,7 @@ def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> dict
         for number in found:
             values.setdefault(getattr(manifests[number].match, key), []).append(number)
         if len(values) > 1:
-            differing = "; ".join(f"{_listed(numbers)} {_shown(value)}" for value, numbers in values.items())
+            differing = "; ".join(f"{_chunks(numbers)} {shown(repr(value), 24)}" for value, numbers in values.items())
             raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
     first = manifests[found[0]].match
     if (first.data_sha256, first.data_records) != (records.sha256, len(records)):
@@ -176,13 +177,13 @@ def _check_complete(folder: Path, found: list[int], expected: int, chunk_num: in
     missing = sorted(set(range(min(expected, 1 << 20))) - set(found))
     if missing:
         raise UserError(
-            f"{folder}: {_listed(missing)} of {expected} missing; run compute_gradient_features.py with "
-            f"--num_chunks {expected} and {_listed(missing, '--chunk_idx {}')}"
+            f"{folder}: {_chunks(missing)} of {expected} missing; run compute_gradient_features.py with "
+            f"num_chunks {expected} and {_chunks(missing, 'chunk_idx {}')}"
         )
     if len(found) > expected:
         raise UserError(f"{folder} holds {len(found)} chunks of a run of {expected}; remove those of another run")
     if chunk_num is not None and chunk_num != len(found):
-        raise UserError(f"{folder} holds {len(found)} chunks, not --chunk_num {chunk_num}; leave the option out")
+        raise UserError(f"{folder} holds {len(found)} chunks, not {chunk_num}; leave chunk_num out")
 
 
 def _open_chunk(folder: Path, number: int, manifest: Manifest) -> Chunk:
@@ -268,7 +269,7 @@ def _check_cover(folder: Path, chunks: list[Chunk], records: RecordFile) -> None
         for block in chunk.blocks:
             dimensions.setdefault(block.shape[1], []).append(number)
     if len(dimensions) > 1:
-        differing = "; ".join(f"{_listed(sorted(set(at)))} {size}" for size, at in dimensions.items())
+        differing = "; ".join(f"{_chunks(sorted(set(at)))} {size}" for size, at in dimensions.items())
         raise UserError(f"{folder}: the features differ in dimension: {differing}; make them all with one command")
     covered = 0
     for number, chunk in enumerate(chunks):
@@ -285,11 +286,5 @@ def _check_cover(folder: Path, chunks: list[Chunk], records: RecordFile) -> None
         )
 
 
-def _listed(numbers: list[int], form: str = "chunk {}") -> str:
-    shown = ", ".join(form.format(number) for number in numbers[:8])
-    return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else text[:16] + "…" + text[-5:]
+def _chunks(numbers: list[int], form: str = "chunk {}") -> str:
+    return listed([form.format(number) for number in numbers])

@@ -14,6 +14,7 @@ from tive.features.manifest import Run
 from tive.features.progress import FINAL_FILES, progress_folder
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
+from tive.util.text import listed, shown
 
 
 class ChunkIsHeld(UserError):
@@ -33,7 +34,7 @@ def hold_chunk(folder: Path, chunk: int) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"cannot write to --output_file {folder}: {error.strerror}; name another folder") from error
+        raise UserError(f"cannot write to the feature folder {folder}: {error.strerror}; name another one") from error
     with file:
         try:
             # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
@@ -77,7 +78,7 @@ def compute_open_chunks(num_chunks: int, compute: Callable[[int], None]) -> None
             done.add(chunk)
             held.clear()  # it took a while: what was held may be open now
     if held:
-        print(f"other processes are computing {', '.join(f'chunk {chunk}' for chunk in sorted(held))}")
+        print(f"other processes are computing {listed([f'chunk {chunk}' for chunk in sorted(held)])}")
     if failed:
         reasons = "; ".join(f"chunk {chunk}: {error}" for chunk, error in failed.items())
         raise UserError(f"{len(failed)} of {num_chunks} chunks failed: {reasons}")
@@ -129,13 +130,10 @@ def refuse_other_runs(folder: Path, run: Run) -> None:
 def _refuse(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
     names = [name for name in new if old.get(name) != new[name]]
     if names:
-        differences = ", ".join(f"{name} {_short(old.get(name))}, now {_short(new[name])}" for name in names)
-        raise UserError(
-            f"{where} is of a run that differs: {differences}; give the same arguments, another --output_file, or "
-            "--overwrite to start afresh"
+        differences = ", ".join(
+            f"{name} {shown(str(old.get(name)), 24)}, now {shown(str(new[name]), 24)}" for name in names
         )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
+        raise UserError(
+            f"{where} is of a run that differs: {differences}; give the same arguments, name another "
+            "folder, or overwrite what is there to start afresh"
+        )

@@ -15,6 +15,7 @@ from tive.models.batches import BatchLimits
 from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util.errors import UserError
 from tive.util.stopwatch import Stopwatch
+from tive.util.text import duration
 
 
 def dry_run(
@@ -54,9 +55,11 @@ def dry_run(
     for row, reason in encoded.items():
         if isinstance(reason, str):
             print(f"  record {row} left out: {reason}")
-    print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take about {_hours(whole)}")
+    print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take about {duration(whole)}")
     if len(checked.records) > len(checked.rows):
-        print(f"  all {len(checked.records)} records, on one such device: about {_hours(len(checked.records) / rate)}")
+        print(
+            f"  all {len(checked.records)} records, on one such device: about {duration(len(checked.records) / rate)}"
+        )
     for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
         print(f"    {part / seconds:6.1%}  {name}")
     print(f"  reading and encoding: {encoding / len(rows) * 1000:.0f} ms a record and process, ahead of the device")
@@ -65,9 +68,3 @@ def dry_run(
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

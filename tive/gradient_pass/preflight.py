@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tive.data import bad_records
 from tive.data.checked import Checked
-from tive.data.formats import images_of
 from tive.data.media import IMAGE_TAG
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError
-from tive.util.files import write_json
 from tive.util.text import shown
 
-SHOWN = 10
 LONGEST_NAME = 120
 # Above this share of the chunk, and above a few, it is not the records that are wrong.
 _MOST_LEFT_OUT = 0.02
@@ -45,8 +43,7 @@ class Tolerance:
 
 def left_out_entry(row: int, record: Any, reason: str) -> LeftOutRecord:
     """How a manifest names a record that was left out."""
-    identity = record.get("id") if isinstance(record, dict) else None
-    return LeftOutRecord(row, identity if isinstance(identity, (str, int)) else None, reason)
+    return LeftOutRecord(row, bad_records.identity_of(record), reason)
 
 
 def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: bool) -> None:
@@ -62,45 +59,29 @@ def report_bad_records(checked: Checked, folder: Path, chunk_idx: int, stop: boo
         )
     if checked.renamed:
         first, stand_in = next(iter(checked.renamed.items()))
-        name, found = _image_name(checked.records[first]) or "", os.path.basename(stand_in)
+        name, found = bad_records.images_named(checked.records[first]), os.path.basename(stand_in)
         print(
             f"{len(checked.renamed)} records have their image under another extension, in other capitals or in another "
             f"Unicode form, and it is used (the first: record {first}, {shown(name, LONGEST_NAME)} is "
             f"{shown(found, LONGEST_NAME)}); LLaVA's trainer does not look for it: rename before step 5"
         )
-    listed = list_file(folder, chunk_idx)
+    listing = list_file(folder, chunk_idx)
     if not checked.reasons:
-        listed.unlink(missing_ok=True)  # of an earlier call, repaired since
+        listing.unlink(missing_ok=True)  # of an earlier call, repaired since
         return
-    entries = write_list(listed, checked, checked.reasons)
-    print(f"{len(entries)} of {len(checked.rows)} records of this chunk cannot be used:")
-    for kind, count in Counter(map(_kind, checked.reasons.values())).most_common():
-        print(f"  {count:>8}  {kind}")
-    print("the first:")
-    for entry in entries[:SHOWN]:
-        image = f" ({shown(entry['image'], LONGEST_NAME)})" if entry["image"] else ""
-        print(f"  record {entry['row']} (id {shown(str(entry['id']), LONGEST_NAME)}): {entry['reason']}{image}")
+    count, total = len(checked.reasons), len(checked.rows)
+    bad_records.report_bad_records(checked.records, checked.reasons, total, listing, "records of this chunk")
     if stop:
         raise UserError(
-            f"{len(entries)} of {len(checked.rows)} records cannot be used, all listed in {listed}; repair them, or "
-            "leave them out with --on_bad_record skip"
+            f"{count:,} of {total:,} records cannot be used, all listed in {listing}; repair them, or let them be left "
+            "out (on_bad_record skip)"
         )
-    print(f"they are left out; all are listed in {listed}")
+    print(f"they are left out; all are listed in {listing}")
 
 
 def list_file(folder: Path, chunk_idx: int) -> Path:
     """Where a chunk's bad records are listed."""
     return folder / f"bad_records_{chunk_idx}.json"
-
-
-def write_list(path: Path, checked: Checked, reasons: dict[int, str]) -> list[dict[str, Any]]:
-    """Write down records and their reasons, by row: row, id, reason and image of each."""
-    entries = []
-    for row, reason in sorted(reasons.items()):
-        record = checked.records[row]
-        entries.append(asdict(left_out_entry(row, record, reason)) | {"image": _image_name(record)})
-    write_json(path, entries)
-    return entries
 
 
 def refuse_many(
@@ -123,7 +104,8 @@ def refuse_many(
     limit = tolerance.limit(len(checked.rows))
     if len(entries) <= limit:
         return
-    write_list(listed, checked, checked.reasons | {entry.row: entry.reason for entry in left_out})
+    reasons_of = checked.reasons | {entry.row: entry.reason for entry in left_out}
+    bad_records.list_bad_records(checked.records, reasons_of, listed)
     share = _MOST_LEFT_OUT if tolerance.most is None else tolerance.most
     raise UserError(
         f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the first: "
@@ -134,22 +116,9 @@ def refuse_many(
 
 def count_reasons(left_out: list[LeftOutRecord]) -> str:
     """How many records were left out, and why: `3 records left out (2 missing image, 1 no supervised token)`."""
-    kinds = Counter(_kind(entry.reason) for entry in left_out).most_common()
+    kinds = Counter(bad_records.kind_of(entry.reason) for entry in left_out).most_common()
     why = ", ".join(f"{count} {kind}" for kind, count in kinds)
     return f"{len(left_out)} records left out" + (f" ({why})" if why else "")
-
-
-def _image_name(record: Any) -> str | None:
-    try:
-        images = images_of(record)
-    except (ValueError, AttributeError, TypeError):  # not even an object
-        return None
-    # Half of a surrogate pair is no text, and could not be written.
-    return ", ".join(images).encode(errors="replace").decode() or None
-
-
-def _kind(reason: str) -> str:
-    return "unreadable image" if reason.startswith("unreadable image") else reason
 
 
 def check_disk(folder: Path, chunk_idx: int, feature_bytes: int) -> None:

@@ -37,6 +37,12 @@ def print_files(files: Files, selected: int, records: int) -> None:
     print(f"         {files.summary}  (arguments, hashes, tasks)")
 
 
+def most_common(reasons: dict[int, str]) -> str:
+    """The three reasons that most records have, with their counts."""
+    common = Counter(reasons.values()).most_common(4)
+    return ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
+
+
 def _table(choice: Choice) -> list[tuple[str, ...]]:
     by = choice.options.task_budget
     further = by if by not in ("difficulty", "size", "equal") else ""
@@ -80,9 +86,10 @@ def _sentences(choice: Choice) -> Iterator[str]:
     if repeated:
         yield f"taken more than once, because the budget is above the records: {listed(repeated)}"
     if choice.reasons:
-        common = Counter(choice.reasons.values()).most_common(4)
-        shown = ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
-        yield f"left out: {len(choice.reasons):,} records that count in no mean and are never drawn ({shown})"
+        yield (
+            f"left out: {len(choice.reasons):,} records that count in no mean and are never drawn "
+            f"({most_common(choice.reasons)})"
+        )
 
 
 def _weights(choice: Choice) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from tive.selection.files import Files
-from tive.selection.printed import print_files
+from tive.selection.printed import most_common, print_files
 from tive.selection.summary import Task
 from tive.selection.target import Checkpoint, Subtask, TargetChoice
 from tive.util.text import print_table
@@ -45,9 +44,10 @@ def print_target_choice(
     print_table(rows)
     print()
     if choice.reasons:
-        common = Counter(choice.reasons.values()).most_common(4)
-        shown = ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
-        print(f"left out: {len(choice.reasons):,} records that have no score and are never selected ({shown})")
+        print(
+            f"left out: {len(choice.reasons):,} records that have no score and are never selected "
+            f"({most_common(choice.reasons)})"
+        )
     print_files(files, selected, records)
 
 

@@ -23,6 +23,7 @@ from tive.selection.mixture import Mixture, reasons_left_out, record_scores
 from tive.selection.summary import Task
 from tive.selection.target_options import Options
 from tive.util.errors import UserError
+from tive.util.text import shown
 
 # What the features of the records and of the target must have in common, to be of one space.
 _PAIRED = {
@@ -133,8 +134,8 @@ def _check_pair(checkpoint: Checkpoint) -> None:
         ours, theirs = getattr(records, key), getattr(target, key)
         if ours != theirs:
             raise UserError(
-                f"{checkpoint.train_path} and {checkpoint.target_path} differ in {name} ({_short(ours)} and "
-                f"{_short(theirs)}); give the folders in the same order, and take both with the same options"
+                f"{checkpoint.train_path} and {checkpoint.target_path} differ in {name} ({shown(str(ours), 24)} and "
+                f"{shown(str(theirs), 24)}); give the folders in the same order, and take both with the same options"
             )
 
 
@@ -365,12 +366,3 @@ def less_stem(options: Options, task_key: str) -> str:
     if task_key != "dataset":
         parts.append(f"task_key-{name_part([task_key])}")
     return "_".join(parts)
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
