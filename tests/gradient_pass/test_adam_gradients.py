@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tests.helpers.reference import WholeGradients
 from tive.gradient_pass.batches import GradientStep
 from tive.gradient_pass.optimizer import gradient_kind, transform_of
 from tive.method.gradients import gradient_features
+from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
 from tive.models import Encoded, llava
 from tive.models.common import target_modules
 
@@ -125,6 +127,21 @@ def test_the_influence_on_the_target_is_the_golden_one(form: str) -> None:
     assert (influence - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_unprojected_the_scores_and_the_ranking_are_the_golden_ones(form: str) -> None:
+    subtasks = [np.array(EXPECTED["target_subtask"]) == name for name in EXPECTED["subtasks"]]
+
+    def products(step: int) -> np.ndarray:
+        cosines = (unit(golden_of(step).transformed[form]) @ unit(golden_of(step).target).T).numpy()
+        return np.stack([cosines[:, rows].mean(axis=1) for rows in subtasks], axis=1)
+
+    weights = checkpoint_weights(np.array([expected_of(step)["learning_rate"] for step in CHECKPOINTS]))
+    scores = best_subtask(subtask_scores(map(products, CHECKPOINTS), weights))
+    expected = EXPECTED if form == "adam" else EXPECTED[form]
+    assert np.abs(scores - np.array(expected["scores"])).max() < 1e-4
+    assert ranking(scores).tolist() == expected["ranking"]
+
+
 def test_in_alphabetical_order_or_corrected_for_the_wrong_step_the_golden_norms_would_not_come_out() -> None:
     """Shapes do not tell layer 10 from layer 2: only the numbers do, far above what the goldens allow."""
     golden, path = golden_of(10), CHECKPOINTS[10]
@@ -168,6 +185,22 @@ def test_the_correction_is_that_of_the_next_step(monkeypatch: pytest.MonkeyPatch
     ]
     error = relative_error(torch.cat(parts, dim=1).norm(dim=1), expected_of(10)["train"]["adam_norms"])
     assert error > 2e-3
+
+
+def test_a_loss_scale_is_taken_out_before_the_transformation() -> None:
+    path = CHECKPOINTS[10]
+    reference = load_less(path)
+    matrices = target_modules(reference)
+    transform = transform_of(gradient_kind(str(path), "adam"), reference, matrices, str(path))
+    records = [llava.encode(reference.processor, record, str(GOLDEN / "images")) for record in DATA["target"][:2]]
+    found = [
+        gradient_features(
+            lambda: llava.record_losses(reference, records).losses, matrices, WholeGradients(matrices), transform, scale
+        )
+        for scale in (1.0, 4096.0)
+    ]
+    torch.testing.assert_close(found[0].norms, found[1].norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0].features, found[1].features, rtol=1e-3, atol=1e-6)
 
 
 # The pass as a whole, on the target's 12 records.
