@@ -102,7 +102,8 @@ def test_all_bad_records_are_counted_and_listed_the_first_ten_shown(tmp_path, ca
     path, listing = write(tmp_path / "a.json", json.dumps(BAD + [BAD[1]] * 20)), tmp_path / "bad.json"
     with pytest.raises(
         UserError,
-        match=r"a.json: 24 of 25 records cannot be used \(the first: record 1.*\), all are listed .*bad.json;.* drop them with scripts/convert_data.py",
+        match=r"a.json: 24 of 25 records cannot be used \(the first: record 1.*\), all are listed .*bad.json;.* "
+        "drop them with scripts/convert_data.py",
     ):
         read_tasks(path, listing=listing)
     entries = json.loads(listing.read_text())
