@@ -36,7 +36,8 @@ mkdir -p "$folder" || fail "cannot make $folder"
 
 GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
 if [[ -z $GPUS ]]; then
-    GPUS=$("$PYTHON" -c 'import torch; print(*range(torch.cuda.device_count()))') || fail "$PYTHON cannot import torch"
+    read -r count _ < <(run_module tive.training.gpus) || fail "$PYTHON cannot tell the GPUs; name them with GPUS"
+    GPUS=$(seq -s ' ' 0 $((count - 1)))
 fi
 read -ra gpus <<<"${GPUS//,/ }"
 ((${#gpus[@]} > 0)) || gpus=(cpu)

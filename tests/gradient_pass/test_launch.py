@@ -171,6 +171,22 @@ def test_the_loop_refuses_what_it_sets_itself(loop):
         assert "NUM_CHUNKS" in process.communicate(timeout=60)[0] and process.returncode == 2
 
 
+def test_the_loop_asks_the_installed_torch_for_the_gpus_wherever_it_is_called_from(tmp_path):
+    (tmp_path / "torch.py").write_text("print('a stranger')")
+    environment = {name: value for name, value in os.environ.items() if name not in ("GPUS", "CUDA_VISIBLE_DEVICES")}
+    done = subprocess.run(
+        ["bash", str(SHELL), "--output_file", "out", "--input_file", "missing.json"],
+        cwd=tmp_path,
+        env={**environment, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "NUM_CHUNKS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    count = torch.cuda.device_count()
+    assert f"process {max(count, 1) - 1}: started on {count - 1 if count else 'cpu'}" in done.stdout, done.stderr
+    assert "stranger" not in done.stdout + done.stderr and not (tmp_path / "__pycache__").exists()
+
+
 def test_torchrun_loses_a_process_and_the_loop_over_devices_continues_its_chunks(tmp_path):
     out = tmp_path / "features"
     command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", str(SCRIPT)]
