@@ -216,6 +216,8 @@ def test_every_plot_has_a_text_alternative_a_caption_its_numbers_and_a_png(plain
     assert len(plots) == len(files) == len(plain.all("figcaption"))
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 20 for plot in plots)
     assert plain.text.count("The numbers of this plot") == len(plots)
+    # Its ground is the page's, which may be dark.
+    assert not re.search(r"fill: (#fff|white)", plain.source)
     for name in files:
         with Image.open(folder / "report_plots" / name) as image:
             assert image.format == "PNG" and image.width > 600
@@ -489,7 +491,7 @@ def test_losses_lengths_and_el2n_are_shown_where_they_are_known(copy: Path, plai
     # vqa: rows 9 to 17
     assert ["vqa", "2.40", "9", "3", "2.37", "0.750", "387"] in page.rows
     assert re.search(r"loss 2\.\d\d · EL2N 0\.750 · supervised tokens 3\d\d\b", page.text)
-    assert "the rank correlation of the two within a task is -1.00 (median, from -1.00 to -1.00)" in page.text
+    assert "tokens is -1.00 within a task (median of the tasks, -1.00 to -1.00), and -1.00 between" in page.text
     for absent in ("Losses", "EL2N", "supervised tokens ·", "rank correlation"):
         assert absent not in plain.text
 

@@ -77,18 +77,17 @@ def lengths(selection: Selection) -> str:
         if len(rows):
             means.append((norms[rows].mean(), tokens[rows].mean()))
             within.append(rank_correlation(norms[rows], tokens[rows]))
-    between = rank_correlation(*np.array(means).T) if len(means) > 2 else None
     inside = [value for value in within if value is not None]
-    said = []
-    if inside:
-        spread = f", from {min(inside):.2f} to {max(inside):.2f}" if len(inside) > 1 else ""
-        said.append(
-            f"The norm is that of a mean over a record's supervised tokens, so it tends to fall with their number: the "
-            f"rank correlation of the two within a task is {float(np.median(inside)):.2f} (median{spread})."
-        )
-    if between is not None:
-        said.append(f"Between the tasks' means of the two it is {between:.2f}.")
-    return " ".join(said)
+    between = rank_correlation(*np.array(means).T) if len(means) > 2 else None
+    if not inside:
+        return ""
+    middle, lowest, highest = (f"{value:.2f}" for value in (np.median(inside), min(inside), max(inside)))
+    spread = f" (median of the tasks, {lowest} to {highest})" if len(inside) > 1 else ""
+    tasks = f", and {between:.2f} between the tasks' means" if between is not None else ""
+    return (
+        "The gradient is that of a mean over a record's supervised tokens, so long answers tend to have smaller ones: "
+        f"the rank correlation of norm and supervised tokens is {middle} within a task{spread}{tasks}."
+    )
 
 
 def over_targets(selection: Selection) -> str:
@@ -108,10 +107,10 @@ def distribution(parts: Sequence[Part], noun: str, unit: str = "task") -> Markup
         everyone, drawn = float(np.median(part.values)), float(np.median(part.values[part.drawn]))
         higher += drawn > everyone
         largest = max(largest, (abs(drawn - everyone), part.name, everyone, drawn))
-    said = [f"Grey: all records of a {unit}; blue: those among them that were drawn, on the same scale."]
+    said = ["Grey: all records; blue: those among them that were drawn, on the same scale."]
     if not known:
         return sentences(*said, "No record was drawn.")
-    above = f"The drawn records' median {noun} is above their {unit}'s in {higher} of {plural(len(known), unit)}"
+    above = f"The drawn records' median {noun} is above that of all in {higher} of {plural(len(known), unit)}"
     if not largest[0]:
         return sentences(*said, f"{above}.")
     medians = f"({short(largest[2])} of all, {short(largest[3])} of the drawn)"

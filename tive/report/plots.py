@@ -44,6 +44,7 @@ _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
+    "axes.facecolor": "none",
     "axes.edgecolor": COLOURS["line"],
     "axes.labelcolor": COLOURS["quiet"],
     "text.color": COLOURS["ink"],

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from tive.report import captions, plots
-from tive.report.blocks import Block, Fold, Plot, Section, Table, name
+from tive.report.blocks import Block, Fold, Plot, Section, Table, name, sentences
 from tive.report.choice import Choice
 from tive.report.numbers import percent, plural, short
 from tive.report.plots import Part
@@ -24,9 +24,9 @@ ROWS_A_PLOT = 30
 COLUMNS = {
     "norm": ("Gradient norms", "gradient norm", "gradient norm (logarithmic)", True),
     "loss": ("Losses", "loss", "loss: mean cross-entropy over the supervised tokens", False),
-    "el2n": ("EL2N", "EL2N", "EL2N: mean distance of predicted and true token", False),
+    "el2n": ("EL2N", "EL2N", "EL2N: mean length of predicted minus true probabilities", False),
     "influence": ("Influence", "influence", "influence: mean cosine to the task's records", False),
-    "score": ("Scores", "score", "score of the target", False),
+    "score": ("Scores", "score", "score", False),
 }
 Row = TypeVar("Row")
 
@@ -134,11 +134,12 @@ def distribution(selection: Selection, pictures: Pictures, column: str) -> Secti
         parts.append(Part(task.name, values[rows], selection.drawn[rows]))
     draw = partial(plots.distribution, scale=plots.scale_of(parts, label, logarithmic))
     what = f"Distribution of the {noun} in each task, with the drawn records marked"
-    blocks = pictures.rows(column, parts, draw, what, captions.distribution(parts, noun), quantiles(parts, what))
-    if column == "norm" and (said := captions.lengths(selection)):
-        blocks.append(said)
-    if column == "score":
-        blocks.append(captions.over_targets(selection))
+    caption = captions.distribution(parts, noun)
+    if column == "norm":
+        caption = sentences(caption, captions.lengths(selection))
+    elif column == "score":
+        caption = sentences(captions.over_targets(selection), caption)
+    blocks = pictures.rows(column, parts, draw, what, caption, quantiles(parts, what))
     return Section(anchor, title, blocks)
 
 

@@ -44,8 +44,8 @@ def records(selection: Selection, ends: Sequence[Ends], samples: Mapping[int, Sa
     shown = [end for end in ends if len(end.most)]
     for number, end in enumerate(shown):
         columns = [
-            (title, [_card(selection, row, end.column, samples.get(row)) for row in rows.tolist()])
-            for title, rows in zip(titles, (end.most, end.least), strict=True)
+            (which, [_card(selection, row, end.column, samples.get(row)) for row in rows.tolist()])
+            for which, rows in zip(titles, (end.most, end.least), strict=True)
             if len(rows)
         ]
         blocks.append(Extremes(name(end.name), end.about, columns, number < OPEN))
@@ -56,7 +56,7 @@ def _card(selection: Selection, row: int, column: str, sample: Sample | None) ->
     """The scores of a record: the one that it is shown for, then the others."""
     scores, counts = SCORES, COUNTS
     if column not in scores:
-        scores = {column: column.replace("score_", "for this subtask ", 1), **scores}
+        scores = {column: f"for {column.removeprefix('score_')}", **scores}
     found = [
         f"{said} {short(float(selection.column(key)[row]))}" for key, said in scores.items() if key in selection.numbers
     ]
@@ -92,6 +92,8 @@ def left_out(selection: Selection, further: Sequence[Block] = ()) -> Section:
 def cost(selection: Selection) -> Section:
     """What the gradient pass took, from the chunks' manifests."""
     title = "What the gradient pass cost"
+    if selection.summary.method == "LESS":
+        title = "What the gradient pass of the last checkpoint cost"
     chunks = selection.summary.gradient_pass
     if not chunks:
         unknown = "Not known: the feature files have no manifests (those of the paper's release do not)."
@@ -147,6 +149,7 @@ def origin(selection: Selection) -> Section:
     inputs = {key: value for key, value in structs.asdict(summary.inputs).items() if key not in ("chunks", "match")}
     contents = [("Arguments", summary.arguments), ("Inputs", inputs), ("Gradient features", summary.inputs.match)]
     contents += [("Subset", structs.asdict(summary.subset)), ("Versions", summary.versions)]
+    contents.append(("Target", {key: value for key, value in summary.details.items() if isinstance(value, str)}))
     if summary.gradient_pass:
         contents.append(("Versions of the gradient pass", summary.gradient_pass[0].get("versions")))
     blocks: list[Block] = [f"Selected {summary.created}."] if summary.created else []

@@ -90,7 +90,7 @@ def subtasks(selection: Selection, target: Target, pictures: Pictures) -> Sectio
         values = selection.column(target.column(number))
         known = np.isfinite(values)
         parts.append(Part(subtask, values[known], selection.drawn[known]))
-    scale = plots.scale_of(parts, "score: mean cosine to the subtask's records", logarithmic=False)
+    scale = plots.scale_of(parts, "score for the subtask: a cosine", logarithmic=False)
     what = "Distribution of all records' scores for each subtask, with the drawn records marked"
     draw = partial(plots.distribution, scale=scale)
     caption = sentences(_served(target), captions.distribution(parts, "score", "subtask"))
