@@ -22,12 +22,10 @@ from markupsafe import Markup
 from PIL import Image
 from setuptools import Distribution
 
-from tive.data.records import open_records
+from tests.helpers.feature_files import random_features, record, write_features
 from tive.report import plots, sections
 from tive.report.choice import Q_GRID, effective_sample_sizes
 from tive.report.numbers import rank_correlation
-from tive.selection.files import Scores, files_of, write_selection
-from tive.selection.summary import Inputs, LeftOut, Task, summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -503,38 +501,20 @@ def test_a_rank_correlation_shares_the_ranks_of_equal_values() -> None:
     assert rank_correlation(first, np.ones(4)) is None
 
 
+LESS_STEM = "Less_p_0.25_gradient-sgd_weights-2.0"
+
+
 def less_selection(folder: Path, names: list[str]) -> Path:
-    """A selection for a target of as many subtasks, in the format of select_data_LESS.py."""
-    random = np.random.default_rng(1)
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
-    data = folder / "data.json"
-    data.write_text(json.dumps([{"dataset": ["vqa", "chat"][row % 2], "conversations": turns} for row in range(40)]))
-    records = open_records(data)
-    scores = random.uniform(-1, 1, (40, len(names)))
-    scores[3] = np.nan
-    order = np.argsort(-np.nan_to_num(scores.max(axis=1), nan=-9), kind="stable")
-    times, ranks = np.zeros(40, np.int64), np.full(40, np.nan, object)
-    times[order[:10]], ranks[order[:39]] = 1, np.arange(1, 40)
-    columns = {"score": scores.max(axis=1), "rank": ranks}
-    columns |= {f"score_{name}": scores[:, number] for number, name in enumerate(names)}
-    best = scores[order[:10]].argmax(axis=1)
-    subtasks = [
-        {"name": name, "records": 4 + number, "selected": int((best == number).sum())}
-        | {"mean_score": float(np.nanmean(scores[:, number])), "mean_score_of_selected": 0.5}
-        for number, name in enumerate(names)
-    ]
-    checkpoint = {"train": "features/105", "target": "target/105", "weight": 1.0, "step": 105, "gradient": "adam"}
-    details = {"target_data": "target.json", "target_sha256": "cd" * 32, "subtasks": subtasks}
-    details |= {"checkpoints": [checkpoint], "target_left_out": [{"row": 1, "reason": "no image"}]}
-    tasks = [
-        Task(name, 20, 20, int(times[row::2].sum()), int(times[row::2].sum()))
-        for row, name in enumerate(["vqa", "chat"])
-    ]
-    kept = Scores([f"id-{row}" for row in range(40)], ["vqa", "chat"] * 20, columns, times, {3: "not finite"})
-    inputs = Inputs(str(data), records.sha256, 40, "features/105")
-    arguments = {"p": 0.25, "over_targets": "max"}
-    summary = summary_of(arguments, inputs, [], tasks, [LeftOut(3, "not finite", "id-3", "chat")], "LESS", details)
-    write_selection(files_of(folder, "Less_p_0.25", data), records, kept, summary)
+    """What select_data_LESS.py makes of 40 records and a target of as many subtasks, of one record more each."""
+    data, target = folder / "data.json", folder / "target.json"
+    data.write_text(json.dumps([record(row, ["vqa", "chat"][row % 2]) for row in range(40)]))
+    subtasks = [name for number, name in enumerate(names) for _ in range(number + 1)]
+    target.write_text(json.dumps([record(row, name) for row, name in enumerate(subtasks)]))
+    write_features(folder / "train", data, *random_features(40, seed=1), left_out={3: "not finite"})
+    write_features(folder / "goal", target, *random_features(len(subtasks), seed=2), num_chunks=1)
+    places = ["--train", folder / "train", "--target", folder / "goal", "--save_path", folder]
+    options = ["--data_path", data, "--target_data", target, "--gradient", "sgd", "--weights", 2, "--p", 0.25]
+    script(ROOT / "select_data_LESS.py", *options, *places)
     return folder
 
 
@@ -548,7 +528,7 @@ def test_a_selection_for_a_target_is_shown_by_subtask(tmp_path: Path) -> None:
     plotted = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
     assert plotted == ["mixture.png", "score.png", "subtasks.png"]
 
-    with open(tmp_path / "Less_p_0.25_scores.csv", newline="") as file:
+    with open(tmp_path / f"{LESS_STEM}_scores.csv", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["score"]]
     served = {task: [0, 0, 0] for task in ("vqa", "chat")}
     for line in lines:
@@ -557,15 +537,14 @@ def test_a_selection_for_a_target_is_shown_by_subtask(tmp_path: Path) -> None:
     for task, counts in served.items():
         assert [task, *map(str, counts)] in page.rows
     for number, name in enumerate(names):
-        assert [name, str(4 + number), str(served["vqa"][number] + served["chat"][number])] in [
+        assert [name, str(number + 1), str(served["vqa"][number] + served["chat"][number])] in [
             row[:3] for row in page.rows
         ]
         ranked = sorted(lines, key=lambda line: float(line[f"score_{name}"]))
         shown = [line["row"] for line in [*ranked[::-1][:2], *ranked[:2]]]
-        block = page.text[page.text.index(f"{name} {4 + number} records of the target") :]
+        block = page.text[page.text.index(f"{name} {number + 1} record") :]
         assert re.findall(r"row (\d+), id", block)[:4] == shown
-    assert ["1", "105", "adam", "1.00", "features/105"] in page.rows
-    assert "Left out of the target itself: 1 record" in page.text
+    assert ["1", "–", "sgd", "1.00", str(tmp_path / "train")] in page.rows
     assert "effective" not in page.text and "budget" not in page.text
 
 
@@ -582,7 +561,7 @@ def test_a_target_that_does_not_fit_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[object], value: object, named: str
 ) -> None:
     less_selection(tmp_path, ["a", "b"])
-    change_summary(tmp_path, *keys, value=value, stem="Less_p_0.25")
+    change_summary(tmp_path, *keys, value=value, stem=LESS_STEM)
     assert named in error_of(capsys, tmp_path)
     assert not (tmp_path / "report.html").exists()
 

@@ -18,18 +18,9 @@ from tive.report.samples import Ends, ends
 from tive.report.sections import Pictures, quantiles
 from tive.selection.files import Selection
 from tive.selection.summary import Count, Size
+from tive.selection.target import Subtask
 from tive.util.errors import UserError
 from tive.util.text import shown
-
-
-class Subtask(Struct, frozen=True):
-    """A subtask of the target: its records, and the chosen ones that serve it best."""
-
-    name: str
-    records: Count
-    selected: Count
-    mean_score: float
-    mean_score_of_selected: float
 
 
 class Checkpoint(Struct, frozen=True):
