@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from tive.report import sections, tables
+from tive.report import contents, tables, target
 from tive.report.choice import choice_of
 from tive.report.page import page
 from tive.report.samples import Sample, extremes, open_checked, read_samples
+from tive.report.sections import Pictures
 from tive.selection.files import SUMMARY_END, Selection, find_summary, read_selection
 from tive.util.errors import UserError, run
 from tive.util.files import whole_file
@@ -25,27 +26,23 @@ def main() -> None:
     arguments = parse_arguments()
     summary = find_summary(arguments.out, arguments.name)
     selection = read_selection(summary)
-    choice = choice_of(selection)
 
-    chosen = extremes(selection, arguments.samples)
-    samples, trouble = samples_of(selection, [int(row) for pair in chosen for part in pair for row in part], arguments)
-
-    pictures = sections.Pictures()
-    html = page(
-        selection,
-        choice,
-        [
-            ("mixture", "The mixture, before and after", sections.mixture(selection, pictures)),
-            ("values", "Task values", sections.task_values(selection, pictures)),
-            ("norms", "Gradient norms", sections.distribution(selection, pictures, "norm")),
-            ("influence", "Influence", sections.distribution(selection, pictures, "influence")),
-            ("choice", "How much choice the weights make", sections.choice(selection, choice, pictures)),
-            ("records", "Most and least influential records", tables.records(selection, chosen, samples, trouble)),
-            ("left-out", "Records left out", tables.left_out(selection)),
-            ("cost", "What the gradient pass cost", tables.cost(selection)),
-            ("origin", "Arguments, versions, hashes", tables.origin(selection)),
-        ],
+    of_target = target.target_of(selection)
+    ends = (
+        target.extremes(selection, of_target, arguments.samples)
+        if of_target
+        else extremes(selection, arguments.samples)
     )
+    samples, trouble = samples_of(selection, [row for end in ends for row in end.rows], arguments)
+    records = tables.records(selection, ends, samples, trouble)
+
+    pictures = Pictures()
+    choice = None if of_target else choice_of(selection)
+    if of_target:
+        sections = contents.of_less(selection, of_target, records, pictures)
+    else:
+        sections = contents.of_tive(selection, choice, records, pictures)
+    html = page(selection, choice, sections)
     pictures.bar.close()
     output = arguments.output or default_output(summary)
     plots = output.with_name(f"{output.stem}_plots")
@@ -82,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "out", type=Path, metavar="OUT", help="--save_path of select_data_TIVE.py, or one _summary.json in it"
+        "out", type=Path, metavar="OUT", help="--save_path of the selection, or one _summary.json in it"
     )
     parser.add_argument("--name", metavar="STEM", help="which selection, when OUT holds several: Tive_q_0.001_p_0.15")
     parser.add_argument("--image_folder", metavar="DIR", help="where the images lie (default: as in the gradient step)")

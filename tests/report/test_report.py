@@ -5,26 +5,30 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import math
 import re
+import runpy
 import shutil
-import subprocess
 import sys
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
+from setuptools import Distribution
 
-from tive.report import sections
+from tests.helpers.feature_files import random_features, record, write_features
+from tive.report import plots, sections
 from tive.report.choice import Q_GRID, effective_sample_sizes
-from tive.util.errors import run
+from tive.report.numbers import rank_correlation
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "report.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "report.py"
 HEADER = ["row", "id", "task", "norm", "influence", "weight", "times_selected", "left_out"]
 STEM = "Tive_q_0.001_p_0.15"
 HOSTILE = [
@@ -99,16 +103,17 @@ def make_selection(
     return folder
 
 
-def report(*arguments: object) -> None:
-    """Run the script's `main` as the command line does."""
-    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    before, sys.argv = sys.argv, [str(SCRIPT), *map(str, arguments)]
+def script(path: Path, *arguments: object) -> None:
+    """Run a script as the command line does."""
+    before, sys.argv = sys.argv, [str(path), *map(str, arguments)]
     try:
-        run(script.main)
+        runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv = before
+
+
+def report(*arguments: object) -> None:
+    script(SCRIPT, *arguments)
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -117,8 +122,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as stop:
         report(*arguments)
     assert stop.value.code == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") == 1
+    out, line = capsys.readouterr()
+    assert out == "" and line.startswith("error: ") and line.count("\n") == 1
     return line
 
 
@@ -184,8 +189,14 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change_summary(folder: Path, *keys: object, value: object) -> None:
-    path = folder / f"{STEM}_summary.json"
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what plots have no part in: drawing them takes nearly all of a page's time."""
+    monkeypatch.setattr(plots, "render", lambda draw, name, description: (Markup("<svg></svg>"), b""))
+
+
+def change_summary(folder: Path, *keys: object, value: object, stem: str = STEM) -> None:
+    path = folder / f"{stem}_summary.json"
     summary = json.loads(path.read_text())
     inner = summary
     for key in keys[:-1]:
@@ -203,6 +214,8 @@ def test_every_plot_has_a_text_alternative_a_caption_its_numbers_and_a_png(plain
     assert len(plots) == len(files) == len(plain.all("figcaption"))
     assert all(plot["role"] == "img" and len(plot["aria-label"]) > 20 for plot in plots)
     assert plain.text.count("The numbers of this plot") == len(plots)
+    # Its ground is the page's, which may be dark.
+    assert not re.search(r"fill: (#fff|white)", plain.source)
     for name in files:
         with Image.open(folder / "report_plots" / name) as image:
             assert image.format == "PNG" and image.width > 600
@@ -309,6 +322,7 @@ def test_the_same_input_gives_the_same_bytes(plain: Page, folder: Path, tmp_path
         assert path.read_bytes() == (folder / "report_plots" / path.name).read_bytes()
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_data_file_that_is_gone_or_changed_costs_the_samples_only(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +338,7 @@ def test_a_data_file_that_is_gone_or_changed_costs_the_samples_only(
 
 
 def test_more_tasks_than_a_plot_holds_are_folded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "TASKS_A_PLOT", 3)
+    monkeypatch.setattr(sections, "ROWS_A_PLOT", 3)
     report(folder, "--output", tmp_path / "page.html", "--samples", 0)
     page = Page(tmp_path / "page.html")
     assert "Plots of the other 1 task" in page.text and "Tasks 4 to 4 of 4." in page.text
@@ -332,6 +346,7 @@ def test_more_tasks_than_a_plot_holds_are_folded(folder: Path, tmp_path: Path, m
     assert not page.all("img")
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for end in ("_summary.json", "_scores.csv"):
         shutil.copy(copy / f"{STEM}{end}", copy / f"Other{end}")
@@ -343,11 +358,9 @@ def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys:
     assert (copy / "Other_report.html").is_file() and (copy / f"{STEM}_report.html").is_file()
 
 
-def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remedy = f"run select_data_TIVE.py --save_path {tmp_path} first"
-    assert done.stderr == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}\n"
+    assert error_of(capsys, tmp_path) == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}\n"
 
 
 @pytest.mark.parametrize(
@@ -432,6 +445,7 @@ def test_extreme_numbers_still_make_a_page(copy: Path) -> None:
     assert not page.all("img")
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     names = ["captions"] * 6 + ["vqa"] * 20 + ["chat"] * 14
@@ -442,8 +456,7 @@ def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Pa
     torch.save([torch.randn(len(names), 64, generator=generator).half() + 0.5], tmp_path / "features" / "output_0")
     (tmp_path / "features" / "output_norm_0.json").write_text(json.dumps([1.0 + row / 10 for row in range(len(names))]))
     places = ["--data_path", tmp_path / "data.json", "--gradient_path", tmp_path / "features", "--save_path", tmp_path]
-    command = [sys.executable, SCRIPT.parent.parent / "select_data_TIVE.py", *places, "--exclude_tasks", "captions"]
-    subprocess.run([*command, "--q", "20"], check=True, capture_output=True)
+    script(ROOT / "select_data_TIVE.py", *places, "--exclude_tasks", "captions", "--q", "20")
     report(tmp_path)
     page = Page(tmp_path / "report.html")
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*_summary.json"))
@@ -451,3 +464,113 @@ def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Pa
         row = [task["task"], str(task["records"]), str(task["distinct"]), f"{task['effective_sample_size'] or 0:.1f}"]
         assert task["excluded"] or row in [shown[:4] for shown in page.rows]
     assert "Not known: the feature files have no manifests" in page.text
+
+
+SCORES = ["loss", "el2n", "supervised_tokens", "tokens"]
+
+
+def add_scores(folder: Path) -> None:
+    """Losses, EL2N and lengths, as the gradient pass keeps them beside the norms; norms fall as lengths grow."""
+    path = folder / f"{STEM}_scores.csv"
+    header, *rows = csv.reader(path.open(newline=""))
+    for position, row in enumerate(rows):
+        # A record that was left out has none.
+        row[6:6] = ["", "", "", ""] if row[-1] else [2.5 - position / 100, 0.75, 400 - position, 976 + position]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[*header[:6], *SCORES, *header[6:]], *rows])
+
+
+def test_losses_lengths_and_el2n_are_shown_where_they_are_known(copy: Path, plain: Page) -> None:
+    add_scores(copy)
+    report(copy, "--samples", 1)
+    page = Page(copy / "report.html")
+    assert {"loss.png", "el2n.png"} < {path.name for path in (copy / "report_plots").iterdir()}
+    assert {"losses", "el2n"} < {attributes["id"] for attributes in page.all("section")}
+    # vqa: rows 9 to 17
+    assert ["vqa", "2.40", "9", "3", "2.37", "0.750", "387"] in page.rows
+    assert re.search(r"loss 2\.\d\d · EL2N 0\.750 · supervised tokens 3\d\d\b", page.text)
+    assert "tokens is -1.00 within a task (median of the tasks, -1.00 to -1.00), and -1.00 between" in page.text
+    for absent in ("Losses", "EL2N", "supervised tokens ·", "rank correlation"):
+        assert absent not in plain.text
+
+
+def test_a_rank_correlation_shares_the_ranks_of_equal_values() -> None:
+    first, second = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 30.0, 20.0, 40.0])
+    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
+    assert rank_correlation(first, second) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert rank_correlation(first, np.ones(4)) is None
+
+
+LESS_STEM = "Less_p_0.25_gradient-sgd_weights-2.0"
+
+
+def less_selection(folder: Path, names: list[str]) -> Path:
+    """What select_data_LESS.py makes of 40 records and a target of as many subtasks, of one record more each."""
+    data, target = folder / "data.json", folder / "target.json"
+    data.write_text(json.dumps([record(row, ["vqa", "chat"][row % 2]) for row in range(40)]))
+    subtasks = [name for number, name in enumerate(names) for _ in range(number + 1)]
+    target.write_text(json.dumps([record(row, name) for row, name in enumerate(subtasks)]))
+    write_features(folder / "train", data, *random_features(40, seed=1), left_out={3: "not finite"})
+    write_features(folder / "goal", target, *random_features(len(subtasks), seed=2), num_chunks=1)
+    places = ["--train", folder / "train", "--target", folder / "goal", "--save_path", folder]
+    options = ["--data_path", data, "--target_data", target, "--gradient", "sgd", "--weights", 2, "--p", 0.25]
+    script(ROOT / "select_data_LESS.py", *options, *places)
+    return folder
+
+
+def test_a_selection_for_a_target_is_shown_by_subtask(tmp_path: Path) -> None:
+    names = ["read & spell", "<b>count</b>", "boxes"]
+    report(less_selection(tmp_path, names), "--samples", 2)
+    page = Page(tmp_path / "report.html")
+    assert "What LESS selected" in page.text
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert sections == ["mixture", "subtasks", "scores", "checkpoints", "records", "left-out", "cost", "origin"]
+    plotted = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
+    assert plotted == ["mixture.png", "score.png", "subtasks.png"]
+
+    with open(tmp_path / f"{LESS_STEM}_scores.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["score"]]
+    served = {task: [0, 0, 0] for task in ("vqa", "chat")}
+    for line in lines:
+        if line["times_selected"] == "1":
+            served[line["task"]][max(range(3), key=lambda number: float(line[f"score_{names[number]}"]))] += 1
+    for task, counts in served.items():
+        assert [task, *map(str, counts)] in page.rows
+    for number, name in enumerate(names):
+        assert [name, str(number + 1), str(served["vqa"][number] + served["chat"][number])] in [
+            row[:3] for row in page.rows
+        ]
+        ranked = sorted(lines, key=lambda line: float(line[f"score_{name}"]))
+        shown = [line["row"] for line in [*ranked[::-1][:2], *ranked[:2]]]
+        block = page.text[page.text.index(f"{name} {number + 1} record") :]
+        assert re.findall(r"row (\d+), id", block)[:4] == shown
+    assert ["1", "–", "sgd", "1.00", str(tmp_path / "train")] in page.rows
+    assert "effective" not in page.text and "budget" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (["method"], "MORE", "MORE"),
+        (["details", "subtasks"], [], "`$.subtasks`"),
+        (["details", "subtasks", 0, "name"], "other", "score_other"),
+        (["details", "checkpoints", 0, "weight"], -1, "`$.checkpoints[0].weight`"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[object], value: object, named: str
+) -> None:
+    less_selection(tmp_path, ["a", "b"])
+    change_summary(tmp_path, *keys, value=value, stem=LESS_STEM)
+    assert named in error_of(capsys, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_template_and_the_style_are_installed_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files()
+    beside = {path.name for path in (ROOT / "tive" / "report").iterdir() if path.suffix not in (".py", "")}
+    patterns = distribution.package_data["tive.report"]
+    assert beside == {"page.css", "page.html.jinja"}
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in beside)

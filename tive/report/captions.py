@@ -2,111 +2,122 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup
 
+from tive.report.blocks import name, sentences
 from tive.report.choice import Choice
-from tive.report.markup import Markup, join, name
+from tive.report.numbers import percent, plural, rank_correlation, short
+from tive.report.plots import Part
 from tive.selection.files import Selection
-
-
-def short(value: float | None) -> str:
-    """A number with three digits that count; a dash where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+from tive.selection.options import BUDGET_COLUMNS
 
 
 def mixture(selection: Selection) -> Markup:
     tasks = selection.tasks
     records, selected = sum(task.records for task in tasks), sum(task.selected for task in tasks)
     share = percent(selected / max(1, records))
-    parts: list[Any] = [f"The subset holds {selected:,} of {records:,} records ({share}). "]
+    said = [f"The subset holds {selected:,} of {records:,} records ({share})."]
     distinct = sum(task.distinct for task in tasks)
     if distinct < selected:
-        parts.append(f"{distinct:,} of them are distinct: a task smaller than its budget is taken more than once. ")
-    moved = []
-    for task in tasks:
-        if selected and not task.excluded:
-            before, after = task.records / records, task.selected / selected
-            moved.append(
-                (after - before, task.name, f"{percent(before)} of the records, {percent(after)} of the subset. ")
-            )
-    moved.sort()
-    if moved and moved[-1][0] > 0.0005:
-        parts += [name(moved[-1][1]), " gains most: ", moved[-1][2]]
-    if moved and moved[0][0] < -0.0005:
-        parts += [name(moved[0][1]), " loses most: ", moved[0][2]]
-    excluded = [task.name for task in tasks if task.excluded]
+        said.append(f"{distinct:,} of them are distinct: a task smaller than its budget is taken more than once.")
+    shares = [
+        (task.selected / selected - task.records / records, task.name, task.records / records, task.selected / selected)
+        for task in tasks
+        if selected and not task.excluded
+    ]
+    for change, most in (("gains", max(shares, default=None)), ("loses", min(shares, default=None))):
+        if most and abs(most[0]) > 0.0005 and (most[0] > 0) == (change == "gains"):
+            numbers = f"{percent(most[2])} of the records, {percent(most[3])} of the subset."
+            said.append(Markup("{} {} most: {}").format(name(most[1]), change, numbers))
+    excluded = [name(task.name) for task in tasks if task.excluded]
     if excluded:
         others = " and others" if len(excluded) > 5 else ""
-        parts += [
-            "Excluded, so that nothing is drawn: ",
-            join((name(task) for task in excluded[:5]), ", "),
-            others,
-            ".",
-        ]
-    return join(parts)
+        names = Markup(", ").join(excluded[:5])
+        said.append(Markup("Excluded, so that nothing is drawn: {}{}.").format(names, others))
+    return sentences(*said)
 
 
 def task_values(selection: Selection) -> Markup:
     known = sorted((task for task in selection.tasks if task.value), key=lambda task: task.value or 0)
     if not known:
-        return join(["No task has a value."])
+        return Markup("No task has a value.")
     easiest, hardest = known[0], known[-1]
-    ratio = short((hardest.value or 0) / (easiest.value or 1))
-    rule = {
-        "size": "The budgets of this selection follow the tasks' sizes instead.",
-        "equal": "The budgets of this selection are equal instead.",
-        "loss": "The budgets of this selection follow the tasks' mean loss instead.",
-        "length": "The budgets of this selection follow the tasks' mean number of supervised tokens instead.",
-        "el2n": "The budgets of this selection follow the tasks' mean EL2N instead.",
-    }.get(
-        str(selection.summary.arguments.get("task_budget")), "Budgets are in proportion to it, whatever a task's size."
-    )
     if len(known) == 1:
-        return join([name(hardest.name), f" has the value {short(hardest.value)}. ", rule])
-    first = [name(hardest.name), f" ({short(hardest.value)}): its value is {ratio} times that of "]
-    return join(
-        ["Hardest for the reference model is ", *first, name(easiest.name), f" ({short(easiest.value)}). ", rule]
+        said = Markup("{} has the value {}.").format(name(hardest.name), short(hardest.value))
+    else:
+        ratio = short((hardest.value or 0) / (easiest.value or 1))
+        said = Markup("Hardest for the reference model is {} ({}): its value is {} times that of {} ({}).").format(
+            name(hardest.name), short(hardest.value), ratio, name(easiest.name), short(easiest.value)
+        )
+    return sentences(said, _budget_rule(str(selection.summary.arguments.get("task_budget"))))
+
+
+def _budget_rule(rule: str) -> str:
+    if rule in ("size", "equal"):
+        how = "follow the tasks' sizes" if rule == "size" else "are equal"
+    elif rule in BUDGET_COLUMNS and rule != "difficulty":
+        what = {"length": "number of supervised tokens", "el2n": "EL2N"}.get(rule, rule)
+        how = f"follow the tasks' mean {what}"
+    else:
+        return "Budgets are in proportion to it, whatever a task's size."
+    return f"The budgets of this selection {how} instead."
+
+
+def lengths(selection: Selection) -> str:
+    """How gradient norms go with the length of what is supervised, within the tasks and between them."""
+    norms, tokens = selection.column("norm"), selection.column("supervised_tokens")
+    known = np.isfinite(norms) & np.isfinite(tokens)
+    within, means = [], []
+    for index in range(len(selection.tasks)):
+        rows = selection.rows_of(index)
+        rows = rows[known[rows]]
+        if len(rows):
+            means.append((norms[rows].mean(), tokens[rows].mean()))
+            within.append(rank_correlation(norms[rows], tokens[rows]))
+    inside = [value for value in within if value is not None]
+    between = rank_correlation(*np.array(means).T) if len(means) > 2 else None
+    if not inside:
+        return ""
+    middle, lowest, highest = (f"{value:.2f}" for value in (np.median(inside), min(inside), max(inside)))
+    spread = f" (median of the tasks, {lowest} to {highest})" if len(inside) > 1 else ""
+    tasks = f", and {between:.2f} between the tasks' means" if between is not None else ""
+    return (
+        "The gradient is that of a mean over a record's supervised tokens, so long answers tend to have smaller ones: "
+        f"the rank correlation of norm and supervised tokens is {middle} within a task{spread}{tasks}."
     )
 
 
-def distribution(selection: Selection, column: str) -> Markup:
-    values = selection.column(column)
-    drawn = selection.drawn
-    higher, known, largest = 0, 0, (0.0, "", 0.0, 0.0)
-    for index, task in enumerate(selection.tasks):
-        rows = selection.rows_of(index)
-        rows = rows[np.isfinite(values[rows])]
-        if not drawn[rows].any():
-            continue
-        everyone, part = float(np.median(values[rows])), float(np.median(values[rows[drawn[rows]]]))
-        known, higher = known + 1, higher + (part > everyone)
-        largest = max(largest, (abs(part - everyone), task.name, everyone, part))
-    parts: list[Any] = ["Grey: all records of a task; blue: those among them that were drawn, on the same scale. "]
+def over_targets(selection: Selection) -> str:
+    """How the scores for the subtasks became one."""
+    how = {
+        "mean": "the mean of its scores for the subtasks",
+        "vote": "the number of subtasks that it is among the best for",
+    }.get(str(selection.summary.arguments.get("over_targets")), "its score for the subtask that it serves best")
+    return f"A record's score is {how}; the records of the highest scores are chosen, whatever their task."
+
+
+def distribution(parts: Sequence[Part], noun: str, unit: str = "task") -> Markup:
+    """Of a score's distribution in parts of a `unit` each: where the drawn records lie."""
+    higher, largest = 0, (0.0, "", 0.0, 0.0)
+    known = [part for part in parts if part.drawn.any()]
+    for part in known:
+        everyone, drawn = float(np.median(part.values)), float(np.median(part.values[part.drawn]))
+        higher += drawn > everyone
+        largest = max(largest, (abs(drawn - everyone), part.name, everyone, drawn))
+    said = ["Grey: all records; blue: those among them that were drawn, on the same scale."]
     if not known:
-        return join([*parts, "No record was drawn."])
-    parts.append(f"The drawn records' median {column} is above their task's in {higher} of {plural(known, 'task')}")
-    if largest[0]:
-        medians = f" ({short(largest[2])} of all, {short(largest[3])} of the drawn)"
-        parts += ["; it differs most in ", name(largest[1]), medians]
-    return join([*parts, "."])
+        return sentences(*said, "No record was drawn.")
+    above = f"The drawn records' median {noun} is above that of all in {higher} of {plural(len(known), unit)}"
+    if not largest[0]:
+        return sentences(*said, f"{above}.")
+    medians = f"({short(largest[2])} of all, {short(largest[3])} of the drawn)"
+    return sentences(*said, Markup("{}; it differs most in {} {}.").format(above, name(largest[1]), medians))
 
 
-def choice(selection: Selection, choice: Choice, drawn_share: float) -> Markup:
+def choice(selection: Selection, choice: Choice, drawn_share: float) -> str:
     """What the weights do at the selection's q, and at which q they would do more."""
     weighted = "; q plays no part, and the curve shows what drawing with weights would do."
     if selection.summary.arguments.get("instance_score") == "random":
@@ -125,7 +136,7 @@ def choice(selection: Selection, choice: Choice, drawn_share: float) -> Markup:
         )
     elif half:
         used += f" The effective size falls to half at q ≈ {short(half)}."
-    return join([used])
+    return used
 
 
 def _at_q(choice: Choice, drawn_share: float) -> str:

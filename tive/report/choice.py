@@ -78,13 +78,10 @@ class Choice:
 
 
 def choice_of(selection: Selection) -> Choice | None:
-    """The curve of a selection, from the scores of its records; None when no task has any, or another
-    method than TIVE selected, which draws by no weights.
+    """The curve of TIVE's selection, from the scores of its records; None when no task has any.
 
     The weights are made of the score that the selection asked for; of the influence where it drew at random.
     """
-    if selection.summary.method != "TIVE":
-        return None
     score = SCORE_COLUMNS.get(str(selection.summary.arguments.get("instance_score")), "influence")
     values = selection.column(score)
     q = float(selection.summary.arguments["q"])

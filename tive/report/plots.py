@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from tive.report.choice import Choice
-from tive.report.markup import Markup
 from tive.selection.files import Selection
+from tive.selection.summary import Task
+from tive.util.text import shown
 
 # Blue, orange and grey stay apart for every kind of colour vision. The page's style sheet has a --name for each.
 COLOURS = {
@@ -31,6 +36,7 @@ COLOURS = {
 }
 WIDTH = 4.4
 ROW = 0.3
+LABEL = 22
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tive",
@@ -38,6 +44,7 @@ _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
+    "axes.facecolor": "none",
     "axes.edgecolor": COLOURS["line"],
     "axes.labelcolor": COLOURS["quiet"],
     "text.color": COLOURS["ink"],
@@ -58,17 +65,51 @@ _STYLE = {
 }
 
 
-def mixture(selection: Selection, tasks: Sequence[int]) -> Figure:
-    """Each task's share of the records and of the subset, two bars a task."""
-    shown = [selection.tasks[index] for index in tasks]
-    records = sum(task.records for task in selection.tasks)
-    selected = max(1, sum(task.selected for task in selection.tasks))
-    figure, axes = _rows(selection, tasks)
-    rows = np.arange(len(shown))
-    before = [task.records / records for task in shown]
+@dataclass(frozen=True)
+class Part:
+    """A score of some of the records, those of a task for instance.
+
+    Attributes:
+        values: float64 `[n]`, finite.
+        drawn: which of them are in the subset, bool `[n]`.
+    """
+
+    name: str
+    values: np.ndarray
+    drawn: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The axis and the bins of a score, the same for all parts: edges float64 `[bins + 1]`."""
+
+    edges: np.ndarray
+    logarithmic: bool
+    label: str
+
+
+def scale_of(parts: Sequence[Part], label: str, logarithmic: bool) -> Scale:
+    """The bins of all parts; on a logarithmic axis, of what lies above 0."""
+    values = np.concatenate([part.values for part in parts])
+    values = values[values > 0] if logarithmic else values
+    low, high = (values.min(), values.max()) if len(values) else (1.0, 2.0)
+    if low == high:
+        low, high = (low * 0.9, high * 1.1) if logarithmic else (low - 0.05, high + 0.05)
+    # Finer bins than a usual part's records can fill would show noise.
+    usual = np.median([len(part.values) for part in parts])
+    bins = int(np.clip(2 * np.sqrt(usual), 16, 48))
+    return Scale((np.geomspace if logarithmic else np.linspace)(low, high, bins + 1), logarithmic, label)
+
+
+def mixture(tasks: Sequence[Task], records: int, selected: int) -> Figure:
+    """Each task's share of the `records` and of the `selected` ones, two bars a task."""
+    figure, axes = _rows([task.name for task in tasks])
+    rows = np.arange(len(tasks))
+    before = [task.records / records for task in tasks]
+    after = [task.selected / max(1, selected) for task in tasks]
     axes.barh(rows - 0.19, before, 0.36, color=COLOURS["all"], label="all records")
-    axes.barh(rows + 0.19, [task.selected / selected for task in shown], 0.36, color=COLOURS["drawn"], label="drawn")
-    for row, task in enumerate(shown):
+    axes.barh(rows + 0.19, after, 0.36, color=COLOURS["drawn"], label="drawn")
+    for row, task in enumerate(tasks):
         if task.excluded:
             axes.text(0, row + 0.2, " excluded", va="center", fontsize=7.5, color=COLOURS["quiet"])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
@@ -77,62 +118,44 @@ def mixture(selection: Selection, tasks: Sequence[int]) -> Figure:
     return figure
 
 
-def task_values(selection: Selection, tasks: Sequence[int]) -> Figure:
+def task_values(tasks: Sequence[Task]) -> Figure:
     """Each task's value, one bar a task."""
-    shown = [selection.tasks[index] for index in tasks]
-    figure, axes = _rows(selection, tasks)
-    axes.barh(range(len(shown)), [task.value or 0 for task in shown], 0.6, color=COLOURS["drawn"])
+    figure, axes = _rows([task.name for task in tasks])
+    axes.barh(range(len(tasks)), [task.value or 0 for task in tasks], 0.6, color=COLOURS["drawn"])
     axes.set_xlabel("task value: mean gradient norm")
     return figure
 
 
-def distribution(selection: Selection, tasks: Sequence[int], column: str) -> Figure:
-    """Histogram of a column within each task, the drawn records a part of it, and the medians of both.
-
-    Args:
-        column: `influence`, on a linear axis, or `norm`, on a logarithmic one.
-    """
-    values = selection.column(column)
-    logarithmic = column == "norm"
-    usable = np.isfinite(values) & ((values > 0) | (not logarithmic))
-    # One axis for every task, also of other pages of the plot.
-    low, high = (values[usable].min(), values[usable].max()) if usable.any() else (1.0, 2.0)
-    if low == high:
-        low, high = (low * 0.9, high * 1.1) if logarithmic else (low - 0.05, high + 0.05)
-    # Finer bins than a usual task's records can fill would show noise.
-    usual = np.median([task.counted for task in selection.tasks])
-    bins = int(np.clip(2 * np.sqrt(usual), 16, 48))
-    edges = (np.geomspace if logarithmic else np.linspace)(low, high, bins + 1)
-    figure, axes = _rows(selection, tasks, height=ROW * 1.25)
-    for row, index in enumerate(tasks):
-        rows = selection.rows_of(index)
-        rows = rows[usable[rows]]
-        if not len(rows):
+def distribution(parts: Sequence[Part], scale: Scale) -> Figure:
+    """A histogram of each part, the drawn records a part of it, and the medians of both."""
+    figure, axes = _rows([part.name for part in parts], height=ROW * 1.25)
+    edges = scale.edges
+    for row, part in enumerate(parts):
+        usable = part.values > 0 if scale.logarithmic else np.ones(len(part.values), bool)
+        values, drawn = part.values[usable], part.values[usable & part.drawn]
+        if not len(values):
             axes.text(
                 0.01, row + 0.2, "none", transform=axes.get_yaxis_transform(), fontsize=7.5, color=COLOURS["quiet"]
             )
             continue
-        drawn = rows[selection.drawn[rows]]
         base = row + 0.42
-        everyone = np.histogram(values[rows], edges)[0]
-        for part, colour in ((rows, "all"), (drawn, "drawn")):
-            if len(part):
-                heights = np.histogram(values[part], edges)[0] / everyone.max() * 0.84
+        everyone = np.histogram(values, edges)[0]
+        for shown_values, colour in ((values, "all"), (drawn, "drawn")):
+            if len(shown_values):
+                heights = np.histogram(shown_values, edges)[0] / everyone.max() * 0.84
                 axes.stairs(base - heights, edges, baseline=base, fill=True, color=COLOURS[colour], linewidth=0)
-        axes.plot([np.median(values[rows])] * 2, [base, base - 0.84], color=COLOURS["ink"], linewidth=1)
+        axes.plot([np.median(values)] * 2, [base, base - 0.84], color=COLOURS["ink"], linewidth=1)
         if len(drawn):
-            axes.plot(
-                [np.median(values[drawn])] * 2, [base, base - 0.84], color=COLOURS["mark"], linewidth=1, dashes=(3, 2)
-            )
-    if logarithmic:
+            axes.plot([np.median(drawn)] * 2, [base, base - 0.84], color=COLOURS["mark"], linewidth=1, dashes=(3, 2))
+    if scale.logarithmic:
         _log_axis(axes)
-    axes.set_xlim(low, high)
-    axes.set_xlabel("gradient norm (logarithmic)" if logarithmic else "influence: mean cosine to the task's records")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel(scale.label)
     handles = [
-        matplotlib.patches.Patch(color=COLOURS["all"], label="all"),
-        matplotlib.patches.Patch(color=COLOURS["drawn"], label="drawn"),
-        matplotlib.lines.Line2D([], [], color=COLOURS["ink"], linewidth=1, label="median, all"),
-        matplotlib.lines.Line2D([], [], color=COLOURS["mark"], linewidth=1, dashes=(3, 2), label="median, drawn"),
+        Patch(color=COLOURS["all"], label="all"),
+        Patch(color=COLOURS["drawn"], label="drawn"),
+        Line2D([], [], color=COLOURS["ink"], linewidth=1, label="median, all"),
+        Line2D([], [], color=COLOURS["mark"], linewidth=1, dashes=(3, 2), label="median, drawn"),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2, fontsize=8)
     return figure
@@ -159,9 +182,9 @@ def choice_sizes(selection: Selection, choice: Choice) -> Figure:
 def choice_curve(choice: Choice, drawn_share: float) -> Figure:
     """Effective sample size by task size over q: a thin line a task, a thick one for all; the q used is marked."""
     figure, axes = _figure(3.1)
-    thin = {"color": COLOURS["all"], "linewidth": 0.8, "alpha": 0.8 if len(choice.tasks) < 40 else 0.35}
+    alpha = 0.8 if len(choice.tasks) < 40 else 0.35
     for curve, size in zip(choice.curves, choice.sizes, strict=True):
-        axes.plot(choice.qs, curve / size, **thin)
+        axes.plot(choice.qs, curve / size, color=COLOURS["all"], linewidth=0.8, alpha=alpha)
     axes.plot([], [], color=COLOURS["all"], label="each task")
     axes.plot(choice.qs, choice.shares, color=COLOURS["drawn"], linewidth=2.2, label="all tasks")
     axes.axhline(drawn_share, color=COLOURS["quiet"], linewidth=1, dashes=(1, 1.5), label="share drawn")
@@ -179,15 +202,15 @@ def choice_curve(choice: Choice, drawn_share: float) -> Figure:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _rows(selection: Selection, tasks: Sequence[int], height: float = ROW) -> tuple[Figure, Axes]:
-    """A figure with one row a task, the first on top."""
-    figure, axes = _figure(0.95 + height * len(tasks))
-    axes.set_ylim(len(tasks) - 0.4, -0.6)
-    axes.set_yticks(range(len(tasks)), [label(selection.tasks[index].name) for index in tasks])
+def _rows(names: Sequence[str], height: float = ROW) -> tuple[Figure, Axes]:
+    """A figure with one row a name, the first on top."""
+    figure, axes = _figure(0.95 + height * len(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), [shown(name, LABEL) for name in names])
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -202,25 +225,20 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def label(name: str, length: int = 22) -> str:
-    """A name as an axis shows it: one line of printable characters, the middle of a long one left out."""
-    kept = "".join(" " if char.isspace() else char for char in name)
-    kept = "".join(char for char in kept if unicodedata.category(char)[0] != "C")
-    kept = " ".join(kept.split())
-    return kept if len(kept) <= length else f"{kept[: length // 2]}…{kept[1 - length // 2 :]}"
-
-
 def render(draw: Callable[[], Figure], name: str, description: str) -> tuple[Markup, bytes]:
     """A plot as inline SVG, its ids beginning with `name` and `description` as its text, and as a PNG file."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = draw()
-        # The layout is found once, not at every drawing.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.patch.set_visible(False)
         vector, pixels = io.BytesIO(), io.BytesIO()
-        figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        FigureCanvasAgg(figure).print_figure(pixels, dpi=200, facecolor="white", format="png")
+        # The canvases' own methods draw once; `savefig` draws twice, and would find the layout each time.
+        FigureCanvasSVG(figure).print_svg(vector, metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")
+        figure.patch.set_visible(True)
+        figure.set_facecolor("white")
+        figure.set_dpi(200)
+        FigureCanvasAgg(figure).print_png(pixels)
     return _inline(vector.getvalue(), name, description), pixels.getvalue()
 
 

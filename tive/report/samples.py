@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.records import RecordFile, image_of, open_records, problem_of
+from tive.report.numbers import plural
 from tive.selection.files import Selection
 from tive.util.errors import UserError
 
@@ -30,19 +31,44 @@ class Sample:
     turns: list[tuple[str, str]]
 
 
-def extremes(selection: Selection, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each task, the rows of its `count` most influential records, best first, and of its least, worst first.
+@dataclass(frozen=True)
+class Ends:
+    """The records at the two ends of a score, int64 rows each: the highest, best first, the lowest, worst first.
 
-    A task of fewer than `2 * count` records shares them between the two; no record is in both.
+    Attributes:
+        name: of the task, or of the target's subtask, whose records they are.
+        column: the score, as the scores file calls it.
     """
-    pairs, influence = [], selection.column("influence")
-    for index in range(len(selection.tasks)):
-        rows = selection.rows_of(index)
-        rows = rows[np.isfinite(influence[rows])]
-        rows = rows[np.argsort(influence[rows], kind="stable")]
-        least = min(count, len(rows) // 2)
-        pairs.append((rows[::-1][: min(count, len(rows) - least)], rows[:least]))
-    return pairs
+
+    name: str
+    about: str
+    column: str
+    most: np.ndarray
+    least: np.ndarray
+
+    @property
+    def rows(self) -> list[int]:
+        return [*self.most.tolist(), *self.least.tolist()]
+
+
+def extremes(selection: Selection, count: int) -> list[Ends]:
+    """For each task, its `count` most and its `count` least influential records."""
+    return [
+        ends(selection, task.name, plural(task.records, "record"), "influence", selection.rows_of(index), count)
+        for index, task in enumerate(selection.tasks)
+    ]
+
+
+def ends(selection: Selection, name: str, about: str, column: str, rows: np.ndarray, count: int) -> Ends:
+    """Of some rows, the `count` with the highest score and the `count` with the lowest.
+
+    Fewer than `2 * count` are shared between the two; no record is in both.
+    """
+    values = selection.column(column)
+    rows = rows[np.isfinite(values[rows])]
+    rows = rows[np.argsort(values[rows], kind="stable")]
+    least = min(count, len(rows) // 2)
+    return Ends(name, about, column, rows[::-1][: min(count, len(rows) - least)], rows[:least])
 
 
 def open_checked(selection: Selection, data_path: str | None) -> RecordFile:

@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from tive.report import captions, plots
-from tive.report.captions import percent, plural, short
+from tive.report.blocks import Block, Fold, Plot, Section, Table, name, sentences
 from tive.report.choice import Choice
-from tive.report.markup import Markup, join, name, table, tag
+from tive.report.numbers import percent, plural, short
+from tive.report.plots import Part
 from tive.selection.files import Selection
-from tive.selection.summary import Task
 
-TASKS_A_PLOT = 30
+ROWS_A_PLOT = 30
+# A scores file's column -> title of its section, what it is called in a sentence, its axis, and whether that is
+# logarithmic.
+COLUMNS = {
+    "norm": ("Gradient norms", "gradient norm", "gradient norm (logarithmic)", True),
+    "loss": ("Losses", "loss", "loss: mean cross-entropy over the supervised tokens", False),
+    "el2n": ("EL2N", "EL2N", "EL2N: mean length of predicted minus true probabilities", False),
+    "influence": ("Influence", "influence", "influence: mean cosine to the task's records", False),
+    "score": ("Scores", "score", "score", False),
+}
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -28,106 +38,133 @@ class Pictures:
     files: dict[str, bytes] = field(default_factory=dict)
     bar: tqdm = field(default_factory=lambda: tqdm(desc="Drawing", unit=" plots", delay=2))
 
-    def figure(
-        self, key: str, draw: Callable[[], Figure], what: str, caption: Markup, numbers: Markup | None
-    ) -> Markup:
+    def plot(self, key: str, draw: Callable[[], Figure], what: str, caption: str) -> Plot:
         picture, self.files[f"{key}.png"] = plots.render(draw, key, what)
         self.bar.update()
-        shown = tag("figure", picture, tag("figcaption", tag("p", caption)))
-        if not numbers:
-            return shown
-        return join([shown, tag("details", tag("summary", "The numbers of this plot"), numbers, class_="numbers")])
+        return Plot(picture, caption)
 
-    def by_task(
+    def rows(
         self,
         key: str,
-        selection: Selection,
-        draw: Callable[[Selection, Sequence[int]], Figure],
+        rows: Sequence[Row],
+        draw: Callable[[Sequence[Row]], Figure],
         what: str,
-        caption: Markup,
-        header: Sequence[str],
-        row: Callable[[int, Task], Sequence[Any]],
-        tasks: Sequence[int],
-    ) -> Markup:
-        """A plot with a row a task, and its table; above 30 tasks there are several plots, all but the first folded."""
-        lines = ([name(selection.tasks[index].name), *row(index, selection.tasks[index])] for index in tasks)
-        numbers = table(["task", *header], lines, f"{what}, by task")
-        shown, *others = [tasks[start : start + TASKS_A_PLOT] for start in range(0, len(tasks), TASKS_A_PLOT)]
-        first = self.figure(key, partial(draw, selection, shown), what, caption, numbers)
-        if not others:
-            return first
+        caption: str,
+        numbers: Table,
+        noun: str = "task",
+    ) -> list[Block]:
+        """A plot with a row a task, and its numbers; above 30 rows there are several, all but the first folded."""
+        shown, *others = [rows[start : start + ROWS_A_PLOT] for start in range(0, len(rows), ROWS_A_PLOT)]
+        blocks: list[Block] = [self.plot(key, partial(draw, shown), what, caption), numbers_of(numbers)]
         rest = []
         for page, part in enumerate(others, start=2):
-            text = f"Tasks {(page - 1) * TASKS_A_PLOT + 1} to {(page - 1) * TASKS_A_PLOT + len(part)} of {len(tasks)}."
-            drawn = partial(draw, selection, part)
-            rest.append(self.figure(f"{key}_{page}", drawn, f"{what}. {text}", join([text]), None))
-        folded = tag("summary", f"Plots of the other {plural(len(tasks) - len(shown), 'task')}")
-        return join([first, tag("details", folded, *rest, class_="more")])
+            first = (page - 1) * ROWS_A_PLOT
+            text = f"{noun.capitalize()}s {first + 1} to {first + len(part)} of {len(rows)}."
+            rest.append(self.plot(f"{key}_{page}", partial(draw, part), f"{what}. {text}", text))
+        if rest:
+            blocks.append(Fold(f"Plots of the other {plural(len(rows) - len(shown), noun)}", rest, "more"))
+        return blocks
 
 
-def mixture(selection: Selection, pictures: Pictures) -> Markup:
-    records = max(1, sum(task.records for task in selection.tasks))
-    selected = max(1, sum(task.selected for task in selection.tasks))
+def numbers_of(table: Table) -> Fold:
+    return Fold("The numbers of this plot", [table], "numbers")
 
-    def row(_: int, task: Task) -> list[str]:
-        budget = "excluded" if task.excluded else f"{task.budget or 0:,}"
-        after = [budget, f"{task.selected:,}", f"{task.distinct:,}", percent(task.selected / selected)]
-        return [f"{task.records:,}", percent(task.records / records), *after]
 
-    header = ["records", "share before", "budget", "selected", "distinct", "share after"]
+def mixture(selection: Selection, pictures: Pictures) -> Section:
+    tasks = selection.tasks
+    records, selected = sum(task.records for task in tasks), sum(task.selected for task in tasks)
+    budgets = any(task.budget is not None for task in tasks)
+    lines = []
+    for task in tasks:
+        budget = ["excluded" if task.excluded else f"{task.budget or 0:,}"] if budgets else []
+        drawn = [f"{task.selected:,}", f"{task.distinct:,}", percent(task.selected / max(1, selected))]
+        lines.append([name(task.name), f"{task.records:,}", percent(task.records / max(1, records)), *budget, *drawn])
+    header = [
+        "task",
+        "records",
+        "share before",
+        *(["budget"] if budgets else []),
+        "selected",
+        "distinct",
+        "share after",
+    ]
     what = "Share of each task in the records and in the subset"
-    tasks = range(len(selection.tasks))
-    return pictures.by_task("mixture", selection, plots.mixture, what, captions.mixture(selection), header, row, tasks)
+    draw = partial(plots.mixture, records=max(1, records), selected=selected)
+    numbers = Table(f"{what}, by task", header, lines)
+    blocks = pictures.rows("mixture", tasks, draw, what, captions.mixture(selection), numbers)
+    return Section("mixture", "The mixture, before and after", blocks)
 
 
-def task_values(selection: Selection, pictures: Pictures) -> Markup:
+def task_values(selection: Selection, pictures: Pictures) -> Section:
     valued = [index for index, task in enumerate(selection.tasks) if task.value is not None]
     valued.sort(key=lambda index: -(selection.tasks[index].value or 0))
     if not valued:
-        return tag("p", "No task has a value: all are excluded.")
-
-    def row(_: int, task: Task) -> list[str]:
-        return [short(task.value), f"{task.counted:,}", f"{task.budget or 0:,}"]
-
-    header = ["value", "records counted", "budget"]
+        return Section("values", "Task values", ["No task has a value: all are excluded."])
+    means = {"loss": "mean loss", "el2n": "mean EL2N", "supervised_tokens": "mean supervised tokens"}
+    means = {column: title for column, title in means.items() if column in selection.numbers}
+    lines = []
+    for index in valued:
+        task = selection.tasks[index]
+        found = [short(_mean(selection.column(column)[selection.rows_of(index)])) for column in means]
+        lines.append([name(task.name), short(task.value), f"{task.counted:,}", f"{task.budget or 0:,}", *found])
     what = "Value (difficulty) of each task, the mean gradient norm of its records"
+    numbers = Table(f"{what}, by task", ["task", "value", "records counted", "budget", *means.values()], lines)
+    tasks = [selection.tasks[index] for index in valued]
     caption = captions.task_values(selection)
-    return pictures.by_task("task_values", selection, plots.task_values, what, caption, header, row, valued)
+    blocks = pictures.rows("task_values", tasks, plots.task_values, what, caption, numbers)
+    return Section("values", "Task values", blocks)
 
 
-def distribution(selection: Selection, pictures: Pictures, column: str) -> Markup:
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def distribution(selection: Selection, pictures: Pictures, column: str) -> Section:
+    """A score's distribution in each task."""
+    title, noun, label, logarithmic = COLUMNS[column]
+    anchor = {"norm": "norms", "loss": "losses", "score": "scores"}.get(column, column)
     values = selection.column(column)
     if not np.isfinite(values).any():
-        return tag("p", f"No record has a {column}.")
-
-    def row(index: int, _: Task) -> list[str]:
+        return Section(anchor, title, [f"No record has a {noun}."])
+    parts = []
+    for index, task in enumerate(selection.tasks):
         rows = selection.rows_of(index)
         rows = rows[np.isfinite(values[rows])]
-        if not len(rows):
-            return ["–"] * 6
-        drawn = rows[selection.drawn[rows]]
-        median = float(np.median(values[drawn])) if len(drawn) else None
-        return [*map(short, np.quantile(values[rows], [0, 0.25, 0.5, 0.75, 1])), short(median)]
-
-    header = ["least", "lower quartile", "median", "upper quartile", "largest", "median of the drawn"]
-    noun = "gradient norm" if column == "norm" else column
+        parts.append(Part(task.name, values[rows], selection.drawn[rows]))
+    draw = partial(plots.distribution, scale=plots.scale_of(parts, label, logarithmic))
     what = f"Distribution of the {noun} in each task, with the drawn records marked"
-    draw = partial(plots.distribution, column=column)
-    caption = captions.distribution(selection, column)
-    return pictures.by_task(column, selection, draw, what, caption, header, row, range(len(selection.tasks)))
+    caption = captions.distribution(parts, noun)
+    if column == "norm":
+        caption = sentences(caption, captions.lengths(selection))
+    elif column == "score":
+        caption = sentences(captions.over_targets(selection), caption)
+    blocks = pictures.rows(column, parts, draw, what, caption, quantiles(parts, what))
+    return Section(anchor, title, blocks)
 
 
-def choice(selection: Selection, choice: Choice | None, pictures: Pictures) -> Markup:
+def quantiles(parts: Sequence[Part], what: str, noun: str = "task") -> Table:
+    lines = []
+    for part in parts:
+        median = float(np.median(part.values[part.drawn])) if part.drawn.any() else None
+        found = map(short, np.quantile(part.values, [0, 0.25, 0.5, 0.75, 1])) if len(part.values) else "–" * 5
+        lines.append([name(part.name), *found, short(median)])
+    header = [noun, "least", "lower quartile", "median", "upper quartile", "largest", "median of the drawn"]
+    return Table(f"{what}, by {noun}", header, lines)
+
+
+def choice(selection: Selection, choice: Choice | None, pictures: Pictures) -> Section:
+    title = "How much choice the weights make"
     if choice is None:
-        return tag("p", "No record has a score, so there are no weights.")
+        return Section("choice", title, ["No record has a score, so there are no weights."])
     drawn = sum(selection.tasks[index].distinct for index in choice.tasks)
     drawn_share = float(drawn / choice.sizes.sum())
     what = "Effective sample size, as a share of the task, over q from 0.0001 to 100,000"
-    steps = choice.qs[::5]
-    rows = [(f"{float(f'{q:.3g}'):,g}", percent(share)) for q, share in zip(steps, choice.shares[::5], strict=True)]
-    numbers = table(["q", "effective share, all tasks"], rows, what)
+    steps = zip(choice.qs[::5], choice.shares[::5], strict=True)
+    shares = [(f"{float(f'{q:.3g}'):,g}", percent(share)) for q, share in steps]
     caption = captions.choice(selection, choice, drawn_share)
-    curve = pictures.figure("choice_curve", partial(plots.choice_curve, choice, drawn_share), what, caption, numbers)
+    curve = pictures.plot("choice_curve", partial(plots.choice_curve, choice, drawn_share), what, caption)
+    blocks: list[Block] = [curve, numbers_of(Table(what, ["q", "effective share, all tasks"], shares))]
 
     lines = []
     for position, index in enumerate(choice.tasks):
@@ -139,12 +176,9 @@ def choice(selection: Selection, choice: Choice | None, pictures: Pictures) -> M
     header = ["task", "records", "drawn", "effective size", "share", "largest weight / smallest"]
     header += ["q for half", "q for the share drawn"]
     what = f"Effective sample size against task size at q = {choice.q:g}, with the records drawn"
-    caption = join(
-        [
-            "A point a task. On the diagonal every record of the task weighs the same; the closer a point comes to the "
-            "records drawn, the less is left to chance. A task drawn whole lies on the diagonal with both."
-        ]
+    caption = (
+        "A point a task. On the diagonal every record of the task weighs the same; the closer a point comes to the "
+        "records drawn, the less is left to chance. A task drawn whole lies on the diagonal with both."
     )
-    numbers = table(header, lines, what)
-    sizes = partial(plots.choice_sizes, selection, choice)
-    return join([curve, pictures.figure("choice_sizes", sizes, what, caption, numbers)])
+    sizes_plot = pictures.plot("choice_sizes", partial(plots.choice_sizes, selection, choice), what, caption)
+    return Section("choice", title, [*blocks, sizes_plot, numbers_of(Table(what, header, lines))])

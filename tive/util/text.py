@@ -47,6 +47,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def memory(size: float) -> str:
+    """A number of bytes in the unit that suits it: `512 MiB`, `3.0 GiB`."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
 def print_table(rows: Iterable[tuple[str, ...]]) -> None:
     """Print a table whose first row is its header: the first column to the left, the others to the right."""
     lines = [[shown(cell, LABEL_LIMIT) for cell in row] for row in rows]
