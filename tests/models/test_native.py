@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny_native import CLASSES, write
 from tive.method.gradients import gradient_features
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
 from tive.models.common import target_modules
@@ -329,6 +330,40 @@ def test_answers_are_found_again_whatever_an_image_becomes(
         plain += [*answer, 91]
         expanded += [*answer, 91]
     assert align(np.array(plain), np.array(expanded), spans) == wanted
+
+
+# Other classes, which the family has no word of.
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_class_gives_what_a_plain_loop_gives_in_batches_of_any_records(name: str, tmp_path: Path) -> None:
+    torch.set_flush_denormal(True)
+    reference = native.load(write(name, tmp_path), CPU, torch.float32)
+    images = str(GOLDEN / "qwen2_5_vl" / "images")
+    records = tuple(native.encode(reference.processor, record, images) for record in records_of("qwen2_5_vl")[:12])
+    decode = reference.processor.library.tokenizer.decode
+    end = "<end_of_utterance>" if name == "smolvlm" else "<|im_end|>"
+    for record, item in zip(records_of("qwen2_5_vl"), records, strict=False):
+        supervised = decode(item.inputs.labels[item.inputs.labels != -100])
+        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        assert supervised.count(end) == len(answers) and all(answer.strip() in supervised for answer in answers)
+
+    matrices = target_modules(reference, "self_attn")
+    assert len(matrices) == 3 * 4 * 2
+    weights = [matrix.weight.requires_grad_() for matrix in matrices.values()]
+    rows = []
+    for item in records:
+        inputs = {key: torch.from_numpy(array.copy()) for key, array in item.inputs.arrays.items()}
+        logits = reference.model(**inputs, use_cache=False).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(item.inputs.labels)[1:])
+        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]))
+    reference.model.requires_grad_(False)
+    wanted = torch.stack(rows)
+    unit = wanted / wanted.norm(dim=1, keepdim=True)
+    for batch_size in (1, 5):
+        _, norms, cosines = gradients_of(reference, records, batch_size)
+        np.testing.assert_allclose(norms, wanted.norm(dim=1), rtol=1e-4)
+        np.testing.assert_allclose(cosines, unit @ unit.T, atol=1e-4)
 
 
 # Adapters and bases.
