@@ -15,7 +15,12 @@ import pytest
 # What a test file imports tells which environment it needs (docs/native.md); what needs neither runs in both.
 NEEDED = {
     "llava": ("llava", "deepspeed", "tive.models.llava", "tive.training", "tests.helpers.golden_model"),
-    "native": ("tive.models.native", "tive.models.native_adapter", "tive.models.native_labels"),
+    "native": (
+        "tive.models.native",
+        "tests.helpers.tiny_native",
+        "tive.models.native_adapter",
+        "tive.models.native_labels",
+    ),
 }
 NEEDED["llava"] += ("tests.helpers.reference", "tests.helpers.deepspeed_on_cpu")
 

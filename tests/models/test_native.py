@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny_native import CLASSES, write
 from tive.method.gradients import gradient_features
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
 from tive.models.common import target_modules
 from tive.models.native_labels import align
+from tive.models.native_processor import image_tokens, load_processor
 from tive.util.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "native"
@@ -255,7 +257,7 @@ def with_template(model: str, change: Callable[[str], str], tmp_path: Path) -> A
     """The golden's processor with another chat template, as --chat_template gives it."""
     template = tmp_path / "template.jinja"
     template.write_text(change((GOLDEN / model / "base" / "chat_template.jinja").read_text()))
-    return native.load_processor(files_of(model, chat_template=str(template)))
+    return load_processor(files_of(model, chat_template=str(template)))
 
 
 def printing(text: str) -> Callable[[str], str]:
@@ -278,6 +280,14 @@ def test_a_template_that_strips_answers_supervises_what_it_prints(tmp_path: Path
     item = native.encode(processor, conversation("Hi", "  Hello.\n"), "")
     supervised = item.inputs.labels[item.inputs.labels != -100]
     assert processor.library.tokenizer.decode(supervised) == "Hello.<|im_end|>"
+
+
+def test_the_end_of_a_turn_is_no_image_token_though_the_processor_names_it(tmp_path: Path) -> None:
+    library = load_processor(copied("internvl", tmp_path)).library
+    tokens = image_tokens(library)
+    assert {"<IMG_CONTEXT>", "<img>", "</img>"} <= tokens
+    library.end_of_turn_token = "<|im_end|>"
+    assert image_tokens(library) == tokens
 
 
 def test_a_template_that_refuses_a_record_leaves_it_out_with_the_templates_words(tmp_path: Path) -> None:
@@ -320,6 +330,40 @@ def test_answers_are_found_again_whatever_an_image_becomes(
         plain += [*answer, 91]
         expanded += [*answer, 91]
     assert align(np.array(plain), np.array(expanded), spans) == wanted
+
+
+# Other classes, which the family has no word of.
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_class_gives_what_a_plain_loop_gives_in_batches_of_any_records(name: str, tmp_path: Path) -> None:
+    torch.set_flush_denormal(True)
+    reference = native.load(write(name, tmp_path), CPU, torch.float32)
+    images = str(GOLDEN / "qwen2_5_vl" / "images")
+    records = tuple(native.encode(reference.processor, record, images) for record in records_of("qwen2_5_vl")[:12])
+    decode = reference.processor.library.tokenizer.decode
+    end = "<end_of_utterance>" if name == "smolvlm" else "<|im_end|>"
+    for record, item in zip(records_of("qwen2_5_vl"), records, strict=False):
+        supervised = decode(item.inputs.labels[item.inputs.labels != -100])
+        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        assert supervised.count(end) == len(answers) and all(answer.strip() in supervised for answer in answers)
+
+    matrices = target_modules(reference, "self_attn")
+    assert len(matrices) == 3 * 4 * 2
+    weights = [matrix.weight.requires_grad_() for matrix in matrices.values()]
+    rows = []
+    for item in records:
+        inputs = {key: torch.from_numpy(array.copy()) for key, array in item.inputs.arrays.items()}
+        logits = reference.model(**inputs, use_cache=False).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(item.inputs.labels)[1:])
+        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]))
+    reference.model.requires_grad_(False)
+    wanted = torch.stack(rows)
+    unit = wanted / wanted.norm(dim=1, keepdim=True)
+    for batch_size in (1, 5):
+        _, norms, cosines = gradients_of(reference, records, batch_size)
+        np.testing.assert_allclose(norms, wanted.norm(dim=1), rtol=1e-4)
+        np.testing.assert_allclose(cosines, unit @ unit.T, atol=1e-4)
 
 
 # Adapters and bases.
@@ -522,7 +566,7 @@ def test_whatever_changes_the_numbers_changes_the_identity(tmp_path: Path) -> No
     ):
         seen.add(native.identity(changed))
     change_config(files.model_base, "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
-    native.load_processor.cache_clear()
+    load_processor.cache_clear()
     seen.add(native.identity(files))
     assert len(seen) == 5
 
@@ -531,11 +575,11 @@ def test_processor_and_template_are_the_adapters_where_it_has_them(tmp_path: Pat
     files = copied("qwen2_5_vl", tmp_path)
     template = Path(files.model_path) / "chat_template.jinja"
     template.write_text("{{ 'its own ' }}" + (Path(files.model_base) / "chat_template.jinja").read_text())
-    assert native.load_processor(files).library.chat_template.startswith("{{ 'its own ' }}")
-    native.load_processor(files).library.save_pretrained(files.model_path)
+    assert load_processor(files).library.chat_template.startswith("{{ 'its own ' }}")
+    load_processor(files).library.save_pretrained(files.model_path)
     for file in Path(files.model_base).iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             file.unlink()
-    native.load_processor.cache_clear()
-    item = native.encode(native.load_processor(files), conversation("Hi", "Hello."), "")
-    assert native.load_processor(files).library.tokenizer.decode(ids_of(item)).startswith("its own ")
+    load_processor.cache_clear()
+    item = native.encode(load_processor(files), conversation("Hi", "Hello."), "")
+    assert load_processor(files).library.tokenizer.decode(ids_of(item)).startswith("its own ")

@@ -109,10 +109,26 @@ def load_processor(files: ModelFiles) -> Processor:
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(processor.chat_template, str):
         raise UserError(f"neither {folder} nor {base} holds one chat template; name a file with --chat_template")
-    tokens = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    tokens = image_tokens(processor)
     added = processor.tokenizer.added_tokens_decoder.items()
     ends = {number for number, token in added if token.content.strip() and token.content not in tokens}
-    return Processor(processor, frozenset(tokens), frozenset(ends), files.max_length, files.max_pixels)
+    return Processor(processor, tokens, frozenset(ends), files.max_length, files.max_pixels)
+
+
+def image_tokens(processor: Any) -> frozenset[str]:
+    """The tokens that the processor names, those apart that a conversation without images has: they end turns.
+
+    Raises:
+        UserError: the chat template refuses a conversation of one question and one answer.
+    """
+    turns = [text_message("user", "Hello."), text_message("assistant", "Hello!")]
+    try:
+        plain = processor.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"the chat template refuses one question with its answer: {reason}") from error
+    named = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    return frozenset(token for token in named if token not in plain)
 
 
 def processor_folder(files: ModelFiles) -> Path:
