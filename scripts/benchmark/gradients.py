@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tive.gradient_pass.run import device_name
 from tive.method.adam import adam_step, release_step
 from tive.method.gradients import gradient_features
 from tive.method.projection import Projector, make_projector
+from tive.util.device import device_name
 from tive.util.memory import forget_peak, peak_memory
 
 from . import cases

@@ -46,7 +46,8 @@ class RecordResult(Struct, frozen=True):
 
     Attributes:
         loss: mean cross-entropy over its supervised tokens.
-        answers: how many answers were to be produced; `exact` of them were.
+        answers: how many answers the model was asked for; `exact` of them it produced.
+        not_asked: answers that were cut at the model's maximum length, or stand before an image of a later turn.
         left_out: the reason, in the words of the gradient step; then there is no loss.
     """
 
@@ -54,6 +55,7 @@ class RecordResult(Struct, frozen=True):
     loss: Loss | None = None
     answers: Count = 0
     exact: Count = 0
+    not_asked: Count = 0
     left_out: str | None = None
 
 
@@ -105,6 +107,12 @@ class Evaluation(Struct, frozen=True):
     data_path: str
     models: list[ModelResult]
     format: int = FORMAT
+
+
+def differing(found: Match, wanted: Match) -> str:
+    """In a few words, what a result that was found depends on that is not as wanted; empty when all is."""
+    names = [name for name in Match.__struct_fields__ if getattr(found, name) != getattr(wanted, name)]
+    return "another " + " and another ".join(name.replace("_", " ") for name in names) if names else ""
 
 
 def task_results(tasks: Sequence[str], records: Sequence[RecordResult]) -> list[TaskResult]:

@@ -65,7 +65,7 @@ def compute_batch(step: GradientStep, batch: list[Encoded]) -> list[RecordResult
 
 def compute_records(
     step: GradientStep, records: dict[int, Encoded], limits: BatchLimits, done: Callable[[int], object] = int
-) -> Computed[RecordResult]:
+) -> Computed[int, RecordResult]:
     """`compute_batch` for each record by its row, in batches of records of like length.
 
     Raises:

@@ -31,6 +31,7 @@ from tive.models import Encoded, Family
 from tive.models.batches import BatchLimits, Computed
 from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util import memory
+from tive.util.device import device_name
 from tive.util.errors import UserError
 
 UNSUPERVISED = ("no supervised token", "template mismatch")
@@ -145,7 +146,7 @@ def compute_window(
     tolerance: Tolerance,
     listed: Path,
     done: Callable[[int], object],
-) -> tuple[np.ndarray, WindowState, Computed[RecordResult]]:
+) -> tuple[np.ndarray, WindowState, Computed[int, RecordResult]]:
     """Features (float16 `[n, d]`) and state of one window, in record order, and what was computed for it.
 
     Args:
@@ -259,10 +260,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return memory.peak_memory()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _now() -> str:

@@ -20,10 +20,11 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a reference model lies, and what a user may set of how it reads records.
+    """Where a model lies, and what a user may set of how it reads records.
 
     Attributes:
-        model_path: the adapter's folder.
+        model_path: the adapter's folder, of a reference model; or a whole model's.
+        model_base: what the adapter was trained from; None for a whole model, as `finetune.sh` writes it.
         vision_tower: its folder, where the checkpoint names one that is not there (LLaVA's models).
         chat_template: a file that takes the place of the model's own template (transformers' models).
         max_length: longer records are left out; unset, none is (transformers' models).
@@ -31,7 +32,7 @@ class ModelFiles:
     """
 
     model_path: str
-    model_base: str
+    model_base: str | None
     vision_tower: str | None = None
     chat_template: str | None = None
     max_length: int | None = None
@@ -56,6 +57,14 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """An answer that a record asks for: all that stands before it, ready to be put in a batch, and its text."""
+
+    prompt: Encoded
+    expected: str
+
+
+@dataclass(frozen=True)
 class RecordLosses:
     """Of each record of a batch, float32 `[B]`: the mean cross-entropy over its supervised tokens, and EL2N if asked.
 
@@ -68,7 +77,7 @@ class RecordLosses:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model in evaluation form: dropout off, nothing trainable.
+    """A reference model, or a whole model, in evaluation form: dropout off, nothing trainable.
 
     Attributes:
         model: an `nn.Module` of the family's own class, with the adapter's LoRA layers in it.
@@ -119,12 +128,21 @@ class Family(Protocol):
     def record_losses(self, reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
         """The losses of a batch of one group, with the graph that their gradients need."""
 
+    def answers(self, processor: Any, record: Encoded) -> list[Answer]:
+        """Each answer of a record that can be asked for, the true earlier turns before it.
+
+        One that was cut at the maximum length cannot be, nor one before an image that a later turn brings.
+        """
+
+    def generate(self, reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """What the model answers to prompts of one group, greedily, cut after `max_new_tokens` tokens."""
+
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that the numbers depend on."""
 
 
 def family_of(files: ModelFiles) -> Family:
-    """The family of a reference model, by what its files say (never guessed from a folder's name).
+    """The family of a model, by what its files say (never guessed from a folder's name).
 
     LLaVA's trainer and its kin name the vision tower in the config that they write. Other trainers leave an adapter,
     mostly without a config, and the base's config has a vision part.
@@ -144,6 +162,8 @@ def family_of(files: ModelFiles) -> Family:
 
         return bunny
     if (Path(files.model_path) / "adapter_config.json").is_file() and "mm_vision_tower" not in content:
+        if files.model_base is None:
+            raise UserError(f"{files.model_path} holds an adapter, which is no whole model; name its base with it")
         base = Path(files.model_base) / "config.json"
         if base.is_file() and isinstance(read_json(base).get("vision_config"), dict):
             from tive.models import native
@@ -154,5 +174,9 @@ def family_of(files: ModelFiles) -> Family:
             "model; name the adapter's base, or of LLaVA's the folder that finetune_lora.sh writes when training ends"
         )
     if not config.is_file():
-        raise UserError(f"{files.model_path} holds no reference model: neither adapter_config.json nor config.json")
+        raise UserError(f"{files.model_path} holds no model: neither adapter_config.json nor config.json")
+    if files.model_base is None and isinstance(content.get("vision_config"), dict):
+        from tive.models import native
+
+        return native
     raise UserError(f"{config}: the model type {model_type!r} is not supported")

@@ -14,6 +14,7 @@ from tive.util.errors import UserError
 # Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
 _LEAST_EFFICIENCY = 0.9
 _Result = TypeVar("_Result")
+_Key = TypeVar("_Key", int, str)
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class BatchLimits:
 
 
 @dataclass(frozen=True)
-class Computed(Generic[_Result]):
+class Computed(Generic[_Key, _Result]):
     """Results of records by row, the batch limits that went well, and the batches' tokens without and with padding."""
 
-    results: dict[int, _Result]
+    results: dict[_Key, _Result]
     limits: BatchLimits
     tokens: int
     padded_tokens: int
@@ -41,12 +42,12 @@ class Computed(Generic[_Result]):
 
 def compute_in_batches(
     compute: Callable[[list[Encoded]], list[_Result]],
-    records: dict[int, Encoded],
+    records: dict[_Key, Encoded],
     limits: BatchLimits,
     device: torch.device,
     done: Callable[[int], object] = int,
-) -> Computed[_Result]:
-    """The result of each record by its row; records of like length share a batch.
+) -> Computed[_Key, _Result]:
+    """The result of each record by its row, or by what else names it; records of like length share a batch.
 
     Args:
         compute: the results of a batch of one group, in its order.
@@ -55,7 +56,7 @@ def compute_in_batches(
     Raises:
         UserError: one record alone does not fit in memory.
     """
-    results: dict[int, _Result] = {}
+    results: dict[_Key, _Result] = {}
     tokens = padded_tokens = 0
     # A group's longest first: what takes the most memory fails at the start.
     waiting = sorted(records, key=lambda row: (records[row].group, -records[row].length, row))
@@ -72,7 +73,7 @@ def compute_in_batches(
             if len(batch) == 1:
                 raise UserError(
                     f"record {rows[0]} ({batch[0].length} tokens) alone does not fit in memory; "
-                    "try --gradient_checkpointing or a device with more"
+                    "take a device with more, or in the gradient step --gradient_checkpointing"
                 )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -87,14 +88,14 @@ def compute_in_batches(
     return Computed(results, limits, tokens, padded_tokens)
 
 
-def next_batch(waiting: list[int], records: dict[int, Encoded], limits: BatchLimits) -> list[int]:
+def next_batch(waiting: list[_Key], records: dict[_Key, Encoded], limits: BatchLimits) -> list[_Key]:
     """The longest waiting records that fit in one batch: all of one group, and little padding.
 
     Args:
         waiting: rows, by group, then by falling length.
     """
     first = records[waiting[0]]
-    rows: list[int] = []
+    rows: list[_Key] = []
     tokens = 0
     for row in waiting[: limits.records]:
         record = records[row]

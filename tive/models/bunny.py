@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.records import image_of, problem_of
-from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
+from tive.models import Answer, Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import copy_into, load_adapter, read_tensors
 from tive.models.bunny_encoding import IMAGE_ID, encode_text, pixels_of, splice
 from tive.models.bunny_files import (
@@ -30,14 +30,17 @@ from tive.models.bunny_files import (
     read_processor,
     tower_folder,
 )
-from tive.models.common import IGNORE, freeze, library_versions, loading, losses_at_supervised
+from tive.models.common import IGNORE, base_of, freeze, library_versions, loading, losses_at_supervised
+from tive.models.generation import generate_ids, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
 __all__ = [
     "HINTS",
+    "answers",
     "check_files",
     "encode",
+    "generate",
     "identity",
     "load",
     "pads_images",
@@ -99,7 +102,7 @@ def load(
         UserError: a part is missing or does not fit the others; the file is named.
     """
     check_files(files)
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     config = read_json(folder / "config.json")
     language_model = _load_language_model(base, dtype)
     load_adapter(language_model, folder)
@@ -245,3 +248,25 @@ def _embed(reference: Reference, records: Sequence[Inputs]) -> tuple[Tensor, Ten
             place = places[row].to(device)
             embeddings[row, place] = features[: len(place)]
     return embeddings, labels.to(device)
+
+
+def answers(processor: Processor, record: Encoded) -> list[Answer]:
+    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
+    inputs, found = record.inputs, []
+    for start, stop in supervised_runs(inputs.labels):
+        if stop == processor.text.maximum:
+            continue
+        before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
+        expected = processor.text.tokenizer.decode(inputs.ids[start:stop].tolist()).strip()
+        found.append(Answer(Encoded(start, 0, record.group, before), expected))
+    return found
+
+
+def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """What the model answers to prompts, which may have an image or none."""
+    text = reference.processor.text
+    ends = text.tokenizer.encode(text.end, add_special_tokens=False).ids[:1]
+    embeddings, _ = _embed(reference, [prompt.inputs for prompt in prompts])
+    lengths = [prompt.length for prompt in prompts]
+    found = generate_ids(reference.model.language_model, embeddings, lengths, ends, max_new_tokens)
+    return [text.tokenizer.decode(ids).strip() for ids in found]

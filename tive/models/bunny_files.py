@@ -15,7 +15,7 @@ from packaging.version import Version
 from tive.models import ModelFiles
 from tive.models.adapter import adapter_file, check_adapter, refuse_quantized
 from tive.models.bunny_encoding import ImageRules, TextRules, read_image_rules, read_text_rules
-from tive.models.common import fingerprint, library_versions, loading, refuse_options
+from tive.models.common import base_of, fingerprint, library_versions, loading, refuse_options
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
@@ -70,7 +70,11 @@ def check_files(files: ModelFiles) -> None:
     """
     refuse_options(files, "chat_template", "max_length", "max_pixels")
     refuse_options(files, "chat_template", "max_length", "max_pixels")
-    folder, base = Path(files.model_path), Path(files.model_base)
+    if files.model_base is None:
+        raise UserError(
+            f"{files.model_path}: a whole Bunny model cannot be read, only an adapter; name its base with it"
+        )
+    folder, base = Path(files.model_path), base_of(files)
     for name in ("config.json", "non_lora_trainables.bin"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}: {TRAIN_IN_ONE_GO}")
@@ -186,7 +190,7 @@ def read_processor(files: ModelFiles, config: dict[str, Any]) -> Processor:
             "--model_max_length that it cut records at: put it there"
         )
     language_model = LANGUAGE_MODELS[config["model_type"]]
-    text = read_text_rules(Path(files.model_base), language_model.end, language_model.pads_with_end, maximum)
+    text = read_text_rules(base_of(files), language_model.end, language_model.pads_with_end, maximum)
     tower = tower_folder(files, config)
     vision = _tower_config(tower)
     pad = config.get("image_aspect_ratio") == "pad"
@@ -195,7 +199,7 @@ def read_processor(files: ModelFiles, config: dict[str, Any]) -> Processor:
 
 def identity(files: ModelFiles) -> str:
     """SHA-256 over what a reference model is: adapter, projector, tokenizer, settings, the files of base and tower."""
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     config = read_json(folder / "config.json")
     tower = tower_folder(files, config)
     adapter = adapter_file(folder)

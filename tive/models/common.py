@@ -57,6 +57,11 @@ def base_folder(model_base: str) -> str:
         ) from error
 
 
+def base_of(files: ModelFiles) -> Path:
+    """The folder that a model's language model and tokenizer come from: the adapter's base, or a whole model's own."""
+    return Path(files.model_path if files.model_base is None else files.model_base)
+
+
 def refuse_options(files: ModelFiles, *names: str) -> None:
     """Refuse options that the family would not look at.
 

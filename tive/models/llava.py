@@ -1,4 +1,4 @@
-"""LLaVA (1.5 and its kin): load a LoRA reference model, encode a record, the losses of a batch.
+"""LLaVA (1.5 and its kin): load a model, encode a record, the losses of a batch, the answers that it generates.
 
 The template, the masking and the splicing of image features are LLaVA's own functions, called, not rewritten.
 """
@@ -9,7 +9,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,10 @@ from torch import Tensor
 from tive.data.images import BadImage, find_image, open_image, resize_padded
 from tive.data.records import image_of, problem_of
 from tive.data.training_record import RECORD_FILE, read_record, weight_files
-from tive.models import Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
+from tive.models import Answer, Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, copy_into, load_adapter, read_tensors, tensor_names
-from tive.models.common import IGNORE, freeze, library_versions, loading, losses_at_supervised, refuse_options
+from tive.models.common import IGNORE, base_of, freeze, library_versions, loading, losses_at_supervised, refuse_options
+from tive.models.generation import generate_ids, supervised_runs
 from tive.models.llava_files import DEFAULT_TEMPLATE, PROJECTOR_FILE, check_model
 from tive.models.llava_files import identity as identity
 from tive.util.errors import UserError
@@ -63,21 +64,21 @@ class Processor:
 def load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """Load base, projector and LoRA adapter into LLaVA's own class, and prove that they are what is on disk.
+    """Load base, projector and LoRA adapter, or a whole model, into LLaVA's own class, proven to be what is on disk.
 
     Raises:
         UserError: a part is missing or does not fit the others; the file is named.
     """
     template = check_model(files)
-    folder = Path(files.model_path)
-    if read_record(folder) is None:
+    folder, base = Path(files.model_path), base_of(files)
+    if read_record(folder) is None and files.model_base is None:
+        print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}")
+    elif read_record(folder) is None:
         named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         print(
             f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE} on {files.model_base} "
             f"(its adapter_config.json names the base {named})"
         )
-    adapter = adapter_file(folder)
-    assert adapter is not None
     from llava.model.language_model.llava_llama import LlavaConfig
     from transformers import AutoTokenizer
 
@@ -87,32 +88,28 @@ def load(
     config.tokenizer_padding_side = "right"
     # LLaVA would load the tower with the model; its weights come last here, from where the training had them.
     tower_in_base, config.unfreeze_mm_vision_tower = getattr(config, "unfreeze_mm_vision_tower", False), False
-    with loading(f"the tokenizer of --model_base {files.model_base}"):
-        tokenizer = AutoTokenizer.from_pretrained(files.model_base, use_fast=False, trust_remote_code=False)
+    with loading(f"the tokenizer of {base}"):
+        tokenizer = AutoTokenizer.from_pretrained(base, use_fast=False, trust_remote_code=False)
     tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
 
-    model = _load_base(files.model_base, config, dtype)
-    beside = _trained_beside_lora(folder / PROJECTOR_FILE)
-    copy_into(model, {name: value for name, value in beside.items() if TOWER not in name}, folder / PROJECTOR_FILE)
-    tower = model.get_vision_tower()
-    tower_has_lora = any(TOWER in name for name in tensor_names(adapter))
-    if not tower_has_lora:  # else the tower's q_proj, k_proj ... would get adapters that were not trained
-        load_adapter(model, folder)
-    _load_tower(tower)
-    if tower_in_base:
-        copy_into(model, _tower_of_base(Path(files.model_base)), Path(files.model_base))
-    copy_into(model, {name: value for name, value in beside.items() if TOWER in name}, folder / PROJECTOR_FILE)
-    if tower_has_lora:
-        load_adapter(model, folder)
+    model = _load_language_model(base, config, dtype)
+    adapter = None if files.model_base is None else adapter_file(folder)
+    if adapter is None:
+        _load_tower(model.get_vision_tower())
+        if tower_in_base:
+            copy_into(model, _tower_of_base(base), base)
+    else:
+        _load_trained(model, folder, adapter, base if tower_in_base else None)
     placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if placeholders:
-        raise UserError(f"no file of {folder} or {files.model_base} holds {placeholders[0]}; train the model again")
+        raise UserError(f"no file of {folder} or {base} holds {placeholders[0]}; train the model again")
     model.to(device=device, dtype=dtype)
 
     freeze(model, gradient_checkpointing)
     model.config.use_cache = False
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
+    tower = model.get_vision_tower()
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = Processor(
         template, tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length
@@ -120,8 +117,27 @@ def load(
     return Reference(model, model.model.layers, processor, device, dtype)
 
 
-def _load_base(model_base: str, config: Any, dtype: torch.dtype) -> Any:
-    """LLaVA's model with the base's weights; projector and tower are still to come."""
+def _load_trained(model: Any, folder: Path, adapter: Path, tower_base: Path | None) -> None:
+    """Put projector, tower and adapter into the base's model, in the order of the training.
+
+    Args:
+        tower_base: where the tower's weights are, if the base's tower was tuned.
+    """
+    beside = _trained_beside_lora(folder / PROJECTOR_FILE)
+    copy_into(model, {name: value for name, value in beside.items() if TOWER not in name}, folder / PROJECTOR_FILE)
+    tower_has_lora = any(TOWER in name for name in tensor_names(adapter))
+    if not tower_has_lora:  # else the tower's q_proj, k_proj ... would get adapters that were not trained
+        load_adapter(model, folder)
+    _load_tower(model.get_vision_tower())
+    if tower_base is not None:
+        copy_into(model, _tower_of_base(tower_base), tower_base)
+    copy_into(model, {name: value for name, value in beside.items() if TOWER in name}, folder / PROJECTOR_FILE)
+    if tower_has_lora:
+        load_adapter(model, folder)
+
+
+def _load_language_model(base: Path, config: Any, dtype: torch.dtype) -> Any:
+    """LLaVA's model with the weights of a base or a whole model; of a base, projector and tower are still to come."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from transformers.utils import is_torch_sdpa_available, logging
 
@@ -129,9 +145,9 @@ def _load_base(model_base: str, config: Any, dtype: torch.dtype) -> Any:
     logging.set_verbosity_error()  # the projector is reported missing here because it comes from its own file
     warnings.filterwarnings("ignore", message=".*do_sample.*")  # Vicuna's generation config, which is not used here
     try:
-        with loading(f"--model_base {model_base}"):
+        with loading(str(base)):
             model, found = LlavaLlamaForCausalLM.from_pretrained(
-                model_base,
+                base,
                 config=config,
                 torch_dtype=dtype,
                 low_cpu_mem_usage=True,
@@ -142,7 +158,7 @@ def _load_base(model_base: str, config: Any, dtype: torch.dtype) -> Any:
         logging.set_verbosity(level)
     missing = [key for key in found["missing_keys"] if not key.startswith("model.mm_projector.")]
     if missing:
-        raise UserError(f"--model_base {model_base} lacks {len(missing)} weights, {missing[0]} among them")
+        raise UserError(f"{base} lacks {len(missing)} weights, {missing[0]} among them")
     return model
 
 
@@ -300,3 +316,34 @@ def _embed(reference: Reference, records: list[Inputs]) -> tuple[Tensor, Tensor]
         input_ids, None, mask, None, labels, pixels
     )
     return embeddings, labels
+
+
+def answers(processor: Processor, record: Encoded) -> list[Answer]:
+    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
+    inputs, found = record.inputs, []
+    for start, stop in supervised_runs(inputs.labels):
+        if len(_spliced_labels(inputs.input_ids[:stop], inputs.labels[:stop], processor)) == processor.max_length:
+            continue
+        before = replace(inputs, input_ids=inputs.input_ids[:start], labels=inputs.labels[:start])
+        length = len(_spliced_labels(before.input_ids, before.labels, processor))
+        expected = _text(processor, inputs.input_ids[start:stop].tolist())
+        found.append(Answer(Encoded(length, 0, record.group, before), expected))
+    return found
+
+
+def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """What the model answers to prompts that all have an image, or none has one."""
+    embeddings, _ = _embed(reference, [prompt.inputs for prompt in prompts])
+    ends = (reference.processor.tokenizer.eos_token_id,)
+    lengths = [prompt.length for prompt in prompts]
+    found = generate_ids(reference.model, embeddings, lengths, ends, max_new_tokens)
+    return [_text(reference.processor, ids) for ids in found]
+
+
+def _text(processor: Processor, ids: list[int]) -> str:
+    """An answer's text, without what ends it; some templates end it with a text, which no token stands for."""
+    from llava.conversation import SeparatorStyle, conv_templates
+
+    template = conv_templates[processor.template]
+    text: str = processor.tokenizer.decode(ids, skip_special_tokens=True)
+    return (text.split(template.sep)[0] if template.sep_style == SeparatorStyle.SINGLE else text).strip()

@@ -1,4 +1,4 @@
-"""What a LLaVA reference model's files say, read before any weight is loaded: configuration, and the training's record.
+"""What a LLaVA model's files say, read before any weight is loaded: configuration, and the training's record.
 
 Every setting that changes the numbers is checked against what is computed here; an unknown one is refused.
 """
@@ -20,10 +20,11 @@ from tive.data.training_record import (
     lacks_tokenizer,
     model_folder,
     read_record,
+    weight_files,
 )
 from tive.models import ModelFiles
 from tive.models.adapter import adapter_file, check_adapter, refuse_quantized
-from tive.models.common import fingerprint
+from tive.models.common import base_of, fingerprint
 from tive.util.errors import UserError
 from tive.util.files import read_json
 from tive.util.packages import package_in_use
@@ -47,14 +48,38 @@ _OF_THE_TRAINING = ("mm_projector_lr", "mm_vision_tower_lr", "tune_mm_mlp_adapte
 
 
 def check_model(files: ModelFiles) -> str:
-    """Read all configuration of a reference model; returns the template that it was trained with.
+    """Read all configuration of a model; returns the template that it was trained with.
 
     Raises:
         UserError: a file is missing, or says what is not supported or does not fit the others.
     """
     _check_library(files.model_path)
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     config = _read_config(folder)
+    if files.model_base is None:
+        _check_whole(folder)
+    else:
+        _check_adapter(folder)
+    _check_settings(folder, config)
+    _check_base(folder, config, base)
+    tower = files.vision_tower or config.get("mm_vision_tower")
+    if not tower or (model_folder(tower) is None and not tower.startswith(("openai/", "laion/"))):
+        raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
+    record = read_record(folder)
+    if record is None:
+        return DEFAULT_TEMPLATE
+    _check_record(folder, config, record, None if files.model_base is None else base, model_folder(tower))
+    return record.template
+
+
+def _check_whole(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter, which is no whole model; name its base with it")
+    if not weight_files(folder):
+        raise UserError(f"{folder} holds no weights; name a model that finetune.sh wrote, or download it again")
+
+
+def _check_adapter(folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file() or adapter_file(folder) is None:
         raise UserError(
             f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); "
@@ -66,17 +91,7 @@ def check_model(files: ModelFiles) -> str:
             "training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with it "
             "(the same OUTPUT_DIR) and name that OUTPUT_DIR as --model_path"
         )
-    _check_settings(folder, config)
     check_adapter(folder)
-    _check_base(folder, config, base)
-    tower = files.vision_tower or config.get("mm_vision_tower")
-    if not tower or (model_folder(tower) is None and not tower.startswith(("openai/", "laion/"))):
-        raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
-    record = read_record(folder)
-    if record is None:
-        return DEFAULT_TEMPLATE
-    _check_record(folder, config, record, base, model_folder(tower))
-    return record.template
 
 
 def _check_library(model_path: str) -> None:
@@ -137,7 +152,9 @@ def _check_base(folder: Path, config: dict[str, Any], base: Path) -> None:
         raise UserError(f"--model_base {lacking}")
 
 
-def _check_record(folder: Path, config: dict[str, Any], record: TrainingRecord, base: Path, tower: Path | None) -> None:
+def _check_record(
+    folder: Path, config: dict[str, Any], record: TrainingRecord, base: Path | None, tower: Path | None
+) -> None:
     if record.template not in TEMPLATES:
         raise UserError(
             f"{folder / RECORD_FILE}: the template {record.template} is none of {', '.join(TEMPLATES)}; train a "
@@ -148,7 +165,7 @@ def _check_record(folder: Path, config: dict[str, Any], record: TrainingRecord, 
             f"{folder}/config.json: image_aspect_ratio {config.get('image_aspect_ratio')!r}, and the training used "
             f"{record.image_aspect_ratio!r} ({RECORD_FILE}); put config.json back"
         )
-    differs = difference(record.base, base)
+    differs = None if base is None else difference(record.base, base)
     if differs:
         raise UserError(
             f"--model_base {base} is not the base that {folder} was trained on ({differs}); name that one: "
@@ -164,11 +181,11 @@ def _check_record(folder: Path, config: dict[str, Any], record: TrainingRecord, 
 
 def identity(files: ModelFiles) -> str:
     """What tells one reference model from another: adapter, projector, base, tower, and how records are encoded."""
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     config, record, adapter = _read_config(folder), read_record(folder), adapter_file(folder)
-    assert adapter is not None
+    adapted = [] if adapter is None else [adapter, folder / PROJECTOR_FILE]
     tower = model_folder(files.vision_tower or config["mm_vision_tower"])
     settings = {key: config.get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
     settings |= {"mm_vision_tower": None, "template": record.template if record else DEFAULT_TEMPLATE}
-    weights = fingerprint([adapter, folder / PROJECTOR_FILE, base / "config.json"], [base, *([tower] if tower else [])])
+    weights = fingerprint([*adapted, base / "config.json"], [base, *([tower] if tower else [])])
     return hashlib.sha256(f"{weights} {json.dumps(settings, sort_keys=True)}".encode()).hexdigest()

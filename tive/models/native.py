@@ -24,6 +24,7 @@ from tive.models import Encoded, Hints, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, read_tensors
 from tive.models.common import (
     IGNORE,
+    base_of,
     fingerprint,
     freeze,
     library_versions,
@@ -31,8 +32,10 @@ from tive.models.common import (
     losses_of_logits,
     refuse_options,
 )
+from tive.models.generation import greedy, until_end
 from tive.models.native_adapter import attach_adapter, check_adapter
 from tive.models.native_processor import (
+    answers,
     encode,
     encode_turns,
     load_processor,
@@ -44,8 +47,10 @@ from tive.util.files import read_json
 
 __all__ = [
     "HINTS",
+    "answers",
     "check_files",
     "encode",
+    "generate",
     "identity",
     "load",
     "pads_images",
@@ -69,22 +74,12 @@ def check_files(files: ModelFiles) -> None:
     """
     _check_library()
     refuse_options(files, "vision_tower")
-    folder, base = Path(files.model_path), Path(files.model_base)
-    check_adapter(folder)
-    beside = [
-        file.name
-        for pattern in ("*.safetensors", "*.bin")
-        for file in sorted(folder.glob(pattern))
-        if file.name not in ("adapter_model.safetensors", "adapter_model.bin", "training_args.bin")
-    ]
-    if beside:
-        raise UserError(
-            f"{folder / beside[0]}: trained weights beside the adapter are not supported; train with LoRA alone "
-            "(in ms-swift with --freeze_vit true), or with modules_to_save, which the adapter's file holds"
-        )
+    folder, base = Path(files.model_path), base_of(files)
+    if files.model_base is not None:
+        _check_adapter_alone(folder)
     config = read_json(base / "config.json")
     if "quantization_config" in config:
-        raise UserError(f"{base} is quantised; name the same base without quantisation as --model_base")
+        raise UserError(f"{base} is quantised; name the same model without quantisation")
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -97,6 +92,21 @@ def check_files(files: ModelFiles) -> None:
     if files.chat_template is not None and not Path(files.chat_template).is_file():
         raise UserError(f"--chat_template {files.chat_template} is not a file")
     load_processor(files)
+
+
+def _check_adapter_alone(folder: Path) -> None:
+    check_adapter(folder)
+    beside = [
+        file.name
+        for pattern in ("*.safetensors", "*.bin")
+        for file in sorted(folder.glob(pattern))
+        if file.name not in ("adapter_model.safetensors", "adapter_model.bin", "training_args.bin")
+    ]
+    if beside:
+        raise UserError(
+            f"{folder / beside[0]}: trained weights beside the adapter are not supported; train with LoRA alone "
+            "(in ms-swift with --freeze_vit true), or with modules_to_save, which the adapter's file holds"
+        )
 
 
 def _check_library() -> None:
@@ -122,14 +132,12 @@ def identity(files: ModelFiles) -> str:
 
     Image processors of two backends, and of two releases, resize differently: their class and the versions count.
     """
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     source = processor_folder(files)
     processor = load_processor(files).library
-    adapter = adapter_file(folder)
-    assert adapter is not None
+    adapter = adapter_file(folder) if files.model_base is not None else None
     read = [
-        adapter,
-        folder / "adapter_config.json",
+        *([] if adapter is None else [adapter, folder / "adapter_config.json"]),
         base / "config.json",
         *(source / name for name in _PROCESSOR_FILES),
     ]
@@ -158,24 +166,25 @@ def load(
     check_files(files)
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with loading(f"--model_base {files.model_base}"):
-        config = AutoConfig.from_pretrained(files.model_base)
+    base = base_of(files)
+    with loading(str(base)):
+        config = AutoConfig.from_pretrained(base)
         _turn_off_dropout(config)
         model, found = AutoModelForImageTextToText.from_pretrained(
-            files.model_base, config=config, dtype=dtype, output_loading_info=True
+            base, config=config, dtype=dtype, output_loading_info=True
         )
     missing = sorted(found["missing_keys"])
     if missing:
-        raise UserError(f"--model_base {files.model_base} lacks {len(missing)} weights, {missing[0]} among them")
+        raise UserError(f"{base} lacks {len(missing)} weights, {missing[0]} among them")
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
     embedding = model.get_input_embeddings()
     owner = next(module for module in model.modules() if any(child is embedding for child in module.children()))
     if not isinstance(getattr(owner, "layers", None), nn.ModuleList):
         raise UserError(f"{type(model).__name__} keeps its language model's layers in a way that is not supported")
-    path = adapter_file(Path(files.model_path))
-    assert path is not None
-    attach_adapter(model, Path(files.model_path), read_tensors(path), dtype)
+    path = adapter_file(Path(files.model_path)) if files.model_base is not None else None
+    if path is not None:
+        attach_adapter(model, Path(files.model_path), read_tensors(path), dtype)
     # Not to(dtype): that would round the rotary frequencies.
     model.to(device)
     freeze(model, gradient_checkpointing)
@@ -249,6 +258,21 @@ def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool =
     finally:
         hook.remove()
     return losses_of_logits(logits.float(), targets[supervised], supervised.sum(dim=1), el2n)
+
+
+@torch.no_grad()
+def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """What the model answers to prompts, one after the other: positions of images are the model's own affair."""
+    model, tokenizer = reference.model, reference.processor.library.tokenizer
+    known = (tokenizer.eos_token_id, model.generation_config.eos_token_id)
+    ends = {number for part in known if part is not None for number in (part if isinstance(part, list) else [part])}
+    texts = []
+    for prompt in prompts:
+        inputs, _ = _collate(reference, [prompt])
+        with greedy(model, ends, max_new_tokens):
+            ids = model.generate(**inputs, use_cache=True)[0, prompt.length :].tolist()
+        texts.append(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True).strip())
+    return texts
 
 
 def _collate(reference: Reference, records: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:

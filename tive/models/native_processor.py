@@ -18,8 +18,9 @@ from PIL import Image
 from tive.data.formats import to_llava
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
-from tive.models import Encoded, LeftOut, ModelFiles
-from tive.models.common import IGNORE
+from tive.models import Answer, Encoded, LeftOut, ModelFiles
+from tive.models.common import IGNORE, base_of
+from tive.models.generation import supervised_runs
 from tive.models.native_labels import align, answer_spans, text_message, token_spans
 from tive.util.errors import UserError
 from tive.util.files import read_json
@@ -87,7 +88,7 @@ def load_processor(files: ModelFiles) -> Processor:
     """
     from transformers import AutoProcessor
 
-    folder, base = Path(files.model_path), Path(files.model_base)
+    folder, base = Path(files.model_path), base_of(files)
     source = processor_folder(files)
     try:
         processor = AutoProcessor.from_pretrained(source)
@@ -135,7 +136,7 @@ def processor_folder(files: ModelFiles) -> Path:
     folder = Path(files.model_path)
     has_tokenizer = (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()
     has_images = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    return folder if has_tokenizer and has_images else Path(files.model_base)
+    return folder if has_tokenizer and has_images else base_of(files)
 
 
 def _template_in(folder: Path) -> str | None:
@@ -229,6 +230,22 @@ def encode_turns(
     if not supervised:
         raise LeftOut("no supervised token")
     return Encoded(len(ids), supervised, "image" if images else "text", Inputs(arrays, labels))
+
+
+def answers(processor: Processor, record: Encoded) -> list[Answer]:
+    """Each answer of a record, the true earlier turns before it, unless a later turn brings an image."""
+    inputs, found = record.inputs, []
+    tokenizer = processor.library.tokenizer
+    ids = inputs.arrays["input_ids"][0]
+    images = np.isin(ids, tokenizer.convert_tokens_to_ids(sorted(processor.image_tokens)))
+    for start, stop in supervised_runs(inputs.labels):
+        if images[start:].any():
+            continue
+        # What has the shape of the ids is cut; the images are all before the cut.
+        cut = {name: a[:, :start] if a.shape == (1, len(ids)) else a for name, a in inputs.arrays.items()}
+        prompt = Encoded(start, 0, record.group, Inputs(cut, inputs.labels[:start]))
+        found.append(Answer(prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
+    return found
 
 
 def _message(turn: dict[str, str], has_images: bool) -> dict[str, Any]:

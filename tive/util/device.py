@@ -62,3 +62,8 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a result names it: the GPU's kind, or the CPU's threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

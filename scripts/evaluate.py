@@ -1,0 +1,150 @@
+"""Compare trained models on held-out records: mean loss and share of answers produced exactly, task by task."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+from tive.util.errors import UserError, run
+
+EXAMPLES = """
+put records aside before anything is selected, then compare what was trained on the rest:
+  python scripts/split_data.py --source_path data.json --target_path split --per_task 200
+  python scripts/evaluate.py --input_file split/held_out.json --image_folder images --save_path evaluation \\
+      --model all checkpoints/all --model tive checkpoints/tive --model reference checkpoints/warm-up-lora vicuna-7b
+
+A model is NAME PATH for a whole model (finetune.sh, or a model that was downloaded) and NAME PATH BASE for an adapter.
+The first one is what the others are relative to. Answers are generated greedily, with the true earlier turns before
+them, and compared as VQA does: without case, articles and punctuation. Results of a model are kept in --save_path and
+used again; a run that stops is continued by the same command.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input_file", required=True, help="held-out records: a JSON list or JSON Lines")
+    add("--image_folder", default="", help="folder that the records' image paths start from")
+    add(
+        "--model",
+        required=True,
+        action="append",
+        nargs="+",
+        metavar=("NAME PATH", "BASE"),
+        help="a model to evaluate, by the name that the tables give it; once for each",
+    )
+    add("--save_path", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add("--max_new_tokens", type=int, default=32, help="most tokens of a generated answer; 0 for losses alone (32)")
+    add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:K")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: by the device")
+    add("--batch_size", type=int, default=16, help="most records in a batch (16)")
+    add("--max_batch_tokens", type=int, default=16384, help="most tokens in a batch, with padding (16384)")
+    add("--window", type=int, default=256, help="records computed and written as one; what a crash can cost (256)")
+    add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
+    add("--vision_tower", help="folder of the vision tower, where the path in the checkpoints is not there")
+    add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
+    add("--overwrite", action="store_true", help="evaluate anew where results of another run have a model's name")
+    arguments = parser.parse_args()
+    for name in ("batch_size", "max_batch_tokens", "window"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} is not a positive number")
+    for name in ("max_new_tokens", "num_workers"):
+        if (getattr(arguments, name) or 0) < 0:
+            parser.error(f"--{name} {getattr(arguments, name)} is negative")
+    names = [model[0] for model in arguments.model]
+    for model in arguments.model:
+        if not 2 <= len(model) <= 3:
+            parser.error(f"--model {' '.join(model)}: give NAME PATH, or NAME PATH BASE for an adapter")
+        if not re.fullmatch(r"[\w.-]{1,60}", model[0]) or names.count(model[0]) > 1:
+            parser.error(f"--model {model[0]}: a name has letters, digits, dots and dashes, and each model its own")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive.data.checked import check_chunk, read_data
+    from tive.evaluation.held_out import read_held_out
+    from tive.evaluation.partial import partial_results
+    from tive.evaluation.printed import print_evaluation
+    from tive.evaluation.results import (
+        EVALUATION_FILE,
+        Evaluation,
+        Match,
+        ModelResult,
+        differing,
+        read_model,
+        task_results,
+        write_evaluation,
+        write_model,
+    )
+    from tive.evaluation.run import Options, evaluate, report_left_out
+    from tive.models import ModelFiles, family_of
+    from tive.models.batches import BatchLimits
+    from tive.models.common import base_folder
+    from tive.util.device import device_name, device_of, dtype_of
+
+    device = device_of(arguments.device)
+    dtype = dtype_of(arguments.dtype, device)
+    workers = arguments.num_workers
+    options = Options(
+        image_folder=arguments.image_folder,
+        limits=BatchLimits(arguments.batch_size, arguments.max_batch_tokens),
+        window=arguments.window,
+        num_workers=workers if workers is not None else 4 if device.type == "cuda" else 1,
+        max_new_tokens=arguments.max_new_tokens,
+        skip_bad=arguments.on_bad_record == "skip",
+    )
+
+    held_out = read_held_out(arguments.input_file, arguments.task_key)
+
+    def result_of(name: str, path: str, base: str | None = None) -> ModelResult:
+        files = ModelFiles(path, base and base_folder(base), arguments.vision_tower)
+        family = family_of(files)
+        family.check_files(files)
+        match = Match(
+            data_sha256=held_out.records.sha256,
+            data_records=len(held_out.records),
+            model=family.identity(files),
+            dtype=str(dtype).removeprefix("torch."),
+            max_new_tokens=options.max_new_tokens,
+            task_key=held_out.task_key,
+        )
+        target, begun = arguments.save_path / f"model_{name}.json", time.perf_counter()
+        if target.exists() and not arguments.overwrite:
+            found = read_model(target)
+            if differs := differing(found.match, match):
+                raise UserError(f"{target} has {differs}; take another name for the model, or --overwrite")
+            print(f"{name}: {target} is there")
+            return found
+        data = read_data(arguments.input_file, family.record_problem)
+        checked = check_chunk(data, range(len(data.records)), options.image_folder)
+        unfinished = arguments.save_path / f".model_{name}.unfinished"
+        with partial_results(unfinished, match) as partial:
+            print(f"{name}: {path}")
+            reference = family.load(files, device, dtype)
+            records = evaluate(family, reference, held_out, checked, options, partial)
+            report_left_out(name, records)
+            tasks = task_results(held_out.tasks, records)
+            seconds = time.perf_counter() - begun
+            result = ModelResult(
+                name, path, base, match, device_name(device), seconds, tasks, records, family.versions()
+            )
+            write_model(target, result)
+            unfinished.unlink()
+        return result
+
+    models = [result_of(*model) for model in arguments.model]
+    evaluation = Evaluation(arguments.input_file, models)
+    write_evaluation(arguments.save_path / EVALUATION_FILE, evaluation)
+    print_evaluation(evaluation)
+    print(f"written: {arguments.save_path / EVALUATION_FILE}")
+
+
+if __name__ == "__main__":
+    run(main)
