@@ -36,13 +36,9 @@ TURNS = (
 
 def tokenizer_with(*tokens: str, **named: str) -> tuple[Any, Callable[[str], int]]:
     """The golden's tokenizer with more tokens, some under names that a processor asks for, and their ids."""
-    tokenizer = library.AutoTokenizer.from_pretrained(QWEN)
-    tokenizer.add_tokens(sorted({*tokens, *named.values()}), special_tokens=True)
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-        if name != "bos_token":
-            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-            tokenizer.init_kwargs[name] = token
+    first = {"bos_token": named.pop("bos_token")} if "bos_token" in named else {}
+    tokenizer = library.AutoTokenizer.from_pretrained(QWEN, extra_special_tokens=named, **first)
+    tokenizer.add_tokens(sorted(tokens), special_tokens=True)
     return tokenizer, tokenizer.convert_tokens_to_ids
 
 
