@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from tive.evaluation.results import read_evaluation
 from tive.report import contents, tables, target
 from tive.report.choice import choice_of
+from tive.report.evaluation import evaluation
 from tive.report.page import page
 from tive.report.samples import Sample, extremes, open_checked, read_samples
 from tive.report.sections import Pictures
@@ -26,6 +28,7 @@ def main() -> None:
     arguments = parse_arguments()
     summary = find_summary(arguments.out, arguments.name)
     selection = read_selection(summary)
+    evaluations = [read_evaluation(path) for path in arguments.evaluation]
 
     of_target = target.target_of(selection)
     ends = (
@@ -42,6 +45,8 @@ def main() -> None:
         sections = contents.of_less(selection, of_target, records, pictures)
     else:
         sections = contents.of_tive(selection, choice, records, pictures)
+    if evaluations:
+        sections.insert(0, evaluation(evaluations))
     html = page(selection, choice, sections)
     pictures.bar.close()
     output = arguments.output or default_output(summary)
@@ -88,11 +93,19 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help="the page (default: report.html beside the selection)"
     )
     parser.add_argument(
+        "--evaluation",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluation.json of scripts/evaluate.py, or its folder: what models trained on selections do",
+    )
+    parser.add_argument(
         "--samples",
         type=int,
         default=3,
         metavar="N",
-        help="most, and least, influential records shown a task (default: 3)",
+        help="records shown at each end of a task, or of a subtask of a target (default: 3)",
     )
     arguments = parser.parse_args()
     if arguments.samples < 0:

@@ -22,7 +22,7 @@ ROOMS = {
         {"argparse", "llava", "transformers", "peft", "accelerate", "deepspeed", "safetensors"},
     ),
     "evaluation": (("models", "data", "util"), set()),
-    "report": (("selection", "method", "data", "util"), set()),
+    "report": (("selection", "evaluation", "method", "data", "util"), set()),
     "util": ((), set()),
 }
 

@@ -23,6 +23,7 @@ from PIL import Image
 from setuptools import Distribution
 
 from tests.helpers.feature_files import random_features, record, write_features
+from tive.evaluation.results import Evaluation, Match, ModelResult, TaskResult, write_evaluation
 from tive.report import plots, sections
 from tive.report.choice import Q_GRID, effective_sample_sizes
 from tive.report.numbers import rank_correlation
@@ -574,3 +575,40 @@ def test_the_template_and_the_style_are_installed_with_the_package(monkeypatch: 
     patterns = distribution.package_data["tive.report"]
     assert beside == {"page.css", "page.html.jinja"}
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in beside)
+
+
+def evaluation_of(folder: Path, models: dict[str, tuple[float | None, int]]) -> Path:
+    """What scripts/evaluate.py writes of two tasks, with each model's loss and exact answers in the second."""
+    results = []
+    for name, (loss, exact) in models.items():
+        tasks = [TaskResult("<i>vqa</i>", 4, 0, 2.0, 4, 3), TaskResult("chat", 4, 4 * (loss is None), loss, 4, exact)]
+        match = Match("ab" * 32, 8, f"model of {name}", "float32", 16, "dataset")
+        results.append(ModelResult(name, f"out/{name}", None, match, "cpu", 1.0, tasks, [], {}))
+    write_evaluation(folder / "evaluation.json", Evaluation("held_out.json", results))
+    return folder
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_an_evaluation_is_shown_by_task_and_model_and_relative_to_the_first(copy: Path, plain: Page) -> None:
+    report(copy, "--evaluation", evaluation_of(copy, {"all": (1.0, 4), "<b>ours</b>": (1.5, 2), "none": (None, 0)}))
+    page = Page(copy / "report.html")
+    losses, exact = page.rows[:5], page.rows[5:10]
+    assert losses == [
+        ["task", "records", "all", "<b>ours</b>", "none"],
+        ["<i>vqa</i>", "4", "2.00", "2.00", "2.00"],
+        ["chat", "4", "1.00", "1.50", "–"],
+        ["mean over tasks", "", "1.50", "1.75", "–"],
+        ["relative to all, mean over tasks", "", "100.0%", "125.0%", "–"],
+    ]
+    assert exact[2:] == [
+        ["chat", "4", "100.0%", "50.0%", "0.0%"],
+        ["mean over tasks", "", "87.5%", "62.5%", "37.5%"],
+        ["relative to all, mean over tasks", "", "100.0%", "75.0%", "50.0%"],
+    ]
+    assert "The lowest mean loss is that of all: 1.50. 4 records could not be given to none." in page.text
+    assert "evaluation" not in {attributes["id"] for attributes in plain.all("section")}
+
+
+def test_an_evaluation_that_is_none_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no result of scripts/evaluate.py" in error_of(capsys, copy, "--evaluation", copy / f"{STEM}_summary.json")
+    assert "nowhere" in error_of(capsys, copy, "--evaluation", copy / "nowhere")

@@ -15,10 +15,10 @@ from tive.report.blocks import Block, Card, Extremes, Facts, Fold, Section, Tabl
 from tive.report.numbers import percent, plural, short, whole
 from tive.report.samples import Ends, Sample
 from tive.selection.files import Selection
-from tive.util.text import duration, memory
+from tive.util.text import LABEL_LIMIT, duration, memory, shown
 
-OPEN = 10
-CASES = 100
+OPEN = 10  # of the tasks
+CASES = 100  # of records left out
 # What a card says of a record, where the scores file has it; the others are counts.
 SCORES = {
     "influence": "influence",
@@ -41,8 +41,7 @@ def records(selection: Selection, ends: Sequence[Ends], samples: Mapping[int, Sa
     if selection.summary.method == "LESS":
         title, titles = "Best and worst records of each subtask", ("Serve it best", "Serve it least")
     blocks: list[Block] = [Text(f"Made without images and conversations: {trouble}.", "note")] if trouble else []
-    shown = [end for end in ends if len(end.most)]
-    for number, end in enumerate(shown):
+    for number, end in enumerate(end for end in ends if len(end.most)):
         columns = [
             (which, [_card(selection, row, end.column, samples.get(row)) for row in rows.tolist()])
             for which, rows in zip(titles, (end.most, end.least), strict=True)
@@ -56,7 +55,7 @@ def _card(selection: Selection, row: int, column: str, sample: Sample | None) ->
     """The scores of a record: the one that it is shown for, then the others."""
     scores, counts = SCORES, COUNTS
     if column not in scores:
-        scores = {column: f"for {column.removeprefix('score_')}", **scores}
+        scores = {column: f"for {shown(column.removeprefix('score_'), LABEL_LIMIT)}", **scores}
     found = [
         f"{said} {short(float(selection.column(key)[row]))}" for key, said in scores.items() if key in selection.numbers
     ]

@@ -100,7 +100,7 @@ def subtasks(selection: Selection, target: Target, pictures: Pictures) -> Sectio
     ]
     served = Table(
         "Of each task, how many chosen records serve which subtask best",
-        ["task", *names],
+        ["task", *map(name, names)],
         _served_by(selection, target),
     )
     return Section("subtasks", "The target's subtasks", [*blocks, Table("The subtasks", header, lines), served])
