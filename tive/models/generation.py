@@ -40,8 +40,14 @@ def generate_ids(
     from transformers import GenerationMixin
 
     with greedy(model, ends, max_new_tokens):
-        # Not the model's own `generate`: LLaVA's takes no embeddings.
-        found = GenerationMixin.generate(model, inputs_embeds=moved, attention_mask=mask, use_cache=True)
+        # Not the model's own `generate`: LLaVA's takes no embeddings. Without ids some releases begin with their own.
+        found = GenerationMixin.generate(
+            model,
+            input_ids=mask.new_zeros(len(lengths), 0),
+            inputs_embeds=moved,
+            attention_mask=mask,
+            use_cache=True,
+        )
     return [until_end(ids, ends) for ids in found.tolist()]
 
 
@@ -57,7 +63,6 @@ def greedy(model: Any, ends: Collection[int], max_new_tokens: int) -> Iterator[N
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends),
-        bos_token_id=min(ends),  # asked for, and not used where a prompt is given
     )
     try:
         yield

@@ -324,11 +324,18 @@ def answers(processor: Processor, record: Encoded) -> list[Answer]:
     for start, stop in supervised_runs(inputs.labels):
         if len(_spliced_labels(inputs.input_ids[:stop], inputs.labels[:stop], processor)) == processor.max_length:
             continue
+        start = _behind_role(processor, inputs.input_ids, start)
         before = replace(inputs, input_ids=inputs.input_ids[:start], labels=inputs.labels[:start])
         length = len(_spliced_labels(before.input_ids, before.labels, processor))
         expected = _text(processor, inputs.input_ids[start:stop].tolist())
         found.append(Answer(Encoded(length, 0, record.group, before), expected))
     return found
+
+
+def _behind_role(processor: Processor, ids: np.ndarray, start: int) -> int:
+    """Where an answer starts: with some tokenizers LLaVA supervises the last token of `ASSISTANT:` with it."""
+    first, before = processor.tokenizer.convert_ids_to_tokens(ids[start - 1 : start + 1].clip(0).tolist())[::-1]
+    return start + 1 if first in (":", "]") and before != first else start
 
 
 def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:

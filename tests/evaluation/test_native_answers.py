@@ -1,0 +1,68 @@
+"""Answers of transformers' own models: what the model itself finds most probable, adapters and whole models."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tive.models import ModelFiles, Reference, family_of, native
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "native"
+MODELS = ("llava_hf", "qwen2_5_vl", "internvl")
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def loaded(model: str, whole: bool = False) -> Reference:
+    torch.set_flush_denormal(True)
+    base = str(GOLDEN / model / "base")
+    files = ModelFiles(base, None) if whole else ModelFiles(str(GOLDEN / model / "adapter"), base)
+    assert family_of(files) is native
+    native.check_files(files)
+    return native.load(files, CPU, torch.float32)
+
+
+def encoded_records(model: str, reference: Reference):
+    records = json.loads((GOLDEN / model / "data.json").read_text())[:8]
+    return [(r, native.encode(reference.processor, r, str(GOLDEN / model / "images"))) for r in records]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_first_token_of_an_answer_is_the_most_probable_after_all_that_comes_before(model, whole):
+    reference = loaded(model, whole)
+    tokenizer = reference.processor.library.tokenizer
+    asked = 0
+    for _, encoded in encoded_records(model, reference):
+        inputs, _ = native._collate(reference, [encoded])
+        with torch.no_grad():
+            best = reference.model(**inputs, use_cache=False).logits[0].argmax(dim=-1)
+        answers = native.answers(reference.processor, encoded)
+        asked += len(answers)
+        found = native.generate(reference, [answer.prompt for answer in answers], 1)
+        ends = [int(best[answer.prompt.length - 1]) for answer in answers]
+        assert found == [tokenizer.decode([number], skip_special_tokens=True).strip() for number in ends]
+    assert asked
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_answers_of_a_record_are_its_turns(model):
+    reference = loaded(model)
+    for record, encoded in encoded_records(model, reference):
+        turns = record["conversations"]
+        turns = turns[turns[0]["from"] == "gpt" :]
+        expected = [turn["value"].strip() for turn in turns if turn["from"] == "gpt"]
+        found = [answer.expected for answer in native.answers(reference.processor, encoded)]
+        assert found and set(found) <= set(expected)
+
+
+def test_generation_leaves_the_model_as_it_was():
+    reference = loaded("qwen2_5_vl")
+    before = reference.model.generation_config
+    ((_, encoded), *_) = encoded_records("qwen2_5_vl", reference)
+    native.generate(reference, [native.answers(reference.processor, encoded)[0].prompt], 2)
+    assert reference.model.generation_config is before
