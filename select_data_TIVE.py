@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 from tive.selection.options import INSTANCE_SCORES, ROUNDINGS, SAMPLINGS, TASK_BUDGETS, Options
 from tive.util.errors import UserError, run
@@ -78,7 +79,8 @@ def main() -> None:
     files = files_of(arguments.save_path, stem, arguments.data_path)
 
     scores = read.record_scores(chunks, options.columns)
-    reasons = read.reasons_left_out(mixture, chunks, scores, options.columns)
+    listing = Path(arguments.save_path) / "bad_records.json"
+    reasons = read.reasons_left_out(mixture, chunks, scores, options.columns, listing)
     groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
     spans = spans_of(chunks)
     with bar("Task means", len(groups)) as done:

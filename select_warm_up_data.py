@@ -42,15 +42,14 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
+    from tive.data.bad_records import listing_beside
     from tive.data.records import write_records
     from tive.data.tasks import read_tasks, rows_by_task
     from tive.method.value import draw, equal_shares, rounded_down
     from tive.util.text import print_table
 
     target = Path(arguments.target_path)
-    data = read_tasks(
-        arguments.source_path, arguments.task_key, listing=target.with_name(f"{target.stem}_bad_records.json")
-    )
+    data = read_tasks(arguments.source_path, arguments.task_key, listing_beside(target))
     records = data.records
     total = rounded_down(arguments.sample_ratio * len(records))
     if total == 0:

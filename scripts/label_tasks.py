@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tive.data.bad_records import listing_beside, refuse_bad_records
 from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
 from tive.data.media import IMAGE_KEYS
-from tive.data.records import image_of, name_of, with_remedy
+from tive.data.records import image_of, name_of, open_records
 from tive.data.stream import is_json_lines, stream_records, write_raw
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
@@ -59,12 +60,14 @@ key, a dotted path (meta.source), or the first part of a value (image:/ is the i
 
 @dataclass
 class Found:
-    """What the pass found: records of each task, those that no rule matched (the first few named), those kept."""
+    """What the pass found: records of each task, those that no rule matched (the first few named), those kept, and what
+    keeps records from being labelled, by row."""
 
     tasks: Counter[str] = field(default_factory=Counter)
     unmatched: int = 0
     first_unmatched: list[str] = field(default_factory=list)
     kept: int = 0
+    problems: dict[int, str] = field(default_factory=dict)
 
 
 def check(arguments: argparse.Namespace, rules: Rules) -> None:
@@ -83,19 +86,22 @@ def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Itera
     """Yield the raw text of every record with its task, counting on the way.
 
     Raises:
-        UserError: a record cannot be read by rules, has a task already, or matches no rule and there is no default.
+        UserError: a record has a task already, records cannot be read by rules (all are listed beside the target), or
+            match no rule and there is no default.
     """
     key = arguments.task_key
     for row, (_, raw, record) in enumerate(stream_records(arguments.source_path)):
-        name = name_of(arguments.source_path, row, record)
         problem = shape_problem(record)
         if problem:
-            raise UserError(f"{name} {with_remedy(problem)}")
+            found.problems[row] = problem
+            continue
+        name = name_of(arguments.source_path, row, record)
         if key in record and arguments.existing == "stop":
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
         named, without_task = task_or_problem(record, key) if arguments.existing == "keep" else (None, no_task(key))
         if named is None and without_task != no_task(key):
-            raise UserError(f"{name} {without_task}; correct it, or give --existing replace")
+            found.problems[row] = f"{without_task}; correct it, or give --existing replace"
+            continue
         if named is not None:
             found.kept += 1
             found.tasks[named] += 1
@@ -110,6 +116,10 @@ def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Itera
             task = arguments.default or "(no rule matches)"
         found.tasks[task] += 1
         yield (replace_key if key in record else add_key)(raw, key, task)
+    listing = listing_beside(arguments.target_path)
+    if found.problems:
+        refuse_bad_records(open_records(arguments.source_path), found.problems, listing)
+    listing.unlink(missing_ok=True)
     if not found.tasks:
         raise UserError(f"{arguments.source_path} holds no records; name a data file with at least one")
     if found.unmatched and arguments.default is None:

@@ -504,4 +504,14 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path, case):
     done, _ = run_on(tmp_path, text, *(argument.format(folder=tmp_path) for argument in arguments))
     assert_refused(done, *said)
     assert (tmp_path / "a.json").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.json", "b_bad_records.json"}
+
+
+def test_all_records_that_the_rules_cannot_read_are_listed_and_the_list_goes_when_they_are_repaired(tmp_path):
+    records = [SHAPES["GQA"], {**SHAPES["GQA"], "video": "a.mp4"}, 3, SHAPES["GQA"]]
+    done, written = run_on(tmp_path, records)
+    listing = tmp_path / "b_bad_records.json"
+    assert_refused(done, "2 of 4 records cannot be used", "record 1 (id '2375429')", str(listing))
+    assert [entry["row"] for entry in json.loads(listing.read_text())] == [1, 2] and written is None
+    done, written = run_on(tmp_path, [records[0], records[3]])
+    assert done.returncode == 0 and len(json.loads(written)) == 2 and not listing.exists()

@@ -362,13 +362,18 @@ def test_bad_arguments_get_one_line(made, tmp_path, capsys, given, says):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_with_a_problem_that_was_not_left_out_is_refused(tmp_path, capsys):
+def test_records_with_a_problem_that_were_not_left_out_are_refused_and_all_listed(tmp_path, capsys):
     records = mixture()
     records[7]["conversations"][0]["from"] = "robot"
+    del records[9]["dataset"]
     (tmp_path / "data.json").write_text(json.dumps(records))
     write_features(tmp_path / "features", tmp_path / "data.json", *random_features(len(records)))
     line = refusal(capsys, main, *paths(tmp_path, tmp_path / "out"))
-    assert "record 7" in line and "unknown role 'robot'" in line
+    assert f"2 of {len(records)} records cannot be used" in line
+    assert "record 7" in line and "unknown role 'robot'" in line and "--task_key" in line
+    entries = json.loads((tmp_path / "out" / "bad_records.json").read_text())
+    assert [entry["row"] for entry in entries] == [7, 9]
+    assert entries[1]["reason"] == "names no task under `dataset`"
 
 
 def test_data_that_changed_after_the_gradients_is_refused(made, tmp_path, capsys):

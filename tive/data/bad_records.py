@@ -17,6 +17,12 @@ from tive.util.text import shown, shown_value
 SHOWN = 10
 
 
+def listing_beside(target: str | os.PathLike[str]) -> Path:
+    """Where a script that writes `target` lists the records that it cannot use."""
+    target = Path(target)
+    return target.with_name(f"{target.stem}_bad_records.json")
+
+
 def bad_record(row: int, record: Any, reason: str) -> dict[str, Any]:
     """How a list of bad records names one; its images are paths below the image folder."""
     return {"row": row, "id": identity_of(record), "reason": reason, "image": images_named(record) or None}

@@ -12,7 +12,7 @@ import numpy as np
 
 from tive.data.bad_records import count_and_first, refuse_bad_records
 from tive.data.media import IMAGE_KEYS, has_tag_alone
-from tive.data.records import RecordFile, image_of, is_unicode, name_of, open_records, problem_of, with_remedy
+from tive.data.records import RecordFile, image_of, is_unicode, open_records, problem_of
 from tive.util.errors import UserError
 
 
@@ -48,7 +48,7 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
     return task_or_problem(record, task_key)[0]
 
 
-def task_or_problem(record: dict[str, Any], task_key: str) -> tuple[str | None, str]:
+def task_or_problem(record: dict[str, Any], task_key: str = "dataset") -> tuple[str | None, str]:
     """The task of a record, and why it names none (empty where it does)."""
     key, colon, separator = task_key.partition(":")
     if colon and not separator:
@@ -72,29 +72,6 @@ def task_or_problem(record: dict[str, Any], task_key: str) -> tuple[str | None, 
 def no_task(task_key: str) -> str:
     """The problem of a record that names no task."""
     return f"names no task under `{task_key}`"
-
-
-def checked_task(path: str | os.PathLike[str], row: int, record: Any, task_key: str = "dataset") -> str:
-    """The task of a record that can be trained on.
-
-    Raises:
-        UserError: the record has a problem or names no task; it is named.
-    """
-    problem = problem_of(record)
-    task, without_task = (None, "") if problem else task_or_problem(record, task_key)
-    if task is None:
-        name = name_of(path, row, record)
-        if without_task == no_task(task_key):
-            raise UserError(f"{name} {without_task}; {_add_tasks(path)}")
-        raise UserError(f"{name} {with_remedy(problem or without_task)}")
-    return task
-
-
-def _add_tasks(path: str | os.PathLike[str]) -> str:
-    return (
-        f"add it with `python scripts/label_tasks.py --source_path {path} --target_path labelled.json`, "
-        "or name another key with --task_key"
-    )
 
 
 def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing: Path | None = None) -> TaskFile:
@@ -124,7 +101,10 @@ def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing:
     records = open_records(path, visit)
     unlabelled = sum(problem == no_task(task_key) for problem in problems.values())
     if unlabelled == len(records):
-        raise UserError(f"{path}: no record names a task under `{task_key}`; {_add_tasks(path)}")
+        raise UserError(
+            f"{path}: no record names a task under `{task_key}`; add it with `python scripts/label_tasks.py "
+            f"--source_path {path} --target_path labelled.json`, or name another key with --task_key"
+        )
     if listing is not None:
         refuse_bad_records(records, problems, listing)
     elif problems:

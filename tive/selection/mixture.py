@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tive.data.records import RecordFile, open_records
-from tive.data.tasks import checked_task, rows_by_task, task_of
+from tive.data.bad_records import count_and_first, report_bad_records
+from tive.data.records import RecordFile, open_records, problem_of
+from tive.data.tasks import rows_by_task, task_or_problem
 from tive.features.chunks import Chunk
 from tive.selection.choice import NO_TASK
 from tive.selection.summary import LeftOut
@@ -68,12 +70,11 @@ def read_mixture(path: str, task_key: str) -> Mixture:
     problems: dict[int, str] = {}
 
     def visit(row: int, record: Any) -> None:
-        try:
-            task = checked_task(path, row, record, task_key)
-        except UserError as error:
-            problems[row] = str(error)
-            task = (task_of(record, task_key) if isinstance(record, dict) else None) or NO_TASK
-        tasks.append(task)
+        task, without_task = task_or_problem(record, task_key) if isinstance(record, dict) else (None, "")
+        problem = problem_of(record) or without_task
+        if problem:
+            problems[row] = problem
+        tasks.append(task or NO_TASK)
         ids.append(_text(record.get("id") if isinstance(record, dict) else None))
 
     records = open_records(path, visit)
@@ -143,20 +144,30 @@ def refuse_adam(chunks: Sequence[Chunk]) -> None:
 
 
 def reasons_left_out(
-    mixture: Mixture, chunks: Sequence[Chunk], scores: Mapping[str, np.ndarray], needed: Collection[str] = ()
+    mixture: Mixture,
+    chunks: Sequence[Chunk],
+    scores: Mapping[str, np.ndarray],
+    needed: Collection[str] = (),
+    listing: Path | None = None,
 ) -> dict[int, str]:
     """Why records cannot count, by row: the gradient step's reason, or a score that is no number.
 
     Args:
         needed: the columns of `scores` that must be finite; a norm must be above zero.
+        listing: where records that cannot be used are listed, all of them. None: they are counted, the first is named.
 
     Raises:
-        UserError: a record has a problem or no task, and the gradient step did not leave it out.
+        UserError: records have a problem or no task, and the gradient step did not leave them out.
     """
     reasons = {entry.row: _text(entry.reason) for chunk in chunks for entry in chunk.left_out}
-    unexpected = mixture.problems.keys() - reasons.keys()
+    unexpected = {row: problem for row, problem in mixture.problems.items() if row not in reasons}
     if unexpected:
-        raise UserError(mixture.problems[min(unexpected)])
+        if listing is not None:
+            report_bad_records(mixture.records, unexpected, len(mixture.records), listing)
+        raise UserError(
+            f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
+            "name the key that holds the task with --task_key, or repair the data and take the gradients again"
+        )
     norms = scores["norm"]
     for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
         reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
