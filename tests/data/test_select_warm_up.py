@@ -13,6 +13,7 @@ import pytest
 
 import select_warm_up_data
 from tests.helpers.feature_files import call, mixture, record, refusal
+from tive.data.formats import from_llava, to_llava
 from tive.data.records import open_records
 
 main = select_warm_up_data.main
@@ -173,3 +174,15 @@ def test_the_script_runs_by_itself(source):
     command = [sys.executable, script, "--source_path", source, "--target_path", target]
     done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=True)
     assert f"written: {target}" in done.stdout and len(json.loads(target.read_text())) == 6
+
+
+@pytest.mark.parametrize("form", ("llava", "sharegpt", "messages", "parts"))
+def test_a_sample_is_drawn_from_every_form_that_a_trainer_reads(form, tmp_path):
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\n<image>\nWhich?"}]
+    turns.append({"from": "gpt", "value": "The first."})
+    llava = {"id": "a", "dataset": "two", "image": ["a.png", "b.png"], "conversations": turns}
+    other = llava if form == "llava" else from_llava(to_llava(llava), form)
+    source = tmp_path / "data.jsonl"
+    source.write_text("\n".join(json.dumps(other | {"id": str(row)}) for row in range(4)) + "\n")
+    drawn = warm_up(source, "--sample_ratio", 0.5)
+    assert len(drawn) == 2 and all(item == other | {"id": item["id"]} for item in drawn)

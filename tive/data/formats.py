@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from tive.data.media import IMAGE_TAG, media_of, plain_path
-from tive.data.records import OTHER_ROLE_NAMES
+from tive.data.records import OTHER_ROLE_NAMES, problem_of
 from tive.util.text import shown_value
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
@@ -93,6 +93,26 @@ def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> d
         for message in converted["messages"]:
             message["content"] = _parts(message["content"], has_image=bool(images))
     return converted
+
+
+def form_problem(record: Any) -> str | None:
+    """What keeps a record from being read by any trainer that is known here; None when nothing does.
+
+    LLaVA's form with one image and no system turn has to be what LLaVA's trainer takes (`problem_of`); any other has to
+    be one that `to_llava` reads. Which of them a model reads is asked where the model is known.
+    """
+    problem = problem_of(record)
+    if problem is None or not isinstance(record, dict):
+        return problem
+    turns = record.get("conversations")
+    with_system = isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") == "system"
+    if "messages" not in record and not with_system and len(media_of(record).images) < 2:
+        return problem
+    try:
+        to_llava(record)
+    except ValueError as other:
+        return str(other)
+    return None
 
 
 def images_of(record: dict[str, Any]) -> tuple[str, ...]:

@@ -86,4 +86,6 @@ def has_tag_alone(record: dict[str, Any]) -> bool:
     media = media_of(record)
     if media.images or media.problem:
         return False
-    return any(IMAGE_TAG in turn["value"] for turn in record["conversations"])
+    turns = record.get("conversations") or record.get("messages") or []
+    # A message's content is a text or a list of parts.
+    return any(IMAGE_TAG in str(turn.get("value", turn.get("content"))) for turn in turns)

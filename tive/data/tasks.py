@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from tive.data.bad_records import count_and_first, refuse_bad_records
+from tive.data.formats import form_problem
 from tive.data.media import IMAGE_KEYS, has_tag_alone
-from tive.data.records import RecordFile, image_of, is_unicode, open_records, problem_of
+from tive.data.records import RecordFile, image_of, is_unicode, open_records
 from tive.util.errors import UserError
 
 
@@ -90,7 +91,7 @@ def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing:
 
     def visit(row: int, record: Any) -> None:
         nonlocal tags_alone
-        problem = problem_of(record)
+        problem = form_problem(record)
         task, without_task = (None, "") if problem else task_or_problem(record, task_key)
         if task is None:
             problems[row] = problem or without_task

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tive.data.formats import form_problem, to_llava
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.records import RecordFile, image_of, open_records, problem_of
+from tive.data.records import RecordFile, image_of, open_records
 from tive.report.numbers import plural
 from tive.selection.files import Selection
 from tive.util.errors import UserError
@@ -98,10 +99,12 @@ def read_samples(records: RecordFile, rows: Iterable[int], image_folder: str | N
     samples, thumbnails = {}, {}
     for row in tqdm(sorted(rows), desc="Reading sample records", unit=" records", delay=2):
         record = records[row]
-        problem = problem_of(record)
+        problem = form_problem(record)
         if problem:
             samples[row] = Sample(None, f"the record {problem}", [])
             continue
+        if "messages" in record:
+            record = to_llava(record)
         name = image_of(record)
         if name not in thumbnails:
             thumbnails[name] = thumbnail(image_folder, name) if name else (None, "no image: text only")
