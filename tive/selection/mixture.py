@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from tive.data.bad_records import count_and_first, report_bad_records
-from tive.data.records import RecordFile, open_records, problem_of
+from tive.data.formats import form_problem
+from tive.data.records import RecordFile, open_records
 from tive.data.tasks import rows_by_task, task_or_problem
 from tive.features.chunks import Chunk
 from tive.selection.choice import NO_TASK
@@ -71,7 +72,7 @@ def read_mixture(path: str, task_key: str) -> Mixture:
 
     def visit(row: int, record: Any) -> None:
         task, without_task = task_or_problem(record, task_key) if isinstance(record, dict) else (None, "")
-        problem = problem_of(record) or without_task
+        problem = form_problem(record) or without_task
         if problem:
             problems[row] = problem
         tasks.append(task or NO_TASK)
