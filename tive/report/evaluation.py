@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from markupsafe import Markup
@@ -24,10 +25,11 @@ def evaluation(evaluations: Sequence[Evaluation]) -> Section:
     """Tables of tasks and models, for each held-out file: mean losses, and the answers that were produced exactly."""
     blocks: list[Block] = []
     for one in evaluations:
-        blocks += [_summary(one), _table(one, "Mean held-out loss", _loss, mean_loss, relative_loss)]
+        losses = _table(one, "Mean held-out loss", short, attrgetter("loss"), mean_loss, relative_loss)
+        blocks += [_summary(one), losses]
         if any(task.answers for model in one.models for task in model.tasks):
-            title = "Answers produced exactly"
-            blocks.append(_table(one, title, _exact, mean_exact_share, relative_exact_share))
+            title, share = "Answers produced exactly", attrgetter("exact_share")
+            blocks.append(_table(one, title, _percent, share, mean_exact_share, relative_exact_share))
     return Section("evaluation", "Held-out evaluation", blocks)
 
 
@@ -47,14 +49,6 @@ def _summary(evaluation: Evaluation) -> Markup:
     return sentences(*said)
 
 
-def _loss(task: TaskResult) -> str:
-    return short(task.loss)
-
-
-def _exact(task: TaskResult) -> str:
-    return _percent(task.exact_share)
-
-
 def _percent(share: float | None) -> str:
     return "–" if share is None else percent(share)
 
@@ -62,20 +56,25 @@ def _percent(share: float | None) -> str:
 def _table(
     evaluation: Evaluation,
     title: str,
-    shown: Callable[[TaskResult], str],
+    form: Callable[[float | None], str],
+    value: Callable[[TaskResult], float | None],
     mean: Callable[[ModelResult], float | None],
     relative: Callable[[ModelResult, ModelResult], float | None],
 ) -> Table:
-    """A row a task, a column a model; then the mean over the tasks, of the values and of their parts of the first's."""
+    """A row a task, a column a model; then the means over the tasks, of the values and of their parts of the first's.
+
+    Args:
+        form: how a value is written; `value` is that of a task, and `mean` the models' mean of it.
+    """
     models = evaluation.models
     by_name = [{task.name: task for task in model.tasks} for model in models]
-    lines = []
+    lines, total = [], 0
     for task in dict.fromkeys(task for tasks in by_name for task in tasks):
         found = [tasks.get(task) for tasks in by_name]
         records = max(one.records for one in found if one)
-        lines.append([name(task), f"{records:,}", *("–" if one is None else shown(one) for one in found)])
-    form: Callable[[float | None], str] = short if mean is mean_loss else _percent
-    lines.append(["mean over tasks", "", *(form(mean(model)) for model in models)])
+        total += records
+        lines.append([name(task), f"{records:,}", *("–" if one is None else form(value(one)) for one in found)])
+    lines.append(["mean over tasks", f"{total:,}", *(form(mean(model)) for model in models)])
     # A model that lacks a task has no mean, so none that could be compared.
     parts = [relative(model, models[0]) if mean(model) is not None else None for model in models]
     lines.append([_relative_to(models[0]), "", *map(_percent, parts)])
