@@ -1,0 +1,99 @@
+"""From paired differences to the words of the protocol: t intervals, Holm's correction, yes, no or undecided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.05
+# A mean difference below this part of the gap between random and all records is no difference.
+NEGLIGIBLE = 0.1
+
+
+def t_probability(t: float, freedom: int) -> float:
+    """P(|T| <= t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    if freedom % 2:
+        term, total = math.cos(angle), 0.0
+        for k in range(3, freedom + 1, 2):
+            total += term
+            term *= square * (k - 1) / k
+        return 2 / math.pi * (angle + sine * total)
+    term = total = 1.0
+    for k in range(2, freedom, 2):
+        term *= square * (k - 1) / k
+        total += term
+    return sine * total
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = probability."""
+    low, high = 0.0, 1.0
+    while t_probability(high, freedom) < probability:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, freedom) < probability else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences in one cell: their mean, standard error and degrees of freedom."""
+
+    mean: float
+    error: float
+    freedom: int
+
+    @property
+    def p(self) -> float:
+        """Two-sided."""
+        if self.error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return 1 - t_probability(self.mean / self.error, self.freedom)
+
+    def half_width(self, level: float = LEVEL) -> float:
+        return t_quantile(1 - level, self.freedom) * self.error
+
+
+def difference(pairs: Sequence[float]) -> Difference:
+    """Of the differences of pairs, two or more."""
+    values = np.asarray(pairs, np.float64)
+    return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values) - 1)
+
+
+def holm_levels(p_values: Sequence[float]) -> list[float]:
+    """The level that Holm's procedure tests each hypothesis at, in their order.
+
+    The smallest p-value at 0.05 by their number, the next at 0.05 by one less, and so on; once one fails, those behind
+    it fail too, and their level is 0.
+    """
+    levels, failed = [0.0] * len(p_values), False
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        level = LEVEL / (len(p_values) - rank)
+        levels[index] = 0.0 if failed else level
+        failed = failed or p_values[index] > level
+    return levels
+
+
+def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) -> str:
+    """`yes`, `no` or `undecided`, as the protocol says.
+
+    Args:
+        cells: of each mixture and reference, of the arm that is said to be lower.
+        gaps: of each cell, between random and all records.
+        level: of Holm's step; 0 where the step was not reached, and no interval says anything.
+    """
+    if level > 0:
+        widths = [cell.half_width(level) for cell in cells]
+        if all(cell.mean + width < 0 for cell, width in zip(cells, widths, strict=True)):
+            return "yes"
+        if all(cell.mean - width > 0 for cell, width in zip(cells, widths, strict=True)):
+            return "no"
+    if all(abs(cell.mean) <= NEGLIGIBLE * gap for cell, gap in zip(cells, gaps, strict=True)):
+        return "no"
+    return "undecided"
