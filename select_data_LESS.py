@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from tive.selection.target_options import GRADIENTS, OVER_TARGETS, WITHIN, Options
-from tive.util.errors import UserError, run
+from tive.util.errors import run
 
 EXAMPLES = """
 features of the records and of the target, checkpoint by checkpoint (docs/less.md):
@@ -47,10 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--gradient", default=Options.gradient, choices=GRADIENTS, help="what the records' features must be of (adam)")
     add("--device", default="cpu", help="where the passes are computed: cpu, cuda or cuda:K (cpu)")
-    arguments = parser.parse_args()
-    if arguments.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {arguments.device} has no double precision; give cpu, cuda or cuda:K")
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -69,9 +66,9 @@ def main() -> None:
     from tive.selection.printed import bar
     from tive.selection.printed_target import print_target_choice, print_warnings
     from tive.selection.summary import inputs_of, summary_of
-    from tive.util.device import usable_device
+    from tive.util.device import double_device
 
-    device = usable_device(arguments.device)
+    device = double_device(arguments.device)
     check_writable(arguments.save_path)
     files = files_of(arguments.save_path, less.less_stem(options, arguments.task_key), arguments.data_path)
     mixture = read_mixture(arguments.data_path, arguments.task_key)

@@ -487,7 +487,7 @@ MISTAKES = {
         [],
         "record 0",
         "unknown role 'user' in turn 0",
-        "convert_data.py --to llava",
+        "convert_data.py (to llava)",
     ),
     "a list where a task is to be kept": (
         '[{"conversations": [], "dataset": ["a", "b"]}]',

@@ -129,7 +129,7 @@ def test_chunks_cover_every_record_once_in_order(count, num_chunks):
 
 @pytest.mark.parametrize(("num_chunks", "chunk_idx"), [(0, 0), (4, 4), (4, -1), (-1, 0)])
 def test_a_chunk_that_does_not_exist_is_refused(num_chunks, chunk_idx):
-    with pytest.raises(UserError, match="--chunk_idx"):
+    with pytest.raises(UserError, match=rf"chunk_idx {chunk_idx} is not one of .*num_chunks {num_chunks}"):
         chunk_range(10, num_chunks, chunk_idx)
 
 

@@ -49,7 +49,7 @@ def test_the_task_of_a_record_is_read_from_a_key_a_path_or_a_prefix(record, task
 
 
 def test_a_task_key_that_ends_in_its_colon_is_refused():
-    with pytest.raises(UserError, match="--task_key image: "):
+    with pytest.raises(UserError, match="the task key image: "):
         task_of({"image": "coco/1.jpg"}, "image:")
 
 

@@ -118,7 +118,7 @@ def test_a_missing_chunk_is_named(case, missing):
     folder, records = case
     (folder / f"output_{missing}.pt").unlink()
     line = refusal(folder, records)
-    assert f"chunk {missing} of 3 missing" in line and f"--chunk_idx {missing}" in line
+    assert f"chunk {missing} of 3 missing" in line and f"chunk_idx {missing}" in line
 
 
 def test_a_chunk_without_manifest_is_not_finished(case):
@@ -128,7 +128,7 @@ def test_a_chunk_without_manifest_is_not_finished(case):
 
 
 def test_a_wrong_chunk_num_is_refused(case):
-    assert "3 chunks, not --chunk_num 8" in refusal(*case, 8)
+    assert "3 chunks, not 8; leave chunk_num out" in refusal(*case, 8)
 
 
 def test_features_of_another_data_file_are_refused(case, tmp_path):

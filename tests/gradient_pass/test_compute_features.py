@@ -86,10 +86,10 @@ def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp
     "arguments, complaint",
     [
         (["--num_chunks", 4, "--chunk_idx", 4], "0 .. 3"),
-        (["--device", "cuda:7"], "--device"),
-        (["--device", "toaster"], "--device"),
+        (["--device", "cuda:7"], "the device cuda:7"),
+        (["--device", "toaster"], "'toaster' is not a device"),
         (["--batch_size", 0], "--batch_size"),
-        (["--projector", "trak_cuda"], "--projector trak_cuda does not work here"),
+        (["--projector", "trak_cuda"], "cannot project: trak_cuda does not work here"),
         (["--grad_modules", "attention"], "--grad_modules"),
         (["--last_layers", 9], "--last_layers"),
     ],

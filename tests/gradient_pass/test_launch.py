@@ -56,14 +56,14 @@ def test_the_chunk_comes_from_arguments_array_torchrun_or_srun(arguments, enviro
 @pytest.mark.parametrize(
     "arguments, environment, message",
     [
-        ((8, None), {}, "--num_chunks 8 without --chunk_idx"),
+        ((8, None), {}, "num_chunks 8 without chunk_idx"),
         ((8, 8), {}, "not one of 0 .. 7"),
         ((None, 1), {}, "not one of 0 .. 0"),
         ((8, -1), {}, "not one of 0 .. 7"),
-        ((0, None), {}, "--num_chunks"),
-        ((4, None), torchrun(0, 8, 0), "--num_chunks 4 under 8 processes"),
+        ((0, None), {}, "check num_chunks, chunk_idx and the array"),
+        ((4, None), torchrun(0, 8, 0), "num_chunks 4 under 8 processes"),
         ((8, 0), torchrun(0, 8, 0), "gives all 8 processes of torchrun the same chunk"),
-        ((None, None), {"SLURM_ARRAY_TASK_ID": "3"}, "in a SLURM array give --num_chunks"),
+        ((None, None), {"SLURM_ARRAY_TASK_ID": "3"}, "in a SLURM array give num_chunks"),
         ((8, None), {"SLURM_ARRAY_TASK_ID": "8"}, "chunk 8 (SLURM array task 8) is not one of 0 .. 7"),
     ],
 )

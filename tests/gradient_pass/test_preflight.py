@@ -193,7 +193,7 @@ def test_bad_records_stop_the_run_before_the_model_is_loaded(images, hostile, tm
     out = tmp_path / "features"
     done = run_step(out, "--input_file", data, "--image_folder", images, "--check_images", "full")
     assert done.code == 2 and done.err.splitlines()[-1].startswith("error: ")
-    assert "--on_bad_record skip" in done.err
+    assert "(on_bad_record skip)" in done.err
     listed = json.loads((out / "bad_records_0.json").read_text())
     unsupervised = {row for row, reason in reasons.items() if reason == "no supervised token"}
     assert [entry["row"] for entry in listed] == sorted(set(reasons) - unsupervised)
@@ -316,7 +316,10 @@ def test_a_stated_share_of_records_may_be_left_out_for_what_is_rarely_their_faul
     done = run_step(tmp_path / "out", "--input_file", data, "--on_bad_record", "skip", "--most_left_out", most)
     assert done.code == code, done.err
     if code:
-        assert f"above {most * 100:.3g}% of the chunk" in done.err and "--most_left_out" in done.err
+        assert (
+            f"above {most * 100:.3g}% of the chunk" in done.err
+            and "on_bad_record skip and a higher most_left_out" in done.err
+        )
     else:
         assert "44 features, 4 records left out (3 no supervised token, 1 missing image)" in done.out
 
@@ -357,7 +360,10 @@ def test_gradients_that_are_not_finite_are_left_out_and_many_stop_the_run(tmp_pa
     done = run_step(tmp_path / "out")
     assert done.code == code
     if code:
-        assert "3 records up to record 20 are left out (not finite" in done.err and "--dtype" in done.err
+        assert (
+            "3 records up to record 20 are left out (not finite" in done.err
+            and "try the dtype bfloat16 or float32" in done.err
+        )
     else:
         entries = json.loads((tmp_path / "out" / "manifest_0.json").read_text())["left_out"]
         assert entries == [{"row": 20, "id": RECORDS[20]["id"], "reason": "not finite"}]
@@ -386,16 +392,16 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--image_folder", "nowhere"], "--image_folder nowhere is not a folder"),
-        (["--image_folder", ""], "--image_folder (not given) is not a folder"),
+        (["--image_folder", "nowhere"], "the image folder nowhere is not there"),
+        (["--image_folder", ""], "the image folder (not given) is not there"),
         (["--input_file", "nowhere.json"], "cannot read nowhere.json"),
         (["--model_base", "nowhere"], "--model_base nowhere is neither"),
         (["--model_path", "nowhere"], "nowhere holds no reference model"),
         (["--vision_tower", "./nowhere"], "the vision tower ./nowhere is not there"),
-        (["--output_file", GOLDEN / "data.json"], "cannot write to --output_file"),
-        (["--num_chunks", 2], "--num_chunks 2 without --chunk_idx"),
+        (["--output_file", GOLDEN / "data.json"], "cannot write to the feature folder"),
+        (["--num_chunks", 2], "num_chunks 2 without chunk_idx"),
         (["--chunk_idx", 3, "--num_chunks", 2], "chunk 3 (arguments) is not one of 0 .. 1"),
-        (["--device", "tpu"], "--device tpu"),
+        (["--device", "tpu"], "'tpu' is not a device"),
     ],
     ids=str,
 )

@@ -148,7 +148,7 @@ def test_a_signal_to_the_group_finishes_the_window_and_says_how_to_continue(whol
     os.killpg(process.pid, number)
     process.join(30)
     assert process.exitcode == code, log_of(folder)
-    assert "the same command (without --overwrite) continues" in log_of(folder)
+    assert "the same command (without overwrite) continues" in log_of(folder)
     assert 1 <= len(notes(folder)) < 6
     done = run_step(folder)
     assert done.code == 0 and f"continuing: {8 * len(notes(folder)) or ''}" in done.out
@@ -205,7 +205,7 @@ def test_a_run_that_differs_is_refused_by_name_and_harms_nothing(whole, begun, t
         torch.save({name: tensor + 0.001 for name, tensor in tensors.items()}, model / "non_lora_trainables.bin")
         more = ["--model_path", model]
     done = run_step(folder, *more)
-    assert done.code == 2 and named in done.err and "--overwrite" in done.err
+    assert done.code == 2 and named in done.err and "start afresh (overwrite)" in done.err
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {path: data for path, data in after.items() if not path.name.startswith(".lock")} == {
         path: data for path, data in before.items() if not path.name.startswith(".lock")

@@ -359,7 +359,7 @@ def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys:
     for end in ("_summary.json", "_scores.csv"):
         shutil.copy(copy / f"{STEM}{end}", copy / f"Other{end}")
     line = error_of(capsys, copy)
-    assert STEM in line and "Other" in line and "--name" in line
+    assert STEM in line and "Other" in line and "by its name" in line
     assert "no selection Third" in error_of(capsys, copy, "--name", "Third")
     report(copy / "Other_summary.json", "--samples", 0)
     report(copy, "--name", STEM, "--samples", 0)

@@ -107,7 +107,7 @@ def test_budgets_that_vanish_in_rounding_are_said_with_the_remedy(capsys):
     third = {"norm": np.ones(450)}
     said = printed(capsys, [3] * 150, Options(p=0.5), **third)
     assert "rounding down loses 75 of 225 records (33.3%)" in said
-    assert "--rounding largest_remainder selects exactly 225" in said
+    assert "rounding largest_remainder selects exactly 225" in said
     assert "rounding down" not in printed(capsys, [3] * 150, Options(p=0.5, rounding="largest_remainder"), **third)
     # Less than 1% and no task without a record is not worth a word.
     assert "rounding down" not in printed(capsys, [4000, 4000], Options(), norm=np.ones(8000))
@@ -119,7 +119,7 @@ def test_tasks_that_get_nothing_are_counted_and_named(capsys):
     said = printed(capsys, [300, 300, 300], Options(p=0.02), norm=scores["norm"])
     assert "1 of 3 tasks get nothing (t1)" in said
     both = printed(capsys, [300, 300, 300], Options(p=0.02, rounding="largest_remainder"), norm=scores["norm"])
-    assert "1 of 3 tasks get nothing (t1); raise --p" in both
+    assert "1 of 3 tasks get nothing (t1); raise p to reach them" in both
 
 
 def test_a_budget_that_is_all_lost_is_refused_with_the_remedy():

@@ -80,7 +80,7 @@ def test_features_of_earlier_runs_select_by_influence_and_norm_and_lack_the_colu
     for option in (["--instance_score", "loss"], ["--task_budget", "loss"], ["--instance_score", "length"]):
         line = refusal(capsys, main, *arguments, *option)
         assert "output_0.pt holds no `" in line and "take the gradients again" in line
-    assert "--el2n" in refusal(capsys, main, *arguments, "--instance_score", "el2n")
+    assert "take the gradients again with el2n" in refusal(capsys, main, *arguments, "--instance_score", "el2n")
     assert set((folder / "out").iterdir()) == before
 
 
@@ -152,7 +152,7 @@ def test_adam_features_are_refused_with_the_remedy(made, capsys):
             change=lambda match, kind=kind: match.update(gradient=kind),
         )
         line = refusal(capsys, main, *arguments, "--gradient_path", folder / kind)
-        assert f"holds {kind} gradients" in line and "select_data_LESS.py" in line and "--gradient sgd" in line
+        assert f"holds {kind} gradients" in line and "select_data_LESS.py" in line and "(gradient sgd)" in line
     assert not (folder / "out").exists()
 
 

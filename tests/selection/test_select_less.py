@@ -384,7 +384,7 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
     "rates of zero": (
         lambda folder: [write(folder, "train", step, 11, rates={"logged": step, "sum": 0.0}) for step in STEPS],
         [],
-        "are all zero; give the checkpoints' --weights",
+        "are all zero; give the checkpoints' weights",
     ),
     "dimension": (
         lambda folder: write_features(

@@ -347,19 +347,20 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
         (["--seed", -1], "seed -1"),
         (["--sampling", "top", "--instance_score", "random"], "no meaning"),
         (["--p", 0.001], "less than one record"),
-        (["--chunk_num", 2], "--chunk_num 2"),
+        (["--chunk_num", 2], "chunks, not 2; leave chunk_num out"),
         (["--data_path", "nowhere.json"], "cannot read nowhere.json"),
         (["--gradient_path", "nowhere"], "cannot read the feature folder nowhere"),
         (["--task_key", "source"], "names no task under `source`"),
         (["--exclude_tasks", "vqa", "textcaps", "boxes", "chat"], "every task"),
-        (["--device", "mps"], "--device mps"),
-        (["--device", "cuda:x"], "--device cuda:x"),
+        (["--device", "mps"], "the device mps has no double precision"),
+        (["--device", "cuda:x"], "'cuda:x' is not a device"),
         (["--save_path", "/proc/none"], "cannot write"),
     ],
 )
 def test_bad_arguments_get_one_line(made, tmp_path, capsys, given, says):
     assert says in refusal(capsys, main, *paths(made[0], tmp_path), *given)
-    assert list(tmp_path.iterdir()) == []
+    listed = ["bad_records.json"] if says.startswith("names no task") else []
+    assert [path.name for path in tmp_path.iterdir()] == listed
 
 
 def test_records_with_a_problem_that_were_not_left_out_are_refused_and_all_listed(tmp_path, capsys):
@@ -370,7 +371,7 @@ def test_records_with_a_problem_that_were_not_left_out_are_refused_and_all_liste
     write_features(tmp_path / "features", tmp_path / "data.json", *random_features(len(records)))
     line = refusal(capsys, main, *paths(tmp_path, tmp_path / "out"))
     assert f"2 of {len(records)} records cannot be used" in line
-    assert "record 7" in line and "unknown role 'robot'" in line and "--task_key" in line
+    assert "record 7" in line and "unknown role 'robot'" in line and "as task_key" in line
     entries = json.loads((tmp_path / "out" / "bad_records.json").read_text())
     assert [entry["row"] for entry in entries] == [7, 9]
     assert entries[1]["reason"] == "names no task under `dataset`"

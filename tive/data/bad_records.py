@@ -66,8 +66,8 @@ def refuse_bad_records(records: RecordFile, reasons: dict[int, str], listing: Pa
         return
     report_bad_records(records, reasons, len(records), listing)
     raise UserError(
-        f"{count_and_first(records, reasons)}, all are listed in {listing}; repair them, or drop them with "
-        "scripts/convert_data.py, which reads that list"
+        f"{count_and_first(records, reasons)}, all are listed in {listing}; repair them, or write the data without "
+        f"them: `python scripts/convert_data.py --source_path {records.path} --target_path good.json --drop {listing}`"
     )
 
 

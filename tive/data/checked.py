@@ -74,6 +74,12 @@ def read_data(path: str, record_problem: Callable[[Any], str | None]) -> DataFil
     return DataFile(open_records(path, visit), problems, images, tags_alone)
 
 
+def check_image_folder(data: DataFile, rows: range, image_folder: str) -> None:
+    """Raise a `UserError` when records of a chunk have images, and the image folder is not there."""
+    if not os.path.isdir(image_folder) and any(row in data.images for row in rows):
+        raise UserError(f"the image folder {image_folder or '(not given)'} is not there, and records have images")
+
+
 def check_chunk(
     data: DataFile, rows: range, image_folder: str, read_image: Callable[[str], object] | None = None
 ) -> Checked:
@@ -85,11 +91,10 @@ def check_chunk(
     Raises:
         UserError: the image folder is not there.
     """
+    check_image_folder(data, rows, image_folder)
     checked = Checked(data.records, rows, {row: data.problems[row] for row in rows if row in data.problems})
     checked.tags_alone = [row for row in data.tags_alone if row in rows]
     images = {row: data.images[row] for row in rows if row in data.images}
-    if images and not os.path.isdir(image_folder):
-        raise UserError(f"--image_folder {image_folder or '(not given)'} is not a folder, and records have images")
     looked = look_for(image_folder, itertools.chain.from_iterable(images.values()), read_image)
     for row, paths in images.items():
         if bad := [looked.bad[image] for image in paths if image in looked.bad]:

@@ -193,7 +193,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check --rules") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path of the rules") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(
@@ -226,7 +226,7 @@ def _rule(where: str, entry: Any, is_part: bool = False) -> Rule:
     where = f"{where} ({entry['task']})"
     conditions = {name: value for name, value in entry.items() if name not in ("task", "split")}
     if not conditions:
-        raise UserError(f"{where}: has no condition; for the records that are left over use --default")
+        raise UserError(f"{where}: has no condition; for the records that are left over name a default task")
     tests = []
     for name, value in conditions.items():
         if name not in CONDITIONS:

@@ -122,7 +122,7 @@ def unknown_role(role: Any, index: int) -> str:
     """The problem of a record whose turn `index` has a role that LLaVA does not know."""
     problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
     if isinstance(role, str) and role in OTHER_ROLE_NAMES:
-        return problem + "; convert the data with scripts/convert_data.py --to llava"
+        return problem + "; convert the data with scripts/convert_data.py (to llava)"
     return problem
 
 
@@ -159,6 +159,6 @@ def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:
         UserError: the chunk is not one of `0 .. num_chunks - 1`.
     """
     if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
-        raise UserError(f"--chunk_idx {chunk_idx} is not one of 0 .. {num_chunks - 1} (--num_chunks {num_chunks})")
+        raise UserError(f"chunk_idx {chunk_idx} is not one of 0 .. {num_chunks - 1} (num_chunks {num_chunks})")
     size = math.ceil(count / num_chunks)
     return range(min(chunk_idx * size, count), min((chunk_idx + 1) * size, count))

@@ -53,7 +53,7 @@ def task_or_problem(record: dict[str, Any], task_key: str = "dataset") -> tuple[
     """The task of a record, and why it names none (empty where it does)."""
     key, colon, separator = task_key.partition(":")
     if colon and not separator:
-        raise UserError(f"--task_key {task_key} names no separator; write it after the colon, as in `image:/`")
+        raise UserError(f"the task key {task_key} names no separator; write it after the colon, as in `image:/`")
     # Whichever of the two keys of an image the record has, and however its path is spelled.
     value = image_of(record) if key in IMAGE_KEYS else value_at(record, key)
     if isinstance(value, list) and len(value) == 1:
@@ -104,7 +104,7 @@ def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing:
     if unlabelled == len(records):
         raise UserError(
             f"{path}: no record names a task under `{task_key}`; add it with `python scripts/label_tasks.py "
-            f"--source_path {path} --target_path labelled.json`, or name another key with --task_key"
+            f"--source_path {path} --target_path labelled.json`, or name another key as task_key"
         )
     if listing is not None:
         refuse_bad_records(records, problems, listing)

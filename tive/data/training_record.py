@@ -35,7 +35,7 @@ class TrainingRecord:
     """What a training used.
 
     Attributes:
-        template: one of `TEMPLATES` for a reference model (LLaVA's `--version`).
+        template: one of `TEMPLATES` for a reference model (LLaVA's `version`).
         image_aspect_ratio: one of `ASPECT_RATIOS`.
         base, vision_tower: path and fingerprint, as `model_fingerprint` gives it; None where there is none.
         projector: `start` ("file", "base" or "random"), and of a file its path and SHA-256.

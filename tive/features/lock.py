@@ -135,5 +135,5 @@ def _refuse(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
         )
         raise UserError(
             f"{where} is of a run that differs: {differences}; give the same arguments, name another "
-            "folder, or overwrite what is there to start afresh"
+            "folder, or start afresh (overwrite)"
         )

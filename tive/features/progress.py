@@ -77,8 +77,8 @@ class Progress:
             os.close(descriptor)
             path.unlink()
             raise UserError(
-                f"cannot reserve {size / 1e9:.3g} GB in {self.folder}: {error.strerror}; free space or name another "
-                "--output_file"
+                f"cannot reserve {size / 1e9:.3g} GB in {self.folder}: {error.strerror}; free space or name "
+                "another folder"
             ) from error
         return os.fdopen(descriptor, "r+b", buffering=0)
 

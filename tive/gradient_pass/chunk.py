@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tive.data.checked import Checked, DataFile, check_chunk
+from tive.data.checked import Checked, DataFile, check_chunk, check_image_folder
 from tive.features.lock import hold_chunk, is_complete, refuse_other_runs
 from tive.features.manifest import Run
 from tive.features.progress import Progress, remove_progress
@@ -55,6 +55,7 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
         SystemExit: a signal stopped it; what is done is on disk.
     """
     folder = options.folder
+    check_image_folder(data, run.rows, options.image_folder)  # before anything is written
     with hold_chunk(folder, run.chunk_idx):
         if not options.overwrite:
             if is_complete(folder, run, options.projector):
@@ -82,7 +83,7 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
             options.tolerance,
         )
         if outcome.stopped_by is not None:
-            print(f"{name} stopped; what is done is on disk, and the same command (without --overwrite) continues")
+            print(f"{name} stopped; what is done is on disk, and the same command (without overwrite) continues")
             raise SystemExit(128 + outcome.stopped_by)
         finish_chunk(name, folder, run, outcome, progress, step, options.inputs)
 

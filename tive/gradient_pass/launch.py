@@ -48,27 +48,27 @@ def place_of(num_chunks: int | None, chunk_idx: int | Literal["any"] | None, env
         return Place(num_chunks or world, None, local or 0, "the next that is open")
     if chunk_idx is not None:
         if world > 1:
-            raise UserError(f"--chunk_idx gives all {world} processes of {launcher} the same chunk; leave it out")
+            raise UserError(
+                f"chunk_idx {chunk_idx} gives all {world} processes of {launcher} the same chunk; leave it out"
+            )
         place = Place(num_chunks or 1, chunk_idx, local or 0, "arguments")
     elif array is not None:
         if num_chunks is None:
-            raise UserError(
-                "in a SLURM array give --num_chunks: the array does not tell it where tasks are resubmitted"
-            )
+            raise UserError("in a SLURM array give num_chunks: the array does not tell it where tasks are resubmitted")
         source = f"SLURM array task {array}" + (f", process {rank} of {launcher}" if world > 1 else "")
         place = Place(num_chunks, array * world + rank, local or 0, source)
     elif world > 1:
         if num_chunks is not None and num_chunks != world:
-            raise UserError(f"--num_chunks {num_chunks} under {world} processes; leave it out, each takes one chunk")
+            raise UserError(f"num_chunks {num_chunks} under {world} processes; leave it out, each takes one chunk")
         place = Place(world, rank, local or 0, launcher)
     else:
         if num_chunks is not None and num_chunks > 1:
-            raise UserError(f"--num_chunks {num_chunks} without --chunk_idx; say which of 0 .. {num_chunks - 1}")
+            raise UserError(f"num_chunks {num_chunks} without chunk_idx; say which of 0 .. {num_chunks - 1}")
         place = Place(1 if num_chunks is None else num_chunks, 0, local or 0, "arguments")
     assert place.chunk_idx is not None
     if not 0 <= place.chunk_idx < place.num_chunks:
         raise UserError(
-            f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check --num_chunks, "
-            "--chunk_idx and the array, which start at 0"
+            f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check num_chunks, "
+            "chunk_idx and the array, which start at 0"
         )
     return place

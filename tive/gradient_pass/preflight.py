@@ -110,7 +110,7 @@ def refuse_many(
     raise UserError(
         f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the first: "
         f"record {entries[0].row}), above {share * 100:.3g}% of the chunk: {hint}; all are listed in {listed}, and "
-        "more are left out with --on_bad_record skip --most_left_out SHARE"
+        "more may be left out with on_bad_record skip and a higher most_left_out"
     )
 
 
@@ -132,6 +132,6 @@ def check_disk(folder: Path, chunk_idx: int, feature_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"--output_file {folder} has {free / 1e9:.3g} GB free, this chunk needs {needed / 1e9:.3g} GB more while "
-            "it is made (its features twice); free space or name another folder; the same command continues"
+            f"the feature folder {folder} has {free / 1e9:.3g} GB free, this chunk needs {needed / 1e9:.3g} GB more "
+            "while it is made (its features twice); free space or name another folder; the same command continues"
         )

@@ -161,8 +161,8 @@ def compute_window(
     for row, reason in sorted(found.items()):
         if not tolerance.bad and reason not in UNSUPERVISED:
             raise UserError(
-                f"record {row}: {reason}; repair it (--check_images full finds all such images before the run), or "
-                "leave such records out with --on_bad_record skip; the run continues where it stopped"
+                f"record {row}: {reason}; repair it (check_images full finds all such images before the run), or "
+                "let such records be left out (on_bad_record skip); the run continues where it stopped"
             )
 
     def left_out(reasons: dict[int, str]) -> list[LeftOutRecord]:
@@ -201,7 +201,7 @@ def compute_window(
         checked,
         tolerance,
         listed,
-        "their loss or gradient overflows, so try --dtype bfloat16 or float32; if it stays, the reference model "
+        "their loss or gradient overflows, so try the dtype bfloat16 or float32; if it stays, the reference model "
         "diverged in training",
     )
     limits = computed.limits

@@ -83,8 +83,8 @@ def load_step(
     try:
         projector = make_projector(projector_kind, settings.proj_seed, settings.proj_dim, device)
     except ValueError as error:
-        remedy = "use --projector auto" if projector_kind.startswith("trak") else "report it with your versions"
-        raise UserError(f"--projector {error}; {remedy}") from error
+        remedy = "take the projector auto" if projector_kind.startswith("trak") else "report it with your versions"
+        raise UserError(f"cannot project: {error}; {remedy}") from error
     print(f"projector {projector.kind}: {projector.about}")
     transform = transform_of(gradient, reference, matrices, files.model_path)
     return GradientStep(family, reference, matrices, projector, transform, settings.el2n)

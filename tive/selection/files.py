@@ -213,14 +213,16 @@ def find_summary(out: Path, name: str | None) -> Path:
             return out
         raise UserError(f"{out} is not a summary; name the folder, or a file that ends in {SUMMARY_END}")
     if not out.is_dir():
-        raise UserError(f"{out} is not a folder; name the --save_path of select_data_TIVE.py")
+        raise UserError(f"{out} is not a folder; name the one that a selection was saved to")
     stems = sorted(path.name.removesuffix(SUMMARY_END) for path in out.glob(f"*{SUMMARY_END}"))
     if not stems:
-        raise UserError(f"{out} holds no selection (*{SUMMARY_END}); run select_data_TIVE.py --save_path {out} first")
+        raise UserError(
+            f"{out} holds no selection (*{SUMMARY_END}); run select_data_TIVE.py first, with this save_path"
+        )
     if name is not None and name not in stems:
         raise UserError(f"{out} holds no selection {name}; there are: {listed(stems)}")
     if name is None and len(stems) > 1:
-        raise UserError(f"{out} holds {len(stems)} selections; choose one with --name: {listed(stems)}")
+        raise UserError(f"{out} holds {len(stems)} selections; choose one by its name: {listed(stems)}")
     return out / f"{name or stems[0]}{SUMMARY_END}"
 
 

@@ -123,10 +123,8 @@ def record_scores(chunks: Sequence[Chunk], needed: Collection[str] = ()) -> dict
             values = np.concatenate([chunk.scores[key] for chunk in chunks])
             scores[column] = values.astype(np.int64) if key.endswith("tokens") else values
         elif column in needed:
-            how = "compute_gradient_features.py --el2n" if key == "el2n" else "compute_gradient_features.py"
-            raise UserError(
-                f"{lacking[0]} holds no `{key}`; take the gradients again with {how}, or choose by another score"
-            )
+            how = " with el2n" if key == "el2n" else ""
+            raise UserError(f"{lacking[0]} holds no `{key}`; take the gradients again{how}, or choose by another score")
     return scores
 
 
@@ -140,7 +138,7 @@ def refuse_adam(chunks: Sequence[Chunk]) -> None:
         if chunk.match is not None and chunk.match.gradient.startswith("adam"):
             raise UserError(
                 f"{chunk.path} holds {chunk.match.gradient} gradients, which are for select_data_LESS.py; take those "
-                "that TIVE selects by with compute_gradient_features.py --gradient sgd in another folder"
+                "that TIVE selects by with compute_gradient_features.py in another folder (gradient sgd)"
             )
 
 
@@ -167,7 +165,7 @@ def reasons_left_out(
             report_bad_records(mixture.records, unexpected, len(mixture.records), listing)
         raise UserError(
             f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
-            "name the key that holds the task with --task_key, or repair the data and take the gradients again"
+            "name the key that holds the task as task_key, or repair the data and take the gradients again"
         )
     norms = scores["norm"]
     for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():

@@ -69,11 +69,11 @@ def _budget(choice: Choice) -> float:
 def _sentences(choice: Choice) -> Iterator[str]:
     options = choice.options
     if options.sampling == "top":
-        yield f"sampling: the highest {options.instance_score} of each task; --q and --seed play no part"
+        yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
     elif options.sampling == "middle":
-        yield f"sampling: the middle of each task by {options.instance_score}; --q and --seed play no part"
+        yield f"sampling: the middle of each task by {options.instance_score}; q and seed play no part"
     elif options.instance_score == "random":
-        yield "sampling: every record of a task is as likely as any other; --q plays no part"
+        yield "sampling: every record of a task is as likely as any other; q plays no part"
     else:
         yield _weights(choice)
     yield from _rounding(choice)
@@ -109,7 +109,7 @@ def _weights(choice: Choice) -> str:
     )
     if share > 0.99:
         return (
-            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise --q to let "
+            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise q to let "
             f"{options.instance_score} decide (docs/selection.md, Choosing q)"
         )
     kind = "leans towards" if share > 0.5 else "is decided by"
@@ -127,9 +127,9 @@ def _rounding(choice: Choice) -> Iterator[str]:
         said.append(f"rounding down loses {total - selected:,} of {total:,} records ({1 - selected / total:.1%})")
     if without:
         said.append(f"{len(without):,} of {len(choice.included):,} tasks get nothing ({listed(without)})")
-    remedy = "raise --p to reach them"
+    remedy = "raise p to reach them"
     if selected < total:
-        remedy = f"--rounding largest_remainder selects exactly {total:,}"
+        remedy = f"rounding largest_remainder selects exactly {total:,}"
     yield f"{', and '.join(said)}; {remedy}"
 
 

@@ -144,13 +144,13 @@ def _check_gradients(checkpoint: Checkpoint, gradient: str) -> None:
     if theirs != "sgd":
         raise UserError(
             f"{checkpoint.target_path} holds {theirs} gradients, and a target's are taken as they are; take them again "
-            "with --gradient sgd in another folder"
+            "in another folder (gradient sgd)"
         )
     if (ours == "sgd") != (gradient == "sgd"):
         remedy = (
-            "take them with --gradient adam in another folder, or ask for plain ones with --gradient sgd here"
+            "take Adam's in another folder (gradient adam), or select by plain ones (gradient sgd)"
             if ours == "sgd"
-            else "leave --gradient sgd out"
+            else "leave gradient sgd out"
         )
         raise UserError(f"{checkpoint.train_path} holds {ours} gradients of the records; {remedy}")
 
@@ -176,7 +176,7 @@ def weights_of(checkpoints: Sequence[Checkpoint], given: Sequence[float] | None)
         if checkpoint.match.checkpoint is None or not isinstance(logged, dict) or not logged["logged"]:
             raise UserError(
                 f"{checkpoint.train_path}: the trainer logged no learning rate up to this checkpoint "
-                "(trainer_state.json beside the model); give the checkpoints' --weights"
+                "(trainer_state.json beside the model); give the checkpoints' weights"
             )
         steps.append((checkpoint.match.checkpoint, logged["logged"], logged["sum"]))
     order = sorted(range(len(steps)), key=lambda place: steps[place])
@@ -184,12 +184,12 @@ def weights_of(checkpoints: Sequence[Checkpoint], given: Sequence[float] | None)
     if (np.diff(counts) <= 0).any() or (np.diff(sums, prepend=0.0) < 0).any():
         raise UserError(
             "the checkpoints' logs do not continue each other, so they are of different trainings or were logged too "
-            "seldom; give their --weights"
+            "seldom; give their weights"
         )
     rates = np.empty(len(steps))
     rates[order] = mean_rates_since(sums, counts)
     if not rates.any():
-        raise UserError("the learning rates that the trainer logged are all zero; give the checkpoints' --weights")
+        raise UserError("the learning rates that the trainer logged are all zero; give the checkpoints' weights")
     return checkpoint_weights(rates)
 
 
@@ -240,7 +240,7 @@ def subtask_means(checkpoint: Checkpoint, groups: np.ndarray, within: str, devic
     means = group_means(spans, groups, norms, device).means
     lengths = torch.linalg.vector_norm(means, dim=1, keepdim=True)
     if not (lengths > 0).all():
-        raise UserError(f"{checkpoint.target_path}: a subtask's gradients cancel out; take --within mean")
+        raise UserError(f"{checkpoint.target_path}: a subtask's gradients cancel out; take within mean")
     return means / lengths
 
 

@@ -34,7 +34,7 @@ def leave_a_core(width: int) -> None:
 
 
 def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The torch device for `--device`; `auto` is this process's GPU where there is one, else the CPU.
+    """The torch device of a name; `auto` is this process's GPU where there is one, else the CPU.
 
     Raises:
         UserError: there is no such device here.
@@ -44,19 +44,33 @@ def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise UserError(f"--device {wanted} is not a device (auto, cpu, cuda, cuda:1)") from error
+        raise UserError(f"{wanted!r} is not a device; give auto, cpu, cuda or cuda:K") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device {wanted}: torch sees no GPU here; use --device cpu, or check the driver")
+            raise UserError(f"the device {wanted}: torch sees no GPU here; use cpu, or check the driver")
         if device.index is None:
             device = torch.device("cuda", local_rank % torch.cuda.device_count())
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {wanted}: there are {torch.cuda.device_count()} GPUs here")
+            raise UserError(
+                f"the device {wanted} is not there: there are {torch.cuda.device_count()} GPUs here, counted from 0"
+            )
+    return device
+
+
+def double_device(wanted: str) -> torch.device:
+    """`usable_device`, one that computes in double precision.
+
+    Raises:
+        UserError: there is no such device here, or it has none.
+    """
+    device = usable_device(wanted)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"the device {wanted} has no double precision; give cpu, cuda or cuda:K")
     return device
 
 
 def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype for `--dtype`; `auto` is bfloat16 where the GPU has it, else float16, and float32 on a CPU."""
+    """The dtype of a name; `auto` is bfloat16 where the GPU has it, else float16, and float32 on a CPU."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type != "cuda":

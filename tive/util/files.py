@@ -76,9 +76,9 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
 
 def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raise a `UserError` when `--target_path` is the source, by whatever path."""
+    """Raise a `UserError` when the target is the source, by whatever path."""
     if os.path.realpath(source) == os.path.realpath(target):
-        raise UserError(f"--target_path {target} is the source itself; name another file")
+        raise UserError(f"the target {target} is the source itself; name another file")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
