@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
 
 import pytest
@@ -30,10 +32,20 @@ def read(path):
     return [record for _, _, record in stream_records(path)]
 
 
+def tar(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        entry = tarfile.TarInfo("data.json")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 CONTAINERS = {
     "gzip": ("a b.json.gz", gzip.compress(TEXT.encode()), "is gzip"),
     "bzip2": ("a.bz2", bz2.compress(TEXT.encode()), "is bzip2"),
     "xz": ("a.xz", lzma.compress(TEXT.encode()), "is xz"),
+    "tar": ("a.tar", tar(TEXT.encode()), "is a tar archive"),
     "UTF-16 with a mark": ("a.json", TEXT.encode("utf-16"), "is UTF-16 text"),
     "UTF-16 without": ("a.json", TEXT.encode("utf-16-be"), "is UTF-16BE text"),
     "UTF-32 with a mark": ("a.json", TEXT.encode("utf-32"), "is UTF-32 text"),
@@ -78,6 +90,13 @@ SAID = {
     "zip": (b"PK\x03\x04\x14", "zip", "unzip -p"),
     "a YAML mixture": (b"datasets:\n  - json_path: a.json\n", "YAML", "JSON files that it names"),
     "a YAML list": (b"# data\n- a.json\n", "YAML", "JSON files that it names"),
+    "SQLite": (b"SQLite format 3\0\x10", "SQLite", "JSON Lines"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n\0", "HDF5", "JSON Lines"),
+    "a pickle": (b"\x80\x04\x95", "pickle", "JSON Lines"),
+    "a NumPy array": (b"\x93NUMPY\x01", "NumPy", "JSON Lines"),
+    "CSV": (b"id,image,text\n1,a.png,hello\n", "CSV", "`conversations`"),
+    "CSV in quotes": (b'"id","text"\r\n1,"[a]"\r\n', "CSV", "`conversations`"),
+    "columns between tabs": (b"id\timage\n1\ta.png\n", "CSV", "`conversations`"),
     "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS", "git lfs pull"),
     "a web page": (b"\n<!DOCTYPE html><html>", "web page", "download"),
 }

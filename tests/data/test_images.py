@@ -93,6 +93,11 @@ def test_a_name_that_two_files_or_none_could_stand_for_is_missing(folder, image)
     assert look_for(str(folder), [image, image]).bad == {image: "missing image"}
 
 
+def test_a_path_with_backslashes_is_told_what_it_is(folder):
+    with pytest.raises(BadImage, match="missing image: its path has backslashes, write it with /"):
+        find_image(str(folder), r"COCO\nowhere\1.png")
+
+
 def test_reading_what_is_found_can_be_asked_for(folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     names = ["broken.png", "coco/café/other.png"]

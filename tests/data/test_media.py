@@ -61,6 +61,7 @@ def test_where_an_image_came_from_is_no_second_image(key):
         ("A" * 5000, "holds the image itself"),
         ("https://example.org/a.png", "is an address"),
         ("s3://bucket/a.png", "is an address"),
+        ("file:///data/a.png", "path below the image folder"),
         (3, "neither a path"),
         (0, "neither a path"),
         (True, "neither a path"),
@@ -73,6 +74,26 @@ def test_where_an_image_came_from_is_no_second_image(key):
 def test_what_is_no_path_is_a_problem_that_says_what_it_is(key, value, told):
     problem = media_of({key: value}).problem
     assert f"`{key}`" in problem and told in problem
+
+
+@pytest.mark.parametrize("key", ["Image", "IMAGES", "Video", "Audio", "Photo"])
+def test_capitals_make_no_key_invisible(key):
+    assert f"`{key}`" in media_of({key: "a"}).problem
+
+
+@pytest.mark.parametrize("key", ["file_name", "image_1", "visual", "x" * 3000, "\x1b[2J"])
+@pytest.mark.parametrize("value", ["a.png", "b/c.JPG", ["a.mp4", 3], "https://example.org/a.webp"], ids=repr)
+def test_a_media_file_under_a_key_that_nobody_knows_is_not_taken_for_text(key, value):
+    problem = media_of({"id": "a.png", key: value}).problem
+    assert "names a media file under `" in problem and problem.isprintable() and len(problem) < 160
+    assert media_of({"image": "a.png", key: value}) == Media(("a.png",))
+
+
+@pytest.mark.parametrize(
+    "value", ["see a.png", "png", ".", [], ["text", "a.png"], {"a": "a.png"}, 3, None, [[]]], ids=repr
+)
+def test_what_names_no_media_file_stays_text(value):
+    assert media_of({"id": "a.png", "note": value}) == Media(())
 
 
 def test_the_two_keys_may_name_the_same_images_and_no_others():

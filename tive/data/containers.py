@@ -36,6 +36,14 @@ _TEXTS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_BINARIES = {
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF\r\n\x1a\n": "HDF5",
+    b"\x93NUMPY": "a NumPy array",
+    **{b"\x80" + bytes([protocol]): "a Python pickle" for protocol in range(2, 6)},
+}
+# The first line of a table holds its columns' names; a list, an object or a text of JSON starts otherwise.
+_COLUMNS = re.compile(rb"[A-Za-z_\"][^\n{}\[\]]*[,\t][^\n{}\[\]]*(?:\n|$)")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _YAML = re.compile(rb"(?:%YAML|---\s|(?:#[^\n]*\n|\s)*(?:- |[A-Za-z_][\w.-]*:(?:\s|$)))")
 
@@ -83,6 +91,11 @@ def container_of(head: bytes, path: Path) -> str | None:
             code = "import pandas, sys; pandas.{}(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
             command = f'python -c "{code.format(reader)}" {source} {target}l'
             return f"is {kind}: export it as JSON Lines with `{command}` (needs pandas and pyarrow)"
+    for magic, kind in _BINARIES.items():
+        if head.startswith(magic):
+            return f"is {kind}: write its records as JSON Lines, one object on each line"
+    if head[257:262] == b"ustar":
+        return f"is a tar archive: unpack it with `tar -xOf {source} > {target}`"
     for mark, encoding in _TEXTS.items():
         if head.startswith(mark):
             return _encoded(encoding, source, target)
@@ -100,6 +113,8 @@ def container_of(head: bytes, path: Path) -> str | None:
             "looks like YAML, a list of data files perhaps: give the scripts the JSON files that it names, each by "
             "itself or joined into one list"
         )
+    if _COLUMNS.match(text):
+        return "looks like a table (CSV): write each of its rows as a JSON object with `conversations`"
     return _wrapper(text, source, target) if text.startswith(b"{") else None
 
 

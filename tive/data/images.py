@@ -68,7 +68,8 @@ def find_image(folder: str, image: str) -> str:
     except (FileNotFoundError, NotADirectoryError):
         stand_in = _stand_in(folder, path)
         if stand_in is None:
-            raise BadImage("missing image") from None
+            backslashes = ": its path has backslashes, write it with /" if "\\" in image else ""
+            raise BadImage(f"missing image{backslashes}") from None
         path = stand_in
         found = os.stat(path)
     except OSError as error:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tive.util.text import shown
+
 IMAGE_TAG = "<image>"
 # The keys that are read; a list of one path under either is that path.
 IMAGE_KEYS = ("image", "images")
@@ -15,11 +17,20 @@ OTHER_IMAGE_KEYS = (
     *("image_path", "image_paths", "image_file", "image_files", "image_name", "image_list"),
     *("image_url", "image_urls", "image_bytes", "image_base64", "image_base64_str"),
     *("img", "imgs", "img_path", "img_paths", "img_url", "img_urls"),
+    *("photo", "photos", "picture", "pictures", "pixel_values"),
 )
-_VIDEO_KEYS = ("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_list")
+_VIDEO_KEYS = (
+    *("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_list"),
+    *("video_frames", "frames"),
+)
 _AUDIO_KEYS = ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_url", "speech", "sound")
 OTHER_MEDIA_KEYS = _VIDEO_KEYS + _AUDIO_KEYS
 _MEDIA_KEYS = frozenset(IMAGE_KEYS + OTHER_IMAGE_KEYS + OTHER_MEDIA_KEYS)
+# A file of one of these kinds under any key is a medium where a record names no other.
+_MEDIA_ENDINGS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".ogg", ".m4a"),
+)
 # No system opens a longer path; what is longer is a file's content.
 _LONGEST_PATH = 4096
 
@@ -39,11 +50,11 @@ class Media:
 
 
 def media_of(record: dict[str, Any]) -> Media:
-    """The media of a record, whatever key they stand under. A null or empty value is no medium."""
-    named = [key for key in record if key in _MEDIA_KEYS and not _is_empty(record[key])]
+    """The media of a record, whatever key they stand under, in capitals too. A null or empty value is no medium."""
+    named = [key for key in record if key.lower() in _MEDIA_KEYS and not _is_empty(record[key])]
     found = []
     for key in named:
-        if key in OTHER_MEDIA_KEYS:
+        if key.lower() in OTHER_MEDIA_KEYS:
             return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
         if key in IMAGE_KEYS:
             entries = record[key] if isinstance(record[key], list) else [record[key]]
@@ -56,12 +67,23 @@ def media_of(record: dict[str, Any]) -> Media:
         return Media(found[0])
     if named:
         return Media((), f"has its image under `{named[0]}`, which is not read; give its path under `image`")
+    for key, value in record.items():
+        if key != "id" and _names_media(value):
+            told = "which is not read; give an image's path under `image`, or remove the key"
+            return Media((), f"names a media file under `{shown(key, 40)}`, {told}")
     return Media(())
 
 
 def _is_empty(value: Any) -> bool:
     entries = value if isinstance(value, list) else [value]
     return all(entry is None or entry is False or entry in ("", [], {}) for entry in entries)
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is a path to a media file, or a list that begins with one; a text with white space is prose."""
+    if isinstance(value, list):
+        return bool(value) and not isinstance(value[0], list) and _names_media(value[0])
+    return isinstance(value, str) and value[-5:].lower().endswith(_MEDIA_ENDINGS) and len(value.split(maxsplit=1)) == 1
 
 
 def _path_problem(entry: Any) -> str | None:
@@ -71,6 +93,8 @@ def _path_problem(entry: Any) -> str | None:
         return "is neither a path nor a list of paths; give the path of its file"
     if entry.startswith("data:") or len(entry) > _LONGEST_PATH:
         return "holds the image itself; write it to a file and give its path"
+    if entry.startswith("file://"):
+        return "is a file:// address; give the path below the image folder"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
         return "is an address; download the image and give its path"
     return None

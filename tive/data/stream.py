@@ -139,7 +139,7 @@ class _Stream:
             except RecursionError as error:
                 raise self.fail("a record is nested too deeply") from error
             except UnicodeDecodeError as error:
-                raise self.fail(f"not UTF-8 text ({error.reason})") from error
+                raise self.fail(f"not UTF-8 text ({error.reason}; iconv turns another encoding into it)") from error
             except ValueError as error:
                 reason = getattr(error, "msg", str(error))
                 if last:
