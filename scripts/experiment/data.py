@@ -18,9 +18,9 @@ COPIES = 8
 
 
 def make_data(folder: Path, plan: Plan) -> None:
-    """Write `base.json`, `held_out.json`, `MIXTURE_clean.json`, `MIXTURE_noisy.json` and `images/`; last the held-out file.
+    """Write `vocabulary.json`, `base.json`, `MIXTURE_clean.json`, `MIXTURE_noisy.json` and `images/`.
 
-    The same plan gives the same files: every record is drawn by its own name.
+    `held_out.json` comes last. The same plan gives the same files: every record is drawn by its own name.
     """
     bar = tqdm(desc="Drawing", unit=" records")
 
@@ -42,6 +42,9 @@ def make_data(folder: Path, plan: Plan) -> None:
         random.Random(f"order {name}").shuffle(records)
         return records
 
+    # The tokenizer's text is the same for every plan: in a small one the template's own words would be its words.
+    vocabulary = [record(task, "vocabulary", number) for task in plan.records for number in range(120)]
+    write_json(folder / "vocabulary.json", vocabulary)
     each = plan.base // len(KNOWN)
     base = [record(task, "base", number) for task in KNOWN for number in range(each)]
     write_json(folder / "base.json", shuffled(base, "base"))

@@ -1,4 +1,4 @@
-"""What the experiment is made of (docs/experiment.md): tasks, mixtures, arms, seeds; the full variant and the small one."""
+"""What the experiment is made of (docs/experiment.md): tasks, mixtures, arms, seeds; in full and small."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ FULL = Plan(
     max_new_tokens=24,
 )
 SMALL = Plan(
-    records=dict.fromkeys(_FULL_SIZES, 16) | {"comparing": 16},
+    records=dict.fromkeys(_FULL_SIZES, 32) | {"comparing": 32},
     held_out=2,
     base=48,
     base_epochs=1,

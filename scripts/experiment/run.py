@@ -68,7 +68,7 @@ class Experiment:
         if output == self.base:
             start = {"MODEL": self.model / "vicuna", "PROJECTOR": self.model / "mm_projector.bin"}
         command(
-            self.folder / "logs" / f"{output.parent.name}_{output.name}.log",
+            self.folder / "logs" / f"{'_'.join(output.relative_to(self.folder).parts)}.log",
             output / last,
             *("bash", script, "--logging_steps", 50, *more),
             **start,
@@ -83,7 +83,7 @@ class Experiment:
         """Data, the tiny model, the base and its held-out losses."""
         if not (self.data / "held_out.json").exists():
             make_data(self.data, self.plan)
-        make = ("scripts/quickstart/model.py", "--data", self.data / "base.json", "--folder", self.model)
+        make = ("scripts/quickstart/model.py", "--data", self.data / "vocabulary.json", "--folder", self.model)
         command(self.folder / "logs" / "model.log", self.model, sys.executable, *make)
         self.train("finetune.sh", self.data / "base.json", self.base, TUNED, EPOCHS=self.plan.base_epochs)
         self.evaluate(self.folder / "base_evaluation", [("base", self.base)])
@@ -92,7 +92,7 @@ class Experiment:
         # Called whenever a model may be new: results that are there are kept.
         (save_path / "evaluation.json").unlink(missing_ok=True)
         command(
-            self.folder / "logs" / f"{save_path.parent.name}_{save_path.name}.log",
+            self.folder / "logs" / f"{'_'.join(save_path.relative_to(self.folder).parts)}.log",
             save_path / "evaluation.json",
             *(sys.executable, "scripts/evaluate.py", "--input_file", self.data / "held_out.json"),
             *("--image_folder", self.data / "images", "--save_path", save_path, "--num_workers", 0),

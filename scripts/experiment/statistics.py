@@ -97,3 +97,19 @@ def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) ->
     if all(abs(cell.mean) <= NEGLIGIBLE * gap for cell, gap in zip(cells, gaps, strict=True)):
         return "no"
     return "undecided"
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Spearman's rank correlation of four or more pairs, and the ends of its 95% interval (Fisher's transformation)."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
+    if any(np.ptp(part) == 0 for part in ranks):
+        return math.nan, math.nan, math.nan
+    correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    middle, width = math.atanh(min(max(correlation, -0.999999), 0.999999)), 1.96 / math.sqrt(len(first) - 3)
+    return correlation, math.tanh(middle - width), math.tanh(middle + width)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Equal values share the mean of their ranks."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]

@@ -69,7 +69,7 @@ def answers(measured: Mapping[str, Measured], plan: Plan) -> list[Answer]:
 
 
 def arm_rows(measured: Measured, plan: Plan, shown: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """A row an arm: the mean of each measure over references and seeds, and the difference to random with its interval."""
+    """A row an arm: the mean of each measure over references and seeds, and the differences to random."""
     rows: list[tuple[str, ...]] = [("arm", *shown, "to random")]
     for arm in plan.arms:
         own = [result for run, result in measured.items() if run.arm == arm and run.share == P]
@@ -88,9 +88,9 @@ def write_results(folder: Path, plan: Plan) -> None:
     measured: dict[str, Measured] = {}
     whole = []
     for variant in variants(plan):
-        results = {model.name: model for model in read_evaluation(folder / variant / "evaluation").models}
-        measured[variant] = {run: measures(results[run.name], plan.records) for run in runs(plan)}
-        whole += [results[run.name] for run in runs(plan) if run.arm == "all_epochs"]
+        by_name = {model.name: model for model in read_evaluation(folder / variant / "evaluation").models}
+        measured[variant] = {run: measures(by_name[run.name], plan.records) for run in runs(plan)}
+        whole += [by_name[run.name] for run in runs(plan) if run.arm == "all_epochs"]
     exact = exact_answers_tell(base, whole)
     shown = MEASURES if exact else tuple(measure for measure in MEASURES if measure != "exact")
     text = [
@@ -142,7 +142,8 @@ def write_results(folder: Path, plan: Plan) -> None:
 def arms_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
     """Every arm's mean held-out loss on each mixture, a point a run."""
     figure = Figure(figsize=(3.4 * len(measured), 0.32 * len(plan.arms) + 1.2), layout="constrained")
-    for axes, (variant, own) in zip(np.atleast_1d(figure.subplots(1, len(measured), sharey=True)), measured.items()):
+    plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
+    for axes, (variant, own) in zip(plots, measured.items(), strict=True):
         for row, arm in enumerate(plan.arms):
             values = [result["mean"] for run, result in own.items() if run.arm == arm and run.share == P]
             axes.plot(values, [row] * len(values), "o", color="#4a78b5", alpha=0.5, markersize=4)
@@ -158,7 +159,8 @@ def shares_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
     """Mean held-out loss of random, equal and tive over the share of the records."""
     shares = sorted({P, *plan.shares})
     figure = Figure(figsize=(3.4 * len(measured), 3), layout="constrained")
-    for axes, (variant, own) in zip(np.atleast_1d(figure.subplots(1, len(measured), sharey=True)), measured.items()):
+    plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
+    for axes, (variant, own) in zip(plots, measured.items(), strict=True):
         for arm, style in (("random", "o--"), ("equal", "s:"), ("tive", "^-")):
             means = [
                 np.mean([result["mean"] for run, result in own.items() if (run.arm, run.share) == (arm, share)])

@@ -1,0 +1,130 @@
+"""Does influence mean what it says? A small step along a record's gradient, and the change of its task's held-out loss.
+
+Influence is a mean cosine, so the step is along the normalised gradient: all steps are of one length. Where influence
+means what it says, a record with more of it lowers the held-out loss of its task more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.experiment.plan import P, Run
+from scripts.experiment.statistics import rank_correlation
+from tive.models import Encoded, Family, ModelFiles, Reference, family_of
+from tive.models.batches import BatchLimits, compute_in_batches
+from tive.models.common import target_modules
+from tive.selection.files import find_summary, read_selection
+from tive.util.device import device_of
+from tive.util.errors import UserError, run
+from tive.util.files import read_json, write_json
+from tive.util.text import print_table
+
+
+def unit_gradient(family: Family, reference: Reference, weights: Sequence[Tensor], record: Encoded) -> list[Tensor]:
+    """The gradient of a record's loss with respect to the counted matrices, of length 1 over all of them together."""
+    loss = family.record_losses(reference, [record]).losses.sum()
+    gradients = torch.autograd.grad(loss, list(weights))
+    length = torch.linalg.vector_norm(torch.cat([part.double().flatten() for part in gradients]))
+    return [(part / length).to(part.dtype) for part in gradients]
+
+
+@torch.no_grad()
+def mean_loss(family: Family, reference: Reference, records: Sequence[Encoded]) -> float:
+    """Mean loss of records, in batches."""
+
+    def losses(batch: list[Encoded]) -> list[float]:
+        return family.record_losses(reference, batch).losses.double().tolist()
+
+    found = compute_in_batches(losses, dict(enumerate(records)), BatchLimits(32, 16384), reference.device)
+    return float(np.mean([found.results[row] for row in range(len(records))]))
+
+
+def loss_changes(
+    family: Family, reference: Reference, records: Sequence[Encoded], held_out: Sequence[Encoded], step: float
+) -> list[float]:
+    """For each record, the change of the held-out loss by a step of length `step` against its gradient, then undone."""
+    weights = [matrix.weight for matrix in target_modules(reference).values()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    before = [weight.detach().clone() for weight in weights]
+    start, changes = mean_loss(family, reference, held_out), []
+    for record in records:
+        directions = unit_gradient(family, reference, weights, record)
+        with torch.no_grad():
+            for weight, direction in zip(weights, directions, strict=True):
+                weight -= step * direction
+        changes.append(mean_loss(family, reference, held_out) - start)
+        with torch.no_grad():
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return changes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, help="an experiment that was run")
+    add("--mixture", default="varied_clean", help="which of its mixtures (varied_clean)")
+    add("--reference", type=int, default=0, help="which of its reference models (0)")
+    add("--records", type=int, default=40, help="records of each task, 4 or more (40)")
+    add("--step", type=float, default=1e-2, help="length of the step in the space of the counted matrices (0.01)")
+    add("--seed", type=int, default=0, help="of the draw of the records (0)")
+    arguments = parser.parse_args()
+    if arguments.records < 4:
+        raise UserError(f"--records {arguments.records} is too few for a correlation; give 4 or more")
+    folder, mixture = arguments.folder, arguments.folder / arguments.mixture
+    chosen = Run("tive", P, 0, arguments.reference)
+    selection = read_selection(find_summary(mixture / "selected" / chosen.name, None))
+    influence = selection.column("influence")
+    records = read_json(folder / "data" / f"{arguments.mixture}.json")
+    held_out = read_json(folder / "data" / "held_out.json")
+
+    files = ModelFiles(str(mixture / f"reference_{arguments.reference}"), str(folder / "base"))
+    family = family_of(files)
+    family.check_files(files)
+    reference = family.load(files, device_of("cpu"), torch.float32)
+
+    def encoded(record: dict[str, Any]) -> Encoded:
+        return family.encode(reference.processor, record, str(folder / "data" / "images"))
+
+    found: dict[str, Any] = {}
+    rows = [("task", "records", "rank correlation", "95% interval")]
+    for index, task in enumerate(tqdm(selection.tasks, desc="Steps", unit=" tasks")):
+        usable = selection.rows_of(index)
+        usable = usable[np.isfinite(influence[usable])]
+        drawn = np.random.default_rng(arguments.seed).permutation(usable)[: arguments.records].tolist()
+        own = [encoded(record) for record in held_out if record["dataset"] == task.name]
+        changes = loss_changes(family, reference, [encoded(records[row]) for row in drawn], own, arguments.step)
+        # More influence, less loss: of the fall of the loss.
+        falls = [-change for change in changes]
+        middle, low, high = rank_correlation(influence[drawn].tolist(), falls)
+        known = bool(np.isfinite(middle))
+        found[task.name] = {
+            "rows": drawn,
+            "influence": influence[drawn].tolist(),
+            "fall_of_loss": falls,
+            "rank_correlation": middle if known else None,
+            "interval": [low, high] if known else None,
+        }
+        interval = f"{low:+.2f} to {high:+.2f}" if known else "-"
+        rows.append((task.name, f"{len(drawn)}", f"{middle:+.2f}" if known else "-", interval))
+    target = folder / "results" / f"influence_check_{arguments.mixture}_{arguments.reference}.json"
+    settings = json.loads(json.dumps(vars(arguments), default=str))
+    write_json(target, {"arguments": settings, "tasks": found})
+    print_table(rows)
+    print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,136 @@
+"""The experiment's data, plan, statistics and words are those of its protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from scripts.experiment import plan, statistics, tables
+from scripts.experiment.data import make_data, with_wrong_answers
+from scripts.experiment.measures import measures
+from scripts.experiment.plan import FULL, SMALL, Run, runs
+from scripts.experiment.statistics import difference, holm_levels, t_probability, t_quantile, verdict
+from tive.evaluation.results import Match, ModelResult, TaskResult
+
+
+# Tables of Student's t, two-sided.
+@pytest.mark.parametrize(
+    ("freedom", "probability", "t"),
+    [(1, 0.95, 12.7062), (2, 0.95, 4.3027), (7, 0.95, 2.3646), (7, 0.99, 3.4995), (30, 0.95, 2.0423)],
+)
+def test_quantiles_are_those_of_students_table(freedom, probability, t):
+    assert t_quantile(probability, freedom) == pytest.approx(t, abs=1e-4)
+    assert t_probability(t, freedom) == pytest.approx(probability, abs=1e-5)
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    numbers = np.random.default_rng(0)
+    cells = [difference(numbers.normal(0.3, 1.0, 8)) for _ in range(1500)]
+    covered = np.mean([abs(cell.mean - 0.3) <= cell.half_width() for cell in cells])
+    assert abs(covered - 0.95) < 0.02
+
+
+def test_holm_stops_at_the_first_that_fails():
+    assert holm_levels([0.001, 0.04, 0.02]) == pytest.approx([0.05 / 3, 0.05, 0.025])
+    assert holm_levels([0.3, 0.001, 0.04]) == pytest.approx([0.0, 0.05 / 3, 0.025])
+
+
+BELOW, ABOVE = difference([-1.0, -1.1, -0.9]), difference([1.0, 1.1, 0.9])
+WIDE, TINY = difference([-9.0, 9.0, 1.0]), difference([0.01, -0.02, 0.015])
+
+
+@pytest.mark.parametrize(
+    ("cells", "word"),
+    [
+        ([BELOW, BELOW], "yes"),
+        ([ABOVE, ABOVE], "no"),
+        ([TINY, TINY], "no"),
+        ([BELOW, ABOVE], "undecided"),
+        ([BELOW, WIDE], "undecided"),
+        ([BELOW, TINY], "undecided"),
+    ],
+)
+def test_the_answer_is_yes_or_no_only_where_every_cell_says_so(cells, word):
+    assert verdict(cells, [2.0, 2.0], 0.05) == word
+
+
+def test_a_hypothesis_that_holms_procedure_does_not_reach_is_not_answered_with_yes():
+    assert verdict([BELOW, BELOW], [2.0, 2.0], 0.0) == "undecided"
+
+
+def test_every_task_has_what_the_protocol_asks_for():
+    assert set(FULL.records) == {*plan.KNOWN, *plan.NEW} and min(FULL.records.values()) >= 400
+    cells = {(task in plan.KNOWN, task in plan.LONG) for task in FULL.records}
+    assert len(cells) == 4
+    assert len(FULL.seeds) == 8 and FULL.references == 2
+    names = [run.name for run in runs(FULL)]
+    assert len(names) == len(set(names))
+    assert {arm for pair in plan.HYPOTHESES for arm in pair} <= set(FULL.arms) & set(SMALL.arms)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder, SMALL)
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_mixtures_have_the_plans_records_and_none_is_held_out(data):
+    def scenes(name):
+        return {record["image"] for record in data[name] if "image" in record}
+
+    for mixture in plan.MIXTURES:
+        tasks = [record["dataset"] for record in data[f"{mixture}_clean"]]
+        assert {task: tasks.count(task) for task in SMALL.records} == SMALL.records
+        assert scenes(f"{mixture}_clean").isdisjoint(scenes("held_out") | scenes("base"))
+        assert len({record["id"] for record in data[f"{mixture}_clean"]}) == len(tasks)
+    distinct = {name: len({json.dumps(r["conversations"]) for r in data[f"{name}_clean"]}) for name in plan.MIXTURES}
+    assert distinct["redundant"] < distinct["varied"] / 2
+
+
+def said(record, role):
+    return [turn["value"] for turn in record["conversations"] if turn["from"] == role]
+
+
+def test_a_noisy_mixture_is_the_clean_one_with_answers_of_other_records_of_the_task(data):
+    clean, noisy = data["varied_clean"], data["varied_noisy"]
+    changed = [row for row, record in enumerate(noisy) if record != clean[row]]
+    assert changed == [row for row, record in enumerate(noisy) if "wrong_answers" in record]
+    assert 0.05 < len(changed) / len(clean) <= 0.2
+    for row in changed:
+        assert said(clean[row], "human") == said(noisy[row], "human")
+        assert said(clean[row], "gpt") != said(noisy[row], "gpt")
+    assert with_wrong_answers(clean, "varied") == noisy
+
+
+def result(name: str, losses: dict[str, float]) -> ModelResult:
+    tasks = [TaskResult(task, 2, 0, loss, 2, 1) for task, loss in losses.items()]
+    return ModelResult(name, "", None, Match("", 2, "", "float32", 4, "dataset"), "CPU", 1.0, tasks, [], {})
+
+
+def test_measures_are_the_means_that_they_are_named_for():
+    losses = {task: float(number + 1) for number, task in enumerate(FULL.records)}
+    found = measures(result("x", losses), FULL.records)
+    assert found["mean"] == 4.0 and found["worst"] == 7.0
+    assert found["geometric"] == pytest.approx(math.exp(sum(map(math.log, losses.values())) / 7))
+    assert found["known"] == pytest.approx(2.0) and found["new"] == pytest.approx(5.5)
+    assert found["exact"] == 0.5
+
+
+def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_beside_each():
+    measured = {}
+    for run in runs(SMALL):
+        lower = {"tive": 0.5, "all_epochs": 2.0}.get(run.arm, 0.0)
+        measured[run] = {"mean": 5.0 + 10 * run.seed - lower}
+    found = tables.paired(measured, SMALL, "tive", "random", 0)
+    assert found.mean == pytest.approx(-0.5) and found.error == pytest.approx(0.0, abs=1e-9)
+    assert Run("random", plan.P, 0, None) in measured and Run("tive", plan.P, 0, 0) in measured
+    both = {f"{mixture}_clean": measured for mixture in plan.MIXTURES}
+    assert {answer.hypothesis: answer.word for answer in tables.answers(both, SMALL)}["tive_q_half below tive"] != "yes"
+
+
+def test_the_difference_of_equal_runs_is_no_difference():
+    assert difference([0.0, 0.0]).p == 1.0 and statistics.LEVEL == 0.05
