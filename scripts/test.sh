@@ -53,7 +53,8 @@ run_tests() {
     "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null ||
         fail "$PYTHON lacks pytest or hypothesis; run \`$PYTHON -m pip install pytest hypothesis\`"
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-        parallel=(--numprocesses 2 --dist loadfile)
+        # One more than the cores that it takes: the tests on SLURM and those of launchers mostly wait.
+        parallel=(--numprocesses 3 --dist loadfile)
     fi
     "$PYTHON" -m pytest --quiet --durations 5 "${parallel[@]}" "$@" || code=$?
     ((code == 5)) || found=1
