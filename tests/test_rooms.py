@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,3 +52,39 @@ def test_a_room_imports_what_the_table_allows(room):
     files = sorted((ROOT / "tive" / room).rglob("*.py"))
     wrong = {str(file.relative_to(ROOT)): found for file in files if (found := imported(file) - allowed)}
     assert files and not wrong
+
+
+def texts(file: Path) -> Iterator[tuple[int, str]]:
+    """The line and text of every string and comment of a file; the parts of a string that stand in a row are one."""
+    source = file.read_text()
+    nodes = list(ast.walk(ast.parse(source)))
+    parts = {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            yield (
+                node.lineno,
+                "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values),
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
+            yield node.lineno, node.value
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+FLAG = re.compile(r"(?<![\w-])--[A-Za-z]")
+WHOLE_COMMAND = re.compile(r"`python scripts/[^`]*`")
+# The trainer's own arguments are flags; report and evaluation name some of report.py's and evaluate.py's.
+ROOMS_WITH_FLAGS = ("training", "report", "evaluation")
+
+
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - set(ROOMS_WITH_FLAGS)))
+def test_below_the_scripts_nothing_names_a_flag(room):
+    """Several scripts call a room, each with flags of its own; a whole command names the script that it is of."""
+    found = [
+        f"{file.relative_to(ROOT)}:{line}: {text}"
+        for file in sorted((ROOT / "tive" / room).rglob("*.py"))
+        for line, text in texts(file)
+        if FLAG.search(WHOLE_COMMAND.sub("", text))
+    ]
+    assert not found

@@ -90,8 +90,8 @@ def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp
         (["--device", "toaster"], "'toaster' is not a device"),
         (["--batch_size", 0], "--batch_size"),
         (["--projector", "trak_cuda"], "cannot project: trak_cuda does not work here"),
-        (["--grad_modules", "attention"], "--grad_modules"),
-        (["--last_layers", 9], "--last_layers"),
+        (["--grad_modules", "attention"], "grad_modules attention names no"),
+        (["--last_layers", 9], "last_layers 9 is not one of"),
     ],
 )
 def test_a_mistake_in_the_arguments_ends_in_one_line_and_writes_nothing(tmp_path, arguments, complaint):

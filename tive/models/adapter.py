@@ -109,7 +109,7 @@ def refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
         raise UserError(
             f"{folder}/config.json: quantization_config: gradients on a quantized base (QLoRA) are not supported; name "
-            "the base in full precision, and train the reference model on it without --bits"
+            "the base in full precision, and train the reference model on it without bits"
         )
 
 

@@ -73,7 +73,7 @@ def compute_in_batches(
             if len(batch) == 1:
                 raise UserError(
                     f"record {rows[0]} ({batch[0].length} tokens) alone does not fit in memory; "
-                    "take a device with more, or in the gradient step --gradient_checkpointing"
+                    "take a device with more, or in the gradient step gradient_checkpointing"
                 )
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -125,12 +125,14 @@ def load(
 def _load_language_model(base: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with loading(f"the config of --model_base {base}"):
+    with loading(f"the config of the base model {base}"):
         config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
     config.attention_dropout = 0.0
     config.use_cache = False
-    model = _from_pretrained(AutoModelForCausalLM, base, "--model_base", dtype, config=config, trust_remote_code=False)
+    model = _from_pretrained(
+        AutoModelForCausalLM, base, "the base model", dtype, config=config, trust_remote_code=False
+    )
     if model.lm_head.bias is not None:
         model.lm_head.bias = None  # Bunny's Phi has none
     return model

@@ -87,7 +87,7 @@ def read_text_rules(base: Path, end: str, pads_with_end: bool, maximum: int) -> 
     file, settings_file = base / "tokenizer.json", base / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(
-            f"--model_base {base} has no tokenizer.json, which Bunny's trainer uses; write it with "
+            f"the base model {base} has no tokenizer.json, which Bunny's trainer uses; write it with "
             "transformers' AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     content, settings = read_json(file), read_json(settings_file)

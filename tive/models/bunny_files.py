@@ -22,7 +22,7 @@ from tive.util.files import read_json
 _SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 TRAIN_IN_ONE_GO = (
     "Bunny writes it only when training ends, and going on from a checkpoint-N starts the projector afresh: train the "
-    "reference model in one go (--save_strategy no) and name its output_dir"
+    "reference model in one go (save_strategy no) and name its output_dir"
 )
 
 
@@ -88,19 +88,19 @@ def check_files(files: ModelFiles) -> None:
     check_adapter(folder)
     _check_language_model(folder, config, base)
     if config.get("use_s2"):
-        raise UserError(f"{folder}/config.json: use_s2 is not supported; train the reference model without --use_s2")
+        raise UserError(f"{folder}/config.json: use_s2 is not supported; train the reference model without use_s2")
     projector = config.get("mm_projector_type", "mlp2x_gelu")
     if projector_depth(projector) is None:
         raise UserError(
             f"{folder}/config.json: the projector {projector} is not supported (supported: mlpNx_gelu and linear); "
-            "train the reference model with --mm_projector_type mlp2x_gelu"
+            "train the reference model with mm_projector_type mlp2x_gelu"
         )
     tower = tower_folder(files, config)
     width = _tower_config(tower).hidden_size
     if config.get("mm_hidden_size") != width:
         raise UserError(
             f"{folder}/config.json has mm_hidden_size {config.get('mm_hidden_size')}, the tower {tower} has {width}; "
-            "name the tower that the adapter was trained with, with --vision_tower (one with S2 is not supported)"
+            "name the tower that the adapter was trained with as vision_tower (one with S2 is not supported)"
         )
     read_processor(files, config)
 
@@ -122,23 +122,23 @@ def _check_language_model(folder: Path, config: dict[str, Any], base: Path) -> N
             f"{installed}; use an environment that has it (bash scripts/setup.sh native)"
         )
     if not (base / "config.json").is_file():
-        raise UserError(f"--model_base {base} is not a model folder (no config.json); name the base's folder")
+        raise UserError(f"the base model {base} is not a model folder (no config.json); name the base's folder")
     found = read_json(base / "config.json")
     kind = found.get("model_type") if isinstance(found, dict) else None
     if str(kind).startswith("bunny") or (isinstance(found, dict) and "mm_vision_tower" in found):
         raise UserError(
-            f"--model_base {base} is itself a Bunny model; an adapter that was trained on a Bunny model is not "
+            f"the base model {base} is itself a Bunny model; an adapter that was trained on a Bunny model is not "
             "supported: train the reference model from the language model"
         )
     if kind != language_model.base:
         raise UserError(
-            f"--model_base {base} is of type {kind}, the adapter in {folder} ({model_type}) was trained on a "
+            f"the base model {base} is of type {kind}, the adapter in {folder} ({model_type}) was trained on a "
             f"{language_model.base}; name the base that Bunny's trainer used"
         )
     for key in _SHAPE_KEYS:
         if key in found and key in config and found[key] != config[key]:
             raise UserError(
-                f"--model_base {base} has {key} {found[key]}, the adapter in {folder} was trained on {config[key]}; "
+                f"the base model {base} has {key} {found[key]}, the adapter in {folder} was trained on {config[key]}; "
                 "name the base that Bunny's trainer used"
             )
 
@@ -163,7 +163,7 @@ def tower_folder(files: ModelFiles, config: dict[str, Any]) -> Path:
         return Path(snapshot_download(str(name), local_files_only=True))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the vision tower {name} is neither a folder nor a downloaded model; name its folder with --vision_tower"
+            f"the vision tower {name} is neither a folder nor a downloaded model; name its folder as vision_tower"
         ) from error
 
 
@@ -187,7 +187,7 @@ def read_processor(files: ModelFiles, config: dict[str, Any]) -> Processor:
     if not isinstance(maximum, int) or maximum < 1:
         raise UserError(
             f"{files.model_path}/config.json: tokenizer_model_max_length is {maximum}; Bunny's trainer writes the "
-            "--model_max_length that it cut records at: put it there"
+            "model_max_length that it cut records at: put it there"
         )
     language_model = LANGUAGE_MODELS[config["model_type"]]
     text = read_text_rules(base_of(files), language_model.end, language_model.pads_with_end, maximum)

@@ -52,7 +52,7 @@ def base_folder(model_base: str) -> str:
         return snapshot_download(model_base, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model_base {model_base} is neither a folder nor a downloaded model; name the base that "
+            f"the base model {model_base} is neither a folder nor a downloaded model; name the base that "
             "finetune_lora.sh used, or download it with `huggingface-cli download`"
         ) from error
 
@@ -70,7 +70,9 @@ def refuse_options(files: ModelFiles, *names: str) -> None:
     """
     for name in names:
         if getattr(files, name) is not None:
-            raise UserError(f"--{name} {getattr(files, name)}: {files.model_path} is a model that does not read it")
+            raise UserError(
+                f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
+            )
 
 
 def freeze(model: Any, gradient_checkpointing: bool) -> None:
@@ -104,7 +106,7 @@ def target_modules(
     wanted = {part.strip() for part in grad_modules.split(",") if part.strip()}
     layers = reference.layers
     if last_layers is not None and not 1 <= last_layers <= len(layers):
-        raise UserError(f"--last_layers {last_layers} is not one of 1 .. {len(layers)}")
+        raise UserError(f"last_layers {last_layers} is not one of 1 .. {len(layers)}")
     matrices: dict[str, nn.Linear] = {}
     for number, layer in list(enumerate(layers))[-last_layers if last_layers else 0 :]:
         for path, module in layer.named_modules():
@@ -112,7 +114,7 @@ def target_modules(
                 matrices[f"layers.{number}.{path}.A"] = module.lora_A["default"]
                 matrices[f"layers.{number}.{path}.B"] = module.lora_B["default"]
     if not matrices:
-        raise UserError(f"--grad_modules {grad_modules} names no LoRA matrix of this adapter (try self_attn)")
+        raise UserError(f"grad_modules {grad_modules} names no LoRA matrix of this adapter (try self_attn)")
     return matrices
 
 

@@ -64,7 +64,7 @@ def check_model(files: ModelFiles) -> str:
     _check_base(folder, config, base)
     tower = files.vision_tower or config.get("mm_vision_tower")
     if not tower or (model_folder(tower) is None and not tower.startswith(("openai/", "laion/"))):
-        raise UserError(f"the vision tower {tower} is not there; name its folder with --vision_tower")
+        raise UserError(f"the vision tower {tower} is not there; name its folder as vision_tower")
     record = read_record(folder)
     if record is None:
         return DEFAULT_TEMPLATE
@@ -89,7 +89,7 @@ def _check_adapter(folder: Path) -> None:
         raise UserError(
             f"{folder} lacks {PROJECTOR_FILE}, the trained projector, which LLaVA's own trainer writes only when "
             "training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with it "
-            "(the same OUTPUT_DIR) and name that OUTPUT_DIR as --model_path"
+            "(the same OUTPUT_DIR) and name that OUTPUT_DIR as the model"
         )
     check_adapter(folder)
 
@@ -139,17 +139,17 @@ def _check_settings(folder: Path, config: dict[str, Any]) -> None:
 
 def _check_base(folder: Path, config: dict[str, Any], base: Path) -> None:
     if not (base / "config.json").is_file():
-        raise UserError(f"--model_base {base} is not a model folder (no config.json); name the base's folder")
+        raise UserError(f"the base model {base} is not a model folder (no config.json); name the base's folder")
     of_base = _read_config(base)
     for key in _SHAPE_KEYS:
         if key in of_base and key in config and of_base[key] != config[key]:
             raise UserError(
-                f"--model_base {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
+                f"the base model {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
                 f"{config[key]}; name the base model that finetune_lora.sh used"
             )
     lacking = lacks_tokenizer(base)
     if lacking:
-        raise UserError(f"--model_base {lacking}")
+        raise UserError(f"the base model {lacking}")
 
 
 def _check_record(
@@ -168,14 +168,14 @@ def _check_record(
     differs = None if base is None else difference(record.base, base)
     if differs:
         raise UserError(
-            f"--model_base {base} is not the base that {folder} was trained on ({differs}); name that one: "
+            f"the base model {base} is not the base that {folder} was trained on ({differs}); name that one: "
             f"{record.base.get('path')}"
         )
     differs = difference(record.vision_tower, tower) if record.vision_tower and tower else None
     if differs and record.vision_tower:
         raise UserError(
-            f"the vision tower {tower} is not the one that {folder} was trained with ({differs}); name that one with "
-            f"--vision_tower: {record.vision_tower.get('path')}"
+            f"the vision tower {tower} is not the one that {folder} was trained with ({differs}); name that one: "
+            f"{record.vision_tower.get('path')}"
         )
 
 

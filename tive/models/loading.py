@@ -135,7 +135,7 @@ def _filled(
         for row, item in itertools.islice(items, len(window)):
             if isinstance(item, MemoryError):
                 raise UserError(
-                    f"memory ran out while {traced.name(row)} was read; free memory or lower --num_workers, or remove "
+                    f"memory ran out while {traced.name(row)} was read; free memory or lower num_workers, or remove "
                     "the record if it happens again; the same command continues"
                 )
             encoded[row] = item
@@ -163,6 +163,6 @@ def _how_one_ended(workers: list[BaseProcess], traced: _Traced) -> str:
             while_reading = f" while it read {traced.name(row)}" if row != _NOTHING else ""
             return (
                 f"a process that reads records {ended}{while_reading}, most often because memory ran out; free memory "
-                "or lower --num_workers, or remove the record if it happens again; the same command continues"
+                "or lower num_workers, or remove the record if it happens again; the same command continues"
             )
-    return "a process that reads records ended; free memory or lower --num_workers; the same command continues"
+    return "a process that reads records ended; free memory or lower num_workers; the same command continues"

@@ -90,7 +90,7 @@ def check_files(files: ModelFiles) -> None:
     if not known:
         raise UserError(f"{base}/config.json: {config.get('model_type')!r} is no vision-language model of transformers")
     if files.chat_template is not None and not Path(files.chat_template).is_file():
-        raise UserError(f"--chat_template {files.chat_template} is not a file")
+        raise UserError(f"the chat template {files.chat_template} is not a file")
     load_processor(files)
 
 
@@ -105,7 +105,7 @@ def _check_adapter_alone(folder: Path) -> None:
     if beside:
         raise UserError(
             f"{folder / beside[0]}: trained weights beside the adapter are not supported; train with LoRA alone "
-            "(in ms-swift with --freeze_vit true), or with modules_to_save, which the adapter's file holds"
+            "(in ms-swift with freeze_vit true), or with modules_to_save, which the adapter's file holds"
         )
 
 

@@ -40,8 +40,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file() or adapter_file(folder) is None:
         raise UserError(
-            f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); --model_path "
-            "is the folder or checkpoint-N that the trainer wrote, before any merging"
+            f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); the "
+            "model is the folder or checkpoint-N that the trainer wrote, before any merging"
         )
     config: dict[str, Any] = read_json(path)
     if config.get("peft_type") != "LORA":
@@ -123,7 +123,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path | None, dtype
         if parameters[name].shape != value.shape:
             raise UserError(
                 f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[name].shape)}; name "
-                "the base that the adapter was trained on as --model_base"
+                "the base that the adapter was trained on"
             )
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
@@ -180,4 +180,4 @@ def _place(places: dict[str, list[str]], name: str, what: str) -> str:
         return found[0]
     if found:
         raise UserError(f"{what} has {len(found)} places in the model, {found[0]} and {found[1]} among them")
-    raise UserError(f"{what} has no place in the model; name the base that the adapter was trained on as --model_base")
+    raise UserError(f"{what} has no place in the model; name the base that the adapter was trained on")

@@ -109,7 +109,7 @@ def load_processor(files: ModelFiles) -> Processor:
     else:
         processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(processor.chat_template, str):
-        raise UserError(f"neither {folder} nor {base} holds one chat template; name a file with --chat_template")
+        raise UserError(f"neither {folder} nor {base} holds one chat template; name a file as chat_template")
     tokens = image_tokens(processor)
     added = processor.tokenizer.added_tokens_decoder.items()
     ends = {number for number, token in added if token.content.strip() and token.content not in tokens}

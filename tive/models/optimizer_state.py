@@ -27,8 +27,8 @@ NAMES_FILE = "optimizer_names.json"
 _RELATIVE, _ABSOLUTE = 2.0**-8, 1e-7
 _DROPPED = {"base_model", "module", "model", "language_model", "text_model", "modules_to_save", "default"}
 _HOW_TO_KEEP = (
-    "an output folder after training and a checkpoint of --save_only_model have none; take a checkpoint-N folder as "
-    "the model (--save_strategy epoch --save_total_limit N keeps them), or name the place of its state"
+    "an output folder after training and a checkpoint with save_only_model have none; take a checkpoint-N folder as "
+    "the model (save_strategy epoch and save_total_limit N keep them), or name the place of its state"
 )
 
 

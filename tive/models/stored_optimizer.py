@@ -64,7 +64,7 @@ def adam_constants(path: Path, groups: Sequence[Any], states: Iterable[tuple[dic
     """
     for group in groups:
         if not isinstance(group, dict) or not {"betas", "eps"} <= group.keys() or len(group["betas"]) != 2:
-            raise UserError(f"{path} is not Adam's state (no betas and eps); train with --optim adamw_torch")
+            raise UserError(f"{path} is not Adam's state (no betas and eps); train with optim adamw_torch")
         for option in ("amsgrad", "maximize"):
             if group.get(option):
                 raise UserError(f"{path} is of Adam with {option}, whose step is another one; train without it")
@@ -75,7 +75,7 @@ def adam_constants(path: Path, groups: Sequence[Any], states: Iterable[tuple[dic
             kind = "8-bit" if isinstance(state, dict) and {"state1", "qmap1"} & state.keys() else "another"
             raise UserError(
                 f"{path} is the state of {kind} optimizer, not Adam's (exp_avg and exp_avg_sq); train with "
-                "--optim adamw_torch"
+                "optim adamw_torch"
             )
         found["step"].add(_value(path, state.get("step", groups[number].get("step"))))
     for key, values in found.items():
