@@ -103,7 +103,7 @@ def test_all_bad_records_are_counted_and_listed_the_first_ten_shown(tmp_path, ca
     with pytest.raises(
         UserError,
         match=r"a.json: 24 of 25 records cannot be used \(the first: record 1.*\), all are listed .*bad.json;.* "
-        "drop them with scripts/convert_data.py",
+        "write the data without them: .python scripts/convert_data.py .* --drop .*bad.json",
     ):
         read_tasks(path, listing=listing)
     entries = json.loads(listing.read_text())
