@@ -367,7 +367,7 @@ def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys:
 
 
 def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    remedy = f"run select_data_TIVE.py --save_path {tmp_path} first"
+    remedy = "run select_data_TIVE.py first, with this save_path"
     assert error_of(capsys, tmp_path) == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}\n"
 
 
