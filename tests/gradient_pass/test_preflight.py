@@ -254,6 +254,17 @@ def test_media_that_are_not_read_are_never_taken_for_text(tmp_path, key):
     assert done.code == 2 and f"under `{key}`" in done.out and "1 of 4 records cannot be used" in done.err
 
 
+def test_a_leading_gpt_turn_changes_nothing_even_with_a_tag(tmp_path):
+    """As in LLaVA's trainer, which drops it."""
+    records = [record for record in copy.deepcopy(RECORDS) if "image" in record][:2]
+    run_step(tmp_path / "without", "--input_file", write_records(tmp_path / "without.json", records))
+    for record in records:
+        record["conversations"].insert(0, {"from": "gpt", "value": "Hello, you sent <image>"})
+    done = run_step(tmp_path / "with", "--input_file", write_records(tmp_path / "with.json", records))
+    assert done.code == 0, done.err
+    assert torch.equal(features_of(tmp_path / "with"), features_of(tmp_path / "without"))
+
+
 def test_a_tag_without_an_image_is_counted_and_said(tmp_path):
     records = copy.deepcopy(RECORDS[:6])
     for row in (2, 4):

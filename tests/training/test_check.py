@@ -12,6 +12,7 @@ import torch
 
 import tive.training.train
 from tests.helpers.training import assert_refused, launch
+from tive.training.data_check import check_data
 from tive.util.errors import run
 
 TURNS = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello."}]
@@ -44,6 +45,13 @@ def test_data_that_the_trainer_cannot_take_is_refused(case: str, settings: dict[
     (tmp_path / "data.json").write_text(text)
     assert_refused(launch("finetune.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"}), reason)
     assert not (tmp_path / "trained").exists()
+
+
+def test_records_without_a_last_answer_and_tags_without_an_image_are_counted(tmp_path: Path) -> None:
+    asked = {"from": "human", "value": "<image> And then?"}
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns} for turns in (TURNS, [*TURNS, asked])]))
+    data = check_data(f"{tmp_path}/data.json", None, "v1", tmp_path / "listing.json")
+    assert (data.records, data.with_image, data.tags_alone, data.unanswered) == (2, 0, 1, 1)
 
 
 def test_all_records_that_cannot_be_trained_on_are_listed(

@@ -120,6 +120,10 @@ def main() -> None:
     print(f"data          {settings.data_path}: {data.records:,} records, {data.with_image:,} with an image")
     if data.tags_alone:
         print(f"              {data.tags_alone:,} have <image> in their text and no image: it is trained on as text")
+    if data.unanswered:
+        print(
+            f"              {data.unanswered:,} end with the user's turn: LLaVA's trainer may learn nothing from them"
+        )
     print(f"images        {f'{settings.image_folder}: {data.images:,} files, all there' if data.images else 'none'}")
     print(f"base model    {base}")
     print(f"vision tower  {vision}")

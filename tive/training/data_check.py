@@ -28,12 +28,14 @@ class TrainingData:
         records, with_image: how many.
         images: how many different files.
         tags_alone: records with the image's tag and no image, which are trained on as text.
+        unanswered: records that end with the user's turn, which LLaVA's trainer may mask whole.
     """
 
     records: int
     with_image: int
     images: int
     tags_alone: int
+    unanswered: int
 
 
 def training_problem_of(record: Any, template: str = "v1") -> str | None:
@@ -73,10 +75,10 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
         )
     problems: dict[int, str] = {}
     images: dict[int, str] = {}
-    tags_alone = 0
+    tags_alone = unanswered = 0
 
     def visit(row: int, record: Any) -> None:
-        nonlocal tags_alone
+        nonlocal tags_alone, unanswered
         problem = training_problem_of(record, template)
         if problem:
             problems[row] = problem
@@ -84,6 +86,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
         if "image" in record:
             images[row] = record["image"]
         tags_alone += has_tag_alone(record)
+        unanswered += record["conversations"][-1]["from"] == "human"
 
     records = open_records(path, visit)
     if images and not (image_folder and os.path.isdir(image_folder)):
@@ -92,7 +95,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
         )
     problems |= _missing_images(images, image_folder or "")
     refuse_bad_records(records, problems, listing)
-    return TrainingData(len(records), len(images), len(set(images.values())), tags_alone)
+    return TrainingData(len(records), len(images), len(set(images.values())), tags_alone, unanswered)
 
 
 def _missing_images(images: dict[int, str], folder: str) -> dict[int, str]:
