@@ -72,6 +72,25 @@ def tensor_names(path: Path) -> list[str]:
         return list(read_tensors(path))
 
 
+def read_lora(path: Path) -> dict[str, Any]:
+    """peft's configuration of an adapter: of LoRA, on the base as it is.
+
+    Raises:
+        UserError: it cannot be read, or is of another kind of adapter.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; train the reference model again")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
+    if config.get("init_lora_weights") not in _STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, which the adapter "
+            "does not hold; train with init_lora_weights true"
+        )
+    return config
+
+
 def check_adapter(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, of LoRA on linear maps with nothing in it that would be passed over in silence.
 
@@ -79,18 +98,9 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         UserError: the configuration cannot be read, or names what is not supported; with the remedy.
     """
     path = folder / "adapter_config.json"
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; train the reference model again")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
+    config = read_lora(path)
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise UserError(f"{path}: r {config.get('r')!r} is not a rank; train the reference model again")
-    if config.get("init_lora_weights") not in _STARTS:
-        raise UserError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, which the adapter "
-            "does not hold; train with init_lora_weights true"
-        )
     for key, value in config.items():
         if key not in _READ and key not in _WITHOUT_EFFECT and value not in _NEUTRAL:
             name, remedy = _UNSUPPORTED.get(key, (f"{key} {value!r}", f"leave {key} out"))

@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models.adapter import adapter_file
+from tive.models.adapter import adapter_file, read_lora
 from tive.util.errors import UserError
-from tive.util.files import read_json
 
 _DROPPED = frozenset(
     ("base_model", "model", "language_model", "text_model", "vision_model", "modules_to_save", "default", "base_layer")
 )
-# What a LoRA may start from without changing the base's weights.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _READ = {"peft_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "modules_to_save"}
 _READ |= {"target_modules", "exclude_modules", "layers_to_transform", "lora_bias"}
 # Of no consequence for the trained weights, or seen in the file of weights itself.
@@ -43,14 +40,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             f"{folder} holds no LoRA adapter (adapter_config.json and adapter_model.safetensors or .bin); the "
             "model is the folder or checkpoint-N that the trainer wrote, before any merging"
         )
-    config: dict[str, Any] = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
-    if config.get("init_lora_weights") not in _STARTS:
-        raise UserError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, which the adapter "
-            "does not hold; train with init_lora_weights true"
-        )
+    config = read_lora(path)
     for key, value in config.items():
         if key not in _READ | _IGNORED and value not in (None, False, {}, []):
             name = "DoRA" if key == "use_dora" else f"{key} {value!r}"
