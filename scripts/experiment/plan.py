@@ -91,7 +91,7 @@ FULL = Plan(
     max_new_tokens=24,
 )
 SMALL = Plan(
-    records=dict.fromkeys(_FULL_SIZES, 32) | {"comparing": 32},
+    records=dict.fromkeys(_FULL_SIZES, 32) | {"comparing": 32, "vqa": 64},
     held_out=2,
     base=48,
     base_epochs=1,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.05
-# A mean difference below this part of the gap between random and all records is no difference.
+# An interval within this part of the gap between random and all records is no difference.
 NEGLIGIBLE = 0.1
 
 
@@ -86,15 +86,14 @@ def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) ->
     Args:
         cells: of each mixture and reference, of the arm that is said to be lower.
         gaps: of each cell, between random and all records.
-        level: of Holm's step; 0 where the step was not reached, and no interval says anything.
+        level: of Holm's step, at which `yes` is said; 0 where the step was not reached. `no` is said at 0.05.
     """
-    if level > 0:
-        widths = [cell.half_width(level) for cell in cells]
-        if all(cell.mean + width < 0 for cell, width in zip(cells, widths, strict=True)):
-            return "yes"
-        if all(cell.mean - width > 0 for cell, width in zip(cells, widths, strict=True)):
-            return "no"
-    if all(abs(cell.mean) <= NEGLIGIBLE * gap for cell, gap in zip(cells, gaps, strict=True)):
+    if level > 0 and all(cell.mean + cell.half_width(level) < 0 for cell in cells):
+        return "yes"
+    widths = [cell.half_width() for cell in cells]
+    if all(cell.mean - width > 0 for cell, width in zip(cells, widths, strict=True)):
+        return "no"
+    if all(abs(cell.mean) + width <= NEGLIGIBLE * gap for cell, width, gap in zip(cells, widths, gaps, strict=True)):
         return "no"
     return "undecided"
 

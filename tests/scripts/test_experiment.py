@@ -40,6 +40,7 @@ def test_holm_stops_at_the_first_that_fails():
 
 BELOW, ABOVE = difference([-1.0, -1.1, -0.9]), difference([1.0, 1.1, 0.9])
 WIDE, TINY = difference([-9.0, 9.0, 1.0]), difference([0.01, -0.02, 0.015])
+UNSURE = difference([-0.3, 0.3, 0.01])
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,7 @@ WIDE, TINY = difference([-9.0, 9.0, 1.0]), difference([0.01, -0.02, 0.015])
         ([BELOW, ABOVE], "undecided"),
         ([BELOW, WIDE], "undecided"),
         ([BELOW, TINY], "undecided"),
+        ([UNSURE, UNSURE], "undecided"),
     ],
 )
 def test_the_answer_is_yes_or_no_only_where_every_cell_says_so(cells, word):
