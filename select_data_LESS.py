@@ -61,6 +61,7 @@ def main() -> None:
     from tive.method.influence import products
     from tive.method.target import subtask_scores
     from tive.selection import target as less
+    from tive.selection.checkpoints import described, open_checkpoints, weights_of
     from tive.selection.files import Scores, check_writable, files_of, write_selection
     from tive.selection.mixture import read_mixture
     from tive.selection.printed import bar
@@ -73,10 +74,8 @@ def main() -> None:
     files = files_of(arguments.save_path, less.less_stem(options, arguments.task_key), arguments.data_path)
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
-    checkpoints = less.open_checkpoints(
-        arguments.train, arguments.target, mixture.records, target.records, options.gradient
-    )
-    checkpoint_weights = less.weights_of(checkpoints, options.weights)
+    checkpoints = open_checkpoints(arguments.train, arguments.target, mixture.records, target.records, options.gradient)
+    checkpoint_weights = weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints)
     reasons = less.records_left_out(mixture, checkpoints)
     print_warnings(checkpoints, less.repeated_in(target, mixture), target_left_out)
@@ -96,7 +95,7 @@ def main() -> None:
     details = {
         "target_data": str(target.records.path),
         "target_sha256": target.records.sha256,
-        "checkpoints": less.described(checkpoints, checkpoint_weights),
+        "checkpoints": described(checkpoints, checkpoint_weights),
         "subtasks": [asdict(subtask) for subtask in subtasks],
         "target_left_out": [{"row": row, "reason": reason} for row, reason in sorted(target_left_out.items())],
     }

@@ -39,7 +39,7 @@ def read_held_out(path: str, task_key: str) -> HeldOut:
     def visit(row: int, record: Any) -> None:
         task, problem = task_or_problem(record, task_key) if isinstance(record, dict) else (_NO_OBJECT, "")
         if task is None:
-            raise UserError(f"{name_of(path, row, record)} {problem}; name another key with --task_key")
+            raise UserError(f"{name_of(path, row, record)} {problem}; name another key (task_key)")
         tasks.append(task)
         answers.append(_answers(record))
 

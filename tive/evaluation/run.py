@@ -80,7 +80,7 @@ def _window(
         if not options.skip_bad and reason not in UNSUPERVISED:
             raise UserError(
                 f"{held_out.records.path}: record {row}: {shown(reason, 160)}; repair it, or leave such records out "
-                "with --on_bad_record skip; the run continues where it stopped"
+                "(on_bad_record skip); the run continues where it stopped"
             )
 
     @torch.no_grad()

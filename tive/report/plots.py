@@ -25,7 +25,7 @@ from tive.selection.files import Selection
 from tive.selection.summary import Task
 from tive.util.text import shown
 
-# Blue, orange and grey stay apart for every kind of colour vision. The page's style sheet has a --name for each.
+# Blue, orange and grey stay apart for every kind of colour vision. The page's style sheet has a variable for each.
 COLOURS = {
     "ink": "#1c2230",
     "quiet": "#5c6576",

@@ -86,11 +86,9 @@ def open_checked(selection: Selection, data_path: str | None) -> RecordFile:
     try:
         records = open_records(path)
     except ValueError as error:
-        raise UserError(f"{path!r} is no file name ({error}); name the data file with --data_path") from error
+        raise UserError(f"{path!r} is no file name ({error}); name the data file (data_path)") from error
     if records.sha256 != inputs.data_sha256 or len(records) != len(selection.ids):
-        raise UserError(
-            f"{records.path} is not the file the selection was made from (SHA-256); name it with --data_path"
-        )
+        raise UserError(f"{records.path} is not the file the selection was made from (SHA-256); name it (data_path)")
     return records
 
 
@@ -127,7 +125,7 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
 def thumbnail(image_folder: str | None, name: str) -> tuple[str | None, str]:
     """A small JPEG of an image, as the gradient step reads it, in a data URI; or None and the reason in a few words."""
     if image_folder is None:
-        return None, "image folder not known (--image_folder)"
+        return None, "image folder not known (image_folder)"
     try:
         image = open_image(find_image(image_folder, name))
     except BadImage as reason:

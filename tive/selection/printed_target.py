@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tive.selection.checkpoints import Checkpoint
 from tive.selection.files import Files
 from tive.selection.printed import most_common, print_files
 from tive.selection.summary import Task
-from tive.selection.target import Checkpoint, Subtask, TargetChoice
+from tive.selection.target import Subtask, TargetChoice
 from tive.util.text import print_table
 
 
