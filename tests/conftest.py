@@ -22,7 +22,12 @@ NEEDED = {
         "tive.models.native_labels",
     ),
 }
-NEEDED["llava"] += ("tests.helpers.reference", "tests.helpers.deepspeed_on_cpu")
+NEEDED["llava"] += (
+    "tests.helpers.reference",
+    "tests.helpers.deepspeed_on_cpu",
+    "tests.helpers.training",
+    "tests.helpers.less",
+)
 
 
 @functools.cache

@@ -110,7 +110,7 @@ LLAVA_RECORDS = st.builds(
     st.lists(TURNS, max_size=5),
     st.just({}) | st.builds(lambda text: {"system": text}, TEXTS),
     EXTRA,
-)
+).filter(lambda record: media_of(record).problem is None)
 
 
 @settings(max_examples=200, deadline=None)
