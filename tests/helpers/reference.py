@@ -95,21 +95,29 @@ def in_batches(step: GradientStep, records: list[Encoded], size: int) -> SimpleN
     return SimpleNamespace(features=features, norms=norms, losses=losses, cosines=unit @ unit.T)
 
 
-def plain_loop(reference: Reference, records: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Gradients `[n, P]` of LLaVA's own loss and the losses `[n]`, one record at a time, by autograd."""
+def own_loss(reference: Reference, record: Encoded) -> Tensor:
+    """The loss of one record as LLaVA's own forward pass gives it."""
+    inputs = record.inputs
+    images = None if inputs.pixels is None else torch.from_numpy(inputs.pixels)[None]
+    input_ids, labels = torch.from_numpy(inputs.input_ids)[None], torch.from_numpy(inputs.labels)[None]
+    loss: Tensor = reference.model(input_ids, images=images, labels=labels).loss
+    return loss
+
+
+@torch.no_grad()
+def plain_losses(reference: Reference, records: list[Encoded]) -> Tensor:
+    """LLaVA's own losses `[n]`, one record at a time."""
+    return torch.stack([own_loss(reference, record) for record in records])
+
+
+def plain_loop(reference: Reference, records: list[Encoded]) -> Tensor:
+    """Gradients `[n, P]` of LLaVA's own loss, one record at a time, by autograd."""
     matrices = target_modules(reference, "self_attn")
     weights = [matrix.weight for matrix in matrices.values()]
     for weight in weights:
         weight.requires_grad_(True)
-    rows, losses = [], []
-    for record in records:
-        inputs = record.inputs
-        images = None if inputs.pixels is None else torch.from_numpy(inputs.pixels)[None]
-        output = reference.model(
-            torch.from_numpy(inputs.input_ids)[None], images=images, labels=torch.from_numpy(inputs.labels)[None]
-        )
-        losses.append(output.loss.detach())
-        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(output.loss, weights)]))
+    losses = (own_loss(reference, record) for record in records)
+    rows = [torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]) for loss in losses]
     for weight in weights:
         weight.requires_grad_(False)
-    return torch.stack(rows), torch.stack(losses)
+    return torch.stack(rows)
