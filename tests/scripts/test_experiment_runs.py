@@ -13,7 +13,6 @@ import pytest
 from scripts.experiment.plan import HYPOTHESES, SMALL, runs, variants
 
 ROOT = Path(__file__).resolve().parents[2]
-pytest.importorskip("llava", reason="trains LLaVA")
 
 
 def call(*command: object) -> str:
@@ -29,6 +28,7 @@ def call(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_small_variant_gives_words_tables_and_plots_and_is_not_computed_twice(tmp_path):
     folder = tmp_path / "experiment"
     said = call("bash", "scripts/experiment.sh", "--small", folder)
