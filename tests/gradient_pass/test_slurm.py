@@ -55,7 +55,8 @@ class Task:
         return state_of(self.slurm, self.job)
 
     def said(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        # A bar may have written half of a character.
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for_windows(self, count: int) -> None:
         wait_for(lambda: self.windows() >= count, f"{count} windows")
@@ -70,7 +71,7 @@ class Task:
 
     def cancel(self) -> None:
         called(self.slurm, "scancel", self.job)
-        wait_for(lambda: not called(self.slurm, "squeue", "--noheader"), "an empty queue")
+        wait_for(lambda: not called(self.slurm, "squeue", "--noheader", "--jobs", self.job), "the task's end")
 
 
 def test_a_task_near_its_time_limit_finishes_its_window_is_queued_again_and_goes_on(slurm, data, tmp_path):

@@ -81,7 +81,7 @@ def fork_step(output: Path, *more: object, die_at: int | str | None = None) -> B
 
 
 def log_of(output: Path) -> str:
-    return output.with_suffix(".log").read_text()
+    return output.with_suffix(".log").read_text(errors="replace")
 
 
 def _in_fork(output: Path, more: tuple[object, ...], die_at: int | str | None) -> None:
