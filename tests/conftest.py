@@ -62,6 +62,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if needed_by(collection_path) not in (None, here()) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What mostly waits starts first, and the others use the processor meanwhile.
+    items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_training"))
+
+
 def pytest_report_header() -> str:
     files = [path for path in sorted(Path(__file__).parent.rglob("test_*.py")) if needed_by(path) not in (None, here())]
     names = ", ".join(path.stem for path in files)

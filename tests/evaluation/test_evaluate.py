@@ -201,7 +201,7 @@ def test_a_record_that_cannot_be_used_stops_the_run_or_is_left_out_with_its_reas
     data = tmp_path / "bad.json"
     data.write_text(json.dumps(bad))
     stopped = evaluate_models(tmp_path / "out", data=data)
-    assert stopped.code == 2 and "record 0" in stopped.err and "--on_bad_record skip" in stopped.err
+    assert stopped.code == 2 and "record 0" in stopped.err and "(on_bad_record skip)" in stopped.err
     done = evaluate_models(tmp_path / "out", "--on_bad_record", "skip", data=data)
     assert done.code == 0, done.err
     (model,) = read_evaluation(tmp_path / "out").models
