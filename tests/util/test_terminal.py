@@ -129,3 +129,14 @@ def test_a_stream_without_a_descriptor_may_fail_too(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(sys, "stdout", Full())
     run(lambda: print("lost"))
+
+
+def test_a_python_without_the_libraries_is_told_where_they_are(capsys):
+    def main():
+        import no_such_library  # noqa: F401
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert line.startswith(f"error: {sys.executable} has no no_such_library; ") and "docs/install.md" in line

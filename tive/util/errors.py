@@ -24,6 +24,15 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
+        except ModuleNotFoundError as error:
+            if (error.name or "tive").startswith("tive"):
+                raise
+            print(
+                f"error: {sys.executable} has no {error.name}; `bash scripts/setup.sh` makes an environment that has, "
+                "and `source .venv/bin/activate` takes it (docs/install.md)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
