@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import sentencepiece
@@ -24,9 +23,9 @@ from transformers import (
     LlamaTokenizer,
 )
 
+from tive.data.records import open_records
 from tive.util.errors import run
 from tive.util.files import write_json
-from tive.data.records import open_records
 
 HIDDEN, VISION_HIDDEN, VOCABULARY = 128, 64, 600
 # How the conversations of LLaVA's template v1 begin; so that its words are in the vocabulary.

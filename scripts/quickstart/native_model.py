@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 
 # Before transformers: it makes torchvision importable.
-from tive.models.native import load_processor  # isort: skip
+from tive.models.native import load_processor  # noqa: F401  # isort: skip
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
