@@ -11,6 +11,7 @@ import torch
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector
 from tive.models.common import target_modules
+from tive.util.ranks import rank_correlation
 
 from .cases import Case
 
@@ -58,13 +59,6 @@ def influences(features: np.ndarray, tasks: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation_within(first: np.ndarray, second: np.ndarray, tasks: np.ndarray) -> float:
-    """Spearman's rank correlation within each task, the mean of the tasks."""
-    return float(np.mean([rank_correlation(first[tasks == t], second[tasks == t]) for t in np.unique(tasks)]))
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation (no ties are expected)."""
-    if len(first) < 2:
-        return 1.0
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(ranks)[0, 1])
+    """Spearman's rank correlation within each task, the mean of the tasks; one without an order to keep counts as 1."""
+    found = [rank_correlation(first[tasks == task], second[tasks == task]) for task in np.unique(tasks)]
+    return float(np.mean([1.0 if correlation is None else correlation for correlation in found]))

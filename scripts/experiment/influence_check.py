@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.experiment.plan import P, Run
-from scripts.experiment.statistics import rank_correlation
+from scripts.experiment.statistics import rank_interval
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.common import target_modules
@@ -108,7 +108,7 @@ def main() -> None:
         changes = loss_changes(family, reference, [encoded(records[row]) for row in drawn], own, arguments.step)
         # More influence, less loss: of the fall of the loss.
         falls = [-change for change in changes]
-        middle, low, high = rank_correlation(influence[drawn].tolist(), falls)
+        middle, low, high = rank_interval(influence[drawn].tolist(), falls)
         known = bool(np.isfinite(middle))
         found[task.name] = {
             "rows": drawn,

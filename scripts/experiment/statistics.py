@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tive.util.ranks import rank_correlation
+
 LEVEL = 0.05
 # An interval within this part of the gap between random and all records is no difference.
 NEGLIGIBLE = 0.1
@@ -98,17 +100,10 @@ def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) ->
     return "undecided"
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+def rank_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Spearman's rank correlation of four or more pairs, and the ends of its 95% interval (Fisher's transformation)."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
-    if any(np.ptp(part) == 0 for part in ranks):
+    correlation = rank_correlation(np.asarray(first, np.float64), np.asarray(second, np.float64))
+    if correlation is None:
         return math.nan, math.nan, math.nan
-    correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
     middle, width = math.atanh(min(max(correlation, -0.999999), 0.999999)), 1.96 / math.sqrt(len(first) - 3)
     return correlation, math.tanh(middle - width), math.tanh(middle + width)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Equal values share the mean of their ranks."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]

@@ -27,7 +27,7 @@ from tests.helpers.feature_files import random_features, record, write_features
 from tive.evaluation.results import Evaluation, Match, ModelResult, TaskResult, write_evaluation
 from tive.report import plots, sections
 from tive.report.choice import Q_GRID, effective_sample_sizes
-from tive.report.numbers import rank_correlation
+from tive.util.ranks import rank_correlation
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "report.py"

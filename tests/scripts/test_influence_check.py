@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts.experiment.influence_check import loss_changes, mean_loss, unit_gradient
-from scripts.experiment.statistics import rank_correlation
+from scripts.experiment.statistics import rank_interval
 from tests.helpers.reference import encode_golden, load_golden
 from tive.models import llava
 from tive.models.common import target_modules
@@ -43,8 +43,8 @@ def test_the_model_is_left_as_it_was(golden):
 
 
 def test_rank_correlation_is_spearmans_with_ties_at_their_mean():
-    assert rank_correlation([1, 2, 3, 4, 5], [1, 4, 9, 16, 25])[0] == pytest.approx(1.0)
+    assert rank_interval([1, 2, 3, 4, 5], [1, 4, 9, 16, 25])[0] == pytest.approx(1.0)
     # Spearman, 1904 form with ties: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
-    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(0.948683, abs=1e-6)
-    middle, low, high = rank_correlation(*np.random.default_rng(0).normal(size=(2, 400)))
+    assert rank_interval([1, 2, 2, 3], [1, 2, 3, 4])[0] == pytest.approx(0.948683, abs=1e-6)
+    middle, low, high = rank_interval(*np.random.default_rng(0).normal(size=(2, 400)))
     assert low < middle < high and low < 0 < high

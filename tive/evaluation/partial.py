@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import msgspec
 
 from tive.evaluation.results import Match, RecordResult, differing
 from tive.util.errors import UserError
+from tive.util.files import take_lock
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,11 @@ def partial_results(path: Path, match: Match) -> Iterator[Partial]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = take_lock(file)
             except BlockingIOError as error:
                 raise UserError(f"{path} is written by another process; wait for it, or name another model") from error
+            if not locked:
+                print(f"{path} is on a file system without locks: see that no other process writes it")
             file.seek(0)
             done = _read(file.read(), path, match)
             # Anew, without the line that a kill cut in two.

@@ -15,14 +15,11 @@ from tive.evaluation.answers import is_exact
 from tive.evaluation.held_out import HeldOut
 from tive.evaluation.partial import Partial
 from tive.evaluation.results import RecordResult
-from tive.models import Encoded, Family, Reference
+from tive.models import NOT_FINITE, UNSUPERVISED, Encoded, Family, Reference
 from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util.errors import UserError
 from tive.util.text import shown
-
-UNSUPERVISED = ("no supervised token", "template mismatch")
-NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)

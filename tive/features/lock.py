@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from tive.features.manifest import Run
 from tive.features.progress import FINAL_FILES, progress_folder
 from tive.util.errors import UserError
-from tive.util.files import sha256_of
+from tive.util.files import sha256_of, take_lock
 from tive.util.text import listed, shown
 
 
@@ -37,13 +35,12 @@ def hold_chunk(folder: Path, chunk: int) -> Iterator[None]:
         raise UserError(f"cannot write to the feature folder {folder}: {error.strerror}; name another one") from error
     with file:
         try:
-            # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ChunkIsHeld(
-                    f"another process is computing chunk {chunk} in {folder}; wait for it or take another chunk"
-                ) from error
+            locked = take_lock(file)
+        except BlockingIOError as error:
+            raise ChunkIsHeld(
+                f"another process is computing chunk {chunk} in {folder}; wait for it or take another chunk"
+            ) from error
+        if not locked:
             print(f"{folder} is on a file system without locks: see that no other process computes chunk {chunk}")
         for name in FINAL_FILES:
             for left_behind in folder.glob(f".{name.format(chunk)}.*.tmp"):

@@ -27,15 +27,12 @@ from tive.features.manifest import LeftOutRecord, RecordScores, Run
 from tive.features.progress import Progress, WindowState, remove_progress
 from tive.gradient_pass.batches import GradientStep, RecordResult, compute_records
 from tive.gradient_pass.preflight import Tolerance, count_reasons, left_out_entry, list_file, refuse_many
-from tive.models import Encoded, Family
+from tive.models import NOT_FINITE, UNSUPERVISED, Encoded, Family
 from tive.models.batches import BatchLimits, Computed
 from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util import memory
 from tive.util.device import device_name
 from tive.util.errors import UserError
-
-UNSUPERVISED = ("no supervised token", "template mismatch")
-NOT_FINITE = "not finite"
 
 
 @dataclass

@@ -18,6 +18,11 @@ class LeftOut(Exception):
     """Why a record has no gradient; the text is the reason that the manifest gives."""
 
 
+# Reasons that are rarely the record's own fault, and the one of a loss or a gradient that overflowed.
+UNSUPERVISED = ("no supervised token", "template mismatch")
+NOT_FINITE = "not finite"
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """Where a model lies, and what a user may set of how it reads records.

@@ -105,7 +105,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         if key not in _READ and key not in _WITHOUT_EFFECT and value not in _NEUTRAL:
             name, remedy = _UNSUPPORTED.get(key, (f"{key} {value!r}", f"leave {key} out"))
             raise UserError(f"{path}: the adapter was trained with {name}, which is not supported; {remedy}")
-    embedding = next((name for name in tensor_names(_weights_of(folder)) if ".lora_embedding_" in name), None)
+    embedding = next((name for name in tensor_names(require_adapter_file(folder)) if ".lora_embedding_" in name), None)
     if embedding:
         raise UserError(
             f"{folder}: the adapter has LoRA on an embedding ({embedding}), which is not supported; train without "
@@ -123,7 +123,8 @@ def refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _weights_of(folder: Path) -> Path:
+def require_adapter_file(folder: Path) -> Path:
+    """The weights of the adapter in a folder; a `UserError` where there are none."""
     path = adapter_file(folder)
     if path is None:
         raise UserError(f"{folder} holds no adapter_model.safetensors or .bin; train the reference model again")
@@ -138,7 +139,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     from peft import LoraConfig, get_peft_model
 
-    path, config = _weights_of(folder), check_adapter(folder)
+    path, config = require_adapter_file(folder), check_adapter(folder)
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     # What it starts from is overwritten; keys that this peft does not know have no effect, as was checked.
     options = {key: value for key, value in config.items() if key in known and key != "peft_type"}
@@ -157,8 +158,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if absent:
         raise UserError(f"{path} lacks {len(absent)} of the adapter's matrices, {absent[0]} among them")
     copy_into(wrapped, tensors, path)
+    refuse_untrained(tensors, path)
+
+
+def refuse_untrained(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise a `UserError` when an adapter still is as it was drawn: every B matrix is zero."""
     if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
         raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
+
+
+def refuse_not_finite(key: str, value: Tensor, path: Path) -> None:
+    """Raise a `UserError` when a trained tensor holds numbers that are not finite."""
+    if not torch.isfinite(value).all():
+        raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
 
 
 def copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -172,8 +184,7 @@ def copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[key].shape)}; "
                 "base, adapter and projector do not match"
             )
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
+        refuse_not_finite(key, value, path)
         if parameters[key].is_meta:  # the base has no projector: transformers leaves a placeholder without memory
             owner, _, name = key.rpartition(".")
             setattr(model.get_submodule(owner), name, nn.Parameter(value.to(parameters[key].dtype)))

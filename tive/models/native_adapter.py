@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models.adapter import adapter_file, read_lora
+from tive.models.adapter import adapter_file, read_lora, refuse_not_finite, refuse_untrained, require_adapter_file
 from tive.util.errors import UserError
 
 _DROPPED = frozenset(
@@ -60,7 +60,7 @@ def attach_adapter(model: nn.Module, folder: Path, tensors: dict[str, Tensor], d
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    path, config = adapter_file(folder), check_adapter(folder)
+    path, config = require_adapter_file(folder), check_adapter(folder)
     embedded = next((key for key in tensors if ".lora_embedding_" in key), None)
     if embedded:
         raise UserError(f"{path}: {embedded}: LoRA on embeddings is not supported; train without it")
@@ -81,9 +81,9 @@ def attach_adapter(model: nn.Module, folder: Path, tensors: dict[str, Tensor], d
         if name not in ranks:
             raise UserError(f"{path} lacks the LoRA matrices of {name}, which its configuration names")
     named = list(ranks)
-    options: dict[str, Any] = {"lora_alpha": alphas[named[0]]} | (
-        {"lora_bias": True} if config.get("lora_bias") else {}
-    )
+    options: dict[str, Any] = {"lora_alpha": alphas[named[0]]}
+    if config.get("lora_bias"):
+        options["lora_bias"] = True
     inject_adapter_in_model(
         LoraConfig(
             r=ranks[named[0]],
@@ -99,11 +99,10 @@ def attach_adapter(model: nn.Module, folder: Path, tensors: dict[str, Tensor], d
     for name in config.get("modules_to_save") or []:
         if not any(f".{name}." in key for key in tensors):
             raise UserError(f"{path} lacks the weights of {name}, which adapter_config.json lists in modules_to_save")
-    if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
-        raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
+    refuse_untrained(tensors, path)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path | None, dtype: torch.dtype) -> None:
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
     # Parameters that are tied stand under both names: what was trained apart has to get a place of its own.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     places = _by_path(parameters)
@@ -115,8 +114,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path | None, dtype
                 f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[name].shape)}; name "
                 "the base that the adapter was trained on"
             )
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
+        refuse_not_finite(key, value, path)
         owner, _, attribute = name.rpartition(".")
         kind = dtype if ".lora_" in name else parameters[name].dtype
         setattr(model.get_submodule(owner), attribute, nn.Parameter(value.to(kind), requires_grad=False))

@@ -9,10 +9,11 @@ from markupsafe import Markup
 
 from tive.report.blocks import name, sentences
 from tive.report.choice import Choice
-from tive.report.numbers import percent, plural, rank_correlation, short
+from tive.report.numbers import percent, plural, short
 from tive.report.plots import Part
 from tive.selection.files import Selection
 from tive.selection.options import BUDGET_COLUMNS
+from tive.util.ranks import rank_correlation
 
 
 def mixture(selection: Selection) -> Markup:

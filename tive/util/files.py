@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from tive.util.errors import UserError
 
@@ -73,6 +75,22 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False).encode())
         file.write(b"\n")
+
+
+def take_lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, error.strerror) from error
+        return False
+    return True
 
 
 def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
