@@ -44,7 +44,7 @@ def compare_matrices(case: Case, proj_dim: int) -> None:
         print(
             f"{grad_modules:<15} {last_layers or 'all':>13} {cost:>9.1f} "
             f"{rank_correlation_within(influence, base[0], case.tasks):>9.3f} "
-            f"{rank_correlation(values, base[1]):>10.3f}"
+            f"{agreement(values, base[1]):>10.3f}"
         )
 
 
@@ -58,7 +58,12 @@ def influences(features: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     return influence
 
 
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation; 1 where there is no order to keep."""
+    found = rank_correlation(first, second)
+    return 1.0 if found is None else found
+
+
 def rank_correlation_within(first: np.ndarray, second: np.ndarray, tasks: np.ndarray) -> float:
-    """Spearman's rank correlation within each task, the mean of the tasks; one without an order to keep counts as 1."""
-    found = [rank_correlation(first[tasks == task], second[tasks == task]) for task in np.unique(tasks)]
-    return float(np.mean([1.0 if correlation is None else correlation for correlation in found]))
+    """`agreement` within each task, the mean of the tasks."""
+    return float(np.mean([agreement(first[tasks == task], second[tasks == task]) for task in np.unique(tasks)]))
