@@ -57,6 +57,7 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
 
+    from tive.features.read_ahead import read_ahead
     from tive.features.spans import spans_of
     from tive.method.influence import products
     from tive.method.target import subtask_scores
@@ -72,6 +73,7 @@ def main() -> None:
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
     files = files_of(arguments.save_path, less.less_stem(options, arguments.task_key), arguments.data_path)
+    read_ahead(*arguments.train)  # while the records are parsed
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
     checkpoints = open_checkpoints(arguments.train, arguments.target, mixture.records, target.records, options.gradient)

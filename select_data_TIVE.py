@@ -57,6 +57,7 @@ def main() -> None:
     options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.features.chunks import open_chunks
+    from tive.features.read_ahead import read_ahead
     from tive.features.spans import spans_of
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
@@ -68,6 +69,7 @@ def main() -> None:
 
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
+    read_ahead(arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.refuse_adam(chunks)

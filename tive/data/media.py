@@ -75,6 +75,8 @@ def media_of(record: dict[str, Any]) -> Media:
 
 
 def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):  # nearly every record's
+        return not value
     entries = value if isinstance(value, list) else [value]
     return all(entry is None or entry is False or entry in ("", [], {}) for entry in entries)
 
@@ -95,7 +97,7 @@ def _path_problem(entry: Any) -> str | None:
         return "holds the image itself; write it to a file and give its path"
     if entry.startswith("file://"):
         return "is a file:// address; give the path below the image folder"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
+    if "://" in entry and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
         return "is an address; download the image and give its path"
     return None
 

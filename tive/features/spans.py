@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from tive.features.chunks import Chunk
 
 SPAN_ROWS = 4096
-_ADVICE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors.
+    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
 
-    `place` is where the span starts in its file and where the next one ends, as shares of the file.
-    """
-
-    path: Path
     start: int
     pieces: list[torch.Tensor]
-    place: tuple[float, float]
 
     @property
     def rows(self) -> int:
@@ -33,7 +25,6 @@ class Span:
 
     def load(self) -> torch.Tensor:
         """The features `[rows, d]`, as they are on disk."""
-        _read_ahead(self)
         return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
 
 
@@ -51,17 +42,7 @@ def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
             groups[-1].append(piece)
             room -= len(piece)
         row = chunk.start
-        for number, pieces in enumerate(groups):
-            spans.append(Span(chunk.path, row, pieces, (number / len(groups), (number + 2) / len(groups))))
+        for pieces in groups:
+            spans.append(Span(row, pieces))
             row += sum(len(piece) for piece in pieces)
     return spans
-
-
-def _read_ahead(span: Span) -> None:
-    """Ask the system for this span and the next: mapped rows out of order read a cold disk in small steps."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with open(span.path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for offset in range(int(size * span.place[0]), int(size * span.place[1]), _ADVICE_BYTES):
-            os.posix_fadvise(file.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)

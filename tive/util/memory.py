@@ -1,4 +1,4 @@
-"""How much memory this process uses, in bytes."""
+"""How much memory this process and this machine use, in bytes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def forget_peak() -> None:
 def anonymous_memory() -> int:
     """What this process holds now, without the files that it has mapped (Linux)."""
     return _read("/proc/self/status", "RssAnon") or 0
+
+
+def available_memory() -> int | None:
+    """What the machine can still give without swapping; None where it does not say."""
+    return _read("/proc/meminfo", "MemAvailable")
 
 
 def _read(path: str, name: str) -> int | None:
