@@ -62,10 +62,15 @@ run_tests() {
     ((code == 0 || code == 5)) || exit "$code"
 }
 
+# With PYTHON set, set-up would complete that environment: the one before this.
+set_up() {
+    env --unset=PYTHON bash scripts/setup.sh "$@"
+}
+
 for environment in "${environments[@]}"; do
     case $environment in
-        llava) bash scripts/setup.sh && PYTHON=$PWD/.venv/bin/python ;;
-        native) bash scripts/setup.sh native && PYTHON=$PWD/.venv-native/bin/python ;;
+        llava) set_up && PYTHON=$PWD/.venv/bin/python ;;
+        native) set_up native && PYTHON=$PWD/.venv-native/bin/python ;;
         own) ;;
     esac || fail "this machine cannot have the environment $environment (see above), so its tests did not run"
     export PYTHON

@@ -39,13 +39,15 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def set_up(project: Path, *arguments: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run scripts/setup.sh; returns how it ended and what Python was asked for."""
+def set_up(
+    project: Path, *arguments: str, script: str = "setup.sh", **settings: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run a script of the copy; returns how it ended and what Python was asked for."""
     log = project / "log"
     log.write_text("")
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     environment = inherited | {"PATH": f"{project}/bin:{os.environ['PATH']}", "LOG": str(log)} | settings
-    command = ["bash", str(project / "scripts" / "setup.sh"), *arguments]
+    command = ["bash", str(project / "scripts" / script), *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     return ended, log.read_text().splitlines()
 
@@ -61,6 +63,19 @@ def test_the_second_environment_has_a_folder_and_versions_of_its_own(project: Pa
     assert not installs(log) and ".venv-native is complete" in ended.stdout
     _, log = set_up(project)
     assert "--requirement requirements.txt" in installs(log)[0], "one environment does not stand for the other"
+
+
+def test_all_checks_set_up_each_environment_by_itself_and_run_the_tests_in_it(project: Path) -> None:
+    shutil.copy(ROOT / "scripts" / "test.sh", project / "scripts")
+    ended, log = set_up(project, script="test.sh")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [line.split()[-1] for line in installs(log) if "--requirement" in line] == [
+        "requirements.txt",
+        "requirements-native.txt",
+    ]
+    assert len([line for line in log if "-m pytest" in line]) == 2
+    assert f"with {project}/.venv/bin/python" in ended.stdout
+    assert f"with {project}/.venv-native/bin/python" in ended.stdout
 
 
 def test_an_environment_that_there_is_not_is_refused(project: Path) -> None:
