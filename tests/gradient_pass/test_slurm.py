@@ -64,8 +64,12 @@ class Task:
     def goes_on(self) -> None:
         """Wait until a task that is queued again computes what it had not; then end it."""
         before = self.windows()
-        start_now(self.slurm, self.job)
-        wait_for(lambda: "continuing: " in self.said(), "the task to go on")
+
+        def continuing() -> bool:
+            start_now(self.slurm, self.job)
+            return "continuing: " in self.said()
+
+        wait_for(continuing, "the task to go on")
         self.wait_for_windows(before + 1)
         self.cancel()
 
@@ -75,8 +79,10 @@ class Task:
 
 
 def test_a_task_near_its_time_limit_finishes_its_window_is_queued_again_and_goes_on(slurm, data, tmp_path):
-    # The limit is one minute and the signal is due a minute before it: SLURM sends it at its next look.
-    task = Task(slurm, data, tmp_path, "--time=1", "--signal=TERM@60")
+    task = Task(slurm, data, tmp_path, "--signal=TERM@60")
+    task.wait_for_windows(3)
+    # The signal is due a minute before the limit: SLURM sends it at its next look.
+    called(slurm, "scontrol", "update", f"JobId={task.job}", "TimeLimit=1")
     wait_for(lambda: "queued again" in task.said(), "the signal")
     assert "stopped; what is done is on disk" in task.said()
     called(slurm, "scontrol", "update", f"JobId={task.job}", "TimeLimit=10")
