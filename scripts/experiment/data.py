@@ -8,17 +8,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.experiment.plan import KNOWN, MIXTURES, Plan
+from scripts.experiment.plan import MIXTURES, Plan
 from scripts.quickstart.data import TASKS
 from tive.util.files import write_json
 
 WRONG = 0.15
+# What LLaVA's template v1 sets before the first turn.
+TEMPLATE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 # How many records of the redundant mixture are one and the same.
 COPIES = 8
 
 
 def make_data(folder: Path, plan: Plan) -> None:
-    """Write `vocabulary.json`, `base.json`, `MIXTURE_clean.json`, `MIXTURE_noisy.json` and `images/`.
+    """Write `vocabulary.json`, `base.json`, `MIXTURE_clean.json`, `MIXTURE_noisy.json`, `target.json`, `images/`.
 
     `held_out.json` comes last. The same plan gives the same files: every record is drawn by its own name.
     """
@@ -42,11 +47,13 @@ def make_data(folder: Path, plan: Plan) -> None:
         random.Random(f"order {name}").shuffle(records)
         return records
 
-    # The tokenizer's text is the same for every plan: in a small one the template's own words would be its words.
+    # The tokenizer's text is the same for every plan, and the template that stands before every record takes its part
+    # of it: else most tokens of a record would be the template's.
     vocabulary = [record(task, "vocabulary", number) for task in plan.records for number in range(120)]
+    turns = [{"from": role, "value": TEMPLATE} for role in ("human", "gpt")]
+    vocabulary += [{"id": f"template-{number}", "conversations": turns} for number in range(100)]
     write_json(folder / "vocabulary.json", vocabulary)
-    each = plan.base // len(KNOWN)
-    base = [record(task, "base", number) for task in KNOWN for number in range(each)]
+    base = [record(task, "base", number) for task, count in plan.base.items() for number in range(count)]
     write_json(folder / "base.json", shuffled(base, "base"))
     for mixture in MIXTURES:
         records = []
@@ -57,6 +64,8 @@ def make_data(folder: Path, plan: Plan) -> None:
         shuffled(records, mixture)
         write_json(folder / f"{mixture}_clean.json", records)
         write_json(folder / f"{mixture}_noisy.json", with_wrong_answers(records, mixture))
+    target = [record(task, "target", number) for task in plan.records for number in range(plan.target)]
+    write_json(folder / "target.json", target)
     held_out = [record(task, "held_out", number) for task in plan.records for number in range(plan.held_out)]
     bar.close()
     write_json(folder / "held_out.json", held_out)

@@ -40,8 +40,12 @@ def measures(result: ModelResult, sizes: Mapping[str, int]) -> dict[str, float]:
     }
 
 
+def base_answers_tell(base: ModelResult) -> bool:
+    """The first half of the protocol's gate for exact answers: the base produces 80% of vqa's."""
+    return (next(task.exact_share for task in base.tasks if task.name == "vqa") or 0.0) >= 0.8
+
+
 def exact_answers_tell(base: ModelResult, whole: Sequence[ModelResult]) -> bool:
     """The protocol's gate: the base produces 80% of vqa's answers, and `all_epochs` 30% over the tasks."""
-    vqa = next(task.exact_share for task in base.tasks if task.name == "vqa")
     shares = [mean_exact_share(result) or 0.0 for result in whole]
-    return (vqa or 0.0) >= 0.8 and bool(shares) and float(np.mean(shares)) >= 0.3
+    return base_answers_tell(base) and bool(shares) and float(np.mean(shares)) >= 0.3

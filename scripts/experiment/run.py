@@ -6,166 +6,153 @@ What is there already is skipped, so a run that stops is continued by the same c
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
+from scripts.experiment.commands import Paths, command, evaluate, gradients, in_parallel, train
 from scripts.experiment.data import make_data
-from scripts.experiment.plan import ARMS, FULL, Q_AT_HALF, SMALL, P, Plan, Run, runs, variants
-from scripts.experiment.tables import write_results
+from scripts.experiment.datamodel import train_halves
+from scripts.experiment.measures import base_answers_tell, exact_answers_tell
+from scripts.experiment.plan import (
+    ARMS,
+    FULL,
+    LESS_EPOCHS,
+    Q_AT_HALF,
+    SMALL,
+    P,
+    Plan,
+    Run,
+    references,
+    runs,
+    seeds,
+    variants,
+)
+from scripts.experiment.tables import evaluation_of, read_result, write_results
+from scripts.experiment.warm import served
 from tive.report.choice import choice_of
 from tive.selection.files import SUMMARY_END, find_summary, read_selection
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 
-ROOT = Path(__file__).resolve().parents[2]
-TUNED = "training_args.bin"
+
+def prepare(paths: Paths, plan: Plan) -> None:
+    """Data, the tiny model, the base and its held-out losses."""
+    if not (paths.data / "held_out.json").exists():
+        make_data(paths.data, plan)
+    parts = ("scripts/quickstart/model.py", "--data", paths.data / "vocabulary.json", "--folder", paths.model)
+    command(paths, paths.model / "mm_projector.bin", *parts)
+    train(paths, "finetune.sh", paths.data / "base.json", paths.base, EPOCHS=plan.base_epochs)
+    evaluate(paths, paths.base, "base", paths.folder / "base_evaluation", plan.max_new_tokens)
 
 
-def command(log: Path, result: Path, *parts: object, **environment: object) -> None:
-    """Run a command from the project's folder, unless the file that it writes last is there; its output goes to `log`.
-
-    Args:
-        result: that file; its name may be a pattern.
-
-    Raises:
-        UserError: it failed; its last line is quoted.
-    """
-    if any(result.parent.glob(result.name)):
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: str(value) for name, value in environment.items()}
-    with open(log, "wb") as file:
-        code = subprocess.run(
-            [str(part) for part in parts],
-            cwd=ROOT,
-            env={**os.environ, "PYTHON": sys.executable, **settings},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if code or not any(result.parent.glob(result.name)):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise UserError(f"{parts[0]} {parts[1]} failed ({lines[-1] if lines else 'no output'}); see {log}")
+def make_reference(paths: Paths, plan: Plan, variant: str, number: int) -> None:
+    """A warm-up sample, the adapter trained on it, the gradients of the mixture's records, and a first selection."""
+    folder, data = paths.folder / variant, paths.mixture(variant)
+    warm_up, adapter = folder / f"warm_up_{number}" / "warm_up.json", folder / f"reference_{number}"
+    sample = ("--source_path", data, "--target_path", warm_up, "--sample_ratio", plan.warm_up, "--seed", number)
+    command(paths, warm_up, "select_warm_up_data.py", *sample)
+    # LESS weighs its checkpoints by the learning rates that are logged.
+    keep = ("--logging_steps", 1, "--save_strategy", "epoch", "--save_total_limit", plan.epochs, "--seed", number)
+    settings = {"LORA_R": 8, "LORA_ALPHA": 16, "PROJECTOR_LEARNING_RATE": 1e-3, "EPOCHS": plan.epochs}
+    train(paths, "finetune_lora.sh", warm_up, adapter, *keep, **settings)
+    gradients(paths, data, adapter, folder / f"gradients_{number}", "--el2n")
+    # The first selection says where the effective sample size is half.
+    select(paths, variant, Run("tive", P, 0, number))
+    if "less" in seeds(plan, variant):
+        for checkpoint in less_checkpoints(paths, variant, number):
+            less = folder / f"less_{number}" / checkpoint.name
+            gradients(paths, data, checkpoint, less / "records", "--gradient", "adam")
+            gradients(paths, paths.data / "target.json", checkpoint, less / "target")
 
 
-class Experiment:
-    """The paths of one variant of the experiment, and the commands that fill them."""
+def less_checkpoints(paths: Paths, variant: str, number: int) -> list[Path]:
+    """The checkpoints whose gradients LESS takes, by their steps."""
+    found = (paths.folder / variant / f"reference_{number}").glob("checkpoint-*")
+    by_step = sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return [by_step[epoch - 1] for epoch in LESS_EPOCHS if epoch <= len(by_step)]
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
-        self.data, self.model, self.base = folder / "data", folder / "model", folder / "base"
 
-    def train(self, script: str, data: Path, output: Path, last: str, *more: object, **settings: object) -> None:
-        """Train from the base (or, without one, from the language model) with one of the project's own scripts."""
-        if output.exists() and not (output / last).exists():
-            shutil.rmtree(output)  # what a training that broke off left behind is no model
-        start = {"MODEL": self.base, "PROJECTOR": "auto"}
-        if output == self.base:
-            start = {"MODEL": self.model / "vicuna", "PROJECTOR": self.model / "mm_projector.bin"}
-        command(
-            self.folder / "logs" / f"{'_'.join(output.relative_to(self.folder).parts)}.log",
-            output / last,
-            *("bash", script, "--logging_steps", 50, *more),
-            **start,
-            VISION_TOWER=self.model / "clip",
-            DATA_PATH=data,
-            IMAGE_FOLDER=self.data / "images",
-            OUTPUT_DIR=output,
-            **{"GPUS": "none", "WORKERS": 0, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3} | settings,
-        )
-
-    def prepare(self) -> None:
-        """Data, the tiny model, the base and its held-out losses."""
-        if not (self.data / "held_out.json").exists():
-            make_data(self.data, self.plan)
-        make = ("scripts/quickstart/model.py", "--data", self.data / "vocabulary.json", "--folder", self.model)
-        command(self.folder / "logs" / "model.log", self.model, sys.executable, *make)
-        self.train("finetune.sh", self.data / "base.json", self.base, TUNED, EPOCHS=self.plan.base_epochs)
-        self.evaluate(self.folder / "base_evaluation", [("base", self.base)])
-
-    def evaluate(self, save_path: Path, models: list[tuple[str, Path]]) -> None:
-        # Called whenever a model may be new: results that are there are kept.
-        (save_path / "evaluation.json").unlink(missing_ok=True)
-        command(
-            self.folder / "logs" / f"{'_'.join(save_path.relative_to(self.folder).parts)}.log",
-            save_path / "evaluation.json",
-            *(sys.executable, "scripts/evaluate.py", "--input_file", self.data / "held_out.json"),
-            *("--image_folder", self.data / "images", "--save_path", save_path, "--num_workers", 0),
-            *("--device", "cpu", "--max_new_tokens", self.plan.max_new_tokens),
-            *(part for model in models for part in ("--model", *model)),
-        )
-
-    def reference(self, variant: str, number: int) -> None:
-        """A warm-up sample, the adapter that is trained on it, and the gradients of the mixture's records."""
-        folder, data = self.folder / variant, self.data / f"{variant}.json"
-        warm_up = folder / f"warm_up_{number}.json"
-        sample = ("--source_path", data, "--target_path", warm_up, "--sample_ratio", self.plan.warm_up)
-        logs = self.folder / "logs"
-        command(
-            logs / f"{variant}_warm_up_{number}.log",
-            warm_up,
-            *(sys.executable, "select_warm_up_data.py", *sample, "--seed", number),
-        )
-        adapter = folder / f"reference_{number}"
-        settings = {"LORA_R": 8, "LORA_ALPHA": 16, "PROJECTOR_LEARNING_RATE": 1e-3, "EPOCHS": self.plan.warm_up_epochs}
-        self.train("finetune_lora.sh", warm_up, adapter, "non_lora_trainables.bin", "--seed", number, **settings)
-        gradients = folder / f"gradients_{number}"
-        command(
-            logs / f"{variant}_gradients_{number}.log",
-            gradients / "manifest_0.json",
-            *(sys.executable, "compute_gradient_features.py", "--input_file", data, "--el2n", "--device", "cpu"),
-            *("--image_folder", self.data / "images", "--model_path", adapter, "--model_base", self.base),
-            *("--output_file", gradients, "--proj_dim", 2048),
-        )
-
-    def select(self, variant: str, run: Run) -> Path:
-        """The subset of a run; the whole mixture where its arm chooses nothing."""
-        data = self.data / f"{variant}.json"
-        arm = ARMS[run.arm]
-        if arm.whole:
-            return data
+def select(paths: Paths, variant: str, run: Run) -> Path:
+    """The subset of a run; the whole mixture where its arm chooses nothing."""
+    arm, folder, data = ARMS[run.arm], paths.folder / variant, paths.mixture(variant)
+    if arm.whole:
+        return data
+    target = folder / "selected" / run.name
+    parts: tuple[object, ...] = ("--data_path", data, "--save_path", target, "--p", run.share)
+    if arm.target:
+        checkpoints = less_checkpoints(paths, variant, run.reference or 0)
+        features = [folder / f"less_{run.reference}" / path.name for path in checkpoints]
+        parts += ("--target_data", paths.data / "target.json", "--train", *(path / "records" for path in features))
+        parts += ("--target", *(path / "target" for path in features))
+        command(paths, target / f"*{SUMMARY_END}", "select_data_LESS.py", *parts)
+    else:
         options = [*arm.options]
         if Q_AT_HALF in options:
-            options[options.index(Q_AT_HALF)] = f"{self.q_at_half(variant, run.reference or 0):.4g}"
-        target = self.folder / variant / "selected" / run.name
-        command(
-            self.folder / "logs" / f"{variant}_select_{run.name}.log",
-            target / f"*{SUMMARY_END}",
-            *(sys.executable, "select_data_TIVE.py", "--data_path", data, "--save_path", target),
-            *("--gradient_path", self.folder / variant / f"gradients_{run.reference or 0}", "--exclude_tasks", "none"),
-            *("--p", run.share, "--seed", run.seed, *options),
-        )
-        summary = find_summary(target, None)
-        return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
+            options[options.index(Q_AT_HALF)] = f"{q_at_half(paths, variant, run.reference or 0):.4g}"
+        parts += ("--gradient_path", folder / f"gradients_{run.reference or 0}", "--exclude_tasks", "none")
+        command(paths, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, "--seed", run.seed, *options)
+    summary = find_summary(target, None)
+    return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
 
-    def q_at_half(self, variant: str, reference: int) -> float:
-        """The q where the effective sample size of influence is half of the records."""
-        tive = Run("tive", P, self.plan.seeds[0], reference)
-        summary = find_summary(self.folder / variant / "selected" / tive.name, None)
-        choice = choice_of(read_selection(summary))
-        q = None if choice is None else choice.q_where(0.5)
-        if q is None:
-            raise UserError(f"{variant}: no q halves the effective sample size with reference {reference}")
-        return q
 
-    def arms(self, variant: str) -> None:
-        """Select, train and evaluate every run on one mixture."""
-        wanted = sorted(runs(self.plan), key=lambda run: Q_AT_HALF in ARMS[run.arm].options)
-        models = []
-        for run in tqdm(wanted, desc=f"Arms on {variant}", unit=" runs"):
-            subset, output = self.select(variant, run), self.folder / variant / "models" / run.name
-            more: list[object] = ["--seed", run.seed]
-            if ARMS[run.arm].whole == "steps":
-                records = sum(self.plan.records.values())
-                more += ["--max_steps", math.ceil(P * records / 8) * self.plan.epochs]
-            self.train("finetune.sh", subset, output, TUNED, *more, EPOCHS=self.plan.epochs)
-            models.append((run.name, output))
-        self.evaluate(self.folder / variant / "evaluation", models)
+@functools.cache
+def q_at_half(paths: Paths, variant: str, reference: int) -> float:
+    """The q where the effective sample size of influence is half of the records."""
+    summary = find_summary(paths.folder / variant / "selected" / Run("tive", P, 0, reference).name, None)
+    choice = choice_of(read_selection(summary))
+    q = None if choice is None else choice.q_where(0.5)
+    if q is None:
+        raise UserError(f"{variant}: no q halves the effective sample size with reference {reference}")
+    return q
+
+
+def do(paths: Paths, plan: Plan, variant: str, run: Run, max_new_tokens: int) -> None:
+    """Select, train and evaluate one run."""
+    model = paths.folder / variant / "models" / run.name
+    more: list[object] = ["--seed", run.seed]
+    if ARMS[run.arm].whole == "steps":
+        more += ["--max_steps", math.ceil(P * sum(plan.records.values()) / 8) * plan.epochs]
+    train(paths, "finetune.sh", select(paths, variant, run), model, *more, EPOCHS=plan.epochs)
+    evaluate(paths, model, run.name, evaluation_of(paths.folder, variant, run, max_new_tokens > 0), max_new_tokens)
+
+
+def experiment(paths: Paths, plan: Plan) -> None:
+    """All of it, the parts that others wait for first."""
+
+    def wanted(noise: str, whole: bool, max_new_tokens: int) -> list[Callable[[], None]]:
+        return [
+            functools.partial(do, paths, plan, variant, run, max_new_tokens)
+            for variant in variants(plan)
+            if variant.endswith(noise)
+            for run in runs(plan, variant)
+            if (ARMS[run.arm].whole == "epochs") == whole
+        ]
+
+    prepare(paths, plan)
+    made = [
+        functools.partial(make_reference, paths, plan, variant, number)
+        for variant in variants(plan)
+        for number in references(plan, variant)
+    ]
+    in_parallel(made, "References")
+    base = read_result(paths.folder / "base_evaluation")
+    tokens = plan.max_new_tokens if base_answers_tell(base) else 0
+    in_parallel(wanted("", True, tokens), "All records")
+    if tokens:
+        whole = [
+            read_result(evaluation_of(paths.folder, variant, run, True))
+            for variant in variants(plan)
+            for run in runs(plan, variant)
+            if run.arm == "all_epochs"
+        ]
+        tokens = tokens if exact_answers_tell(base, whole) else 0
+        in_parallel(wanted("", True, tokens), "All records")
+    in_parallel(wanted("clean", False, tokens), "Arms, clean")
+    in_parallel(wanted("noisy", False, tokens), "Arms, noisy")
+    in_parallel(train_halves(paths, plan), "Random halves")
+    write_results(paths.folder, plan, tokens > 0)
 
 
 def main() -> None:
@@ -173,14 +160,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--small", action="store_true", help="a variant of minutes, which shows that it works")
     arguments = parser.parse_args()
-    plan = SMALL if arguments.small else FULL
-    experiment = Experiment(arguments.folder.resolve(), plan)
-    experiment.prepare()
-    for variant in variants(plan):
-        for number in range(plan.references):
-            experiment.reference(variant, number)
-        experiment.arms(variant)
-    write_results(experiment.folder, plan)
+    with served() as python:
+        experiment(Paths(arguments.folder.resolve(), python), SMALL if arguments.small else FULL)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ class Difference:
 
 
 def difference(pairs: Sequence[float]) -> Difference:
-    """Of the differences of pairs, two or more."""
+    """Of the differences of pairs; of a single one the error is not known."""
     values = np.asarray(pairs, np.float64)
-    return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values) - 1)
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Difference(float(values.mean()), error, len(values) - 1)
 
 
 def holm_levels(p_values: Sequence[float]) -> list[float]:

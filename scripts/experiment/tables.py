@@ -9,10 +9,23 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from scripts.experiment.measures import MEASURES, exact_answers_tell, measures
-from scripts.experiment.plan import ARMS, HYPOTHESES, MIXTURES, P, Plan, Run, runs, variants
+from scripts.experiment.datamodel import score_rows
+from scripts.experiment.measures import MEASURES, measures
+from scripts.experiment.plan import (
+    ARMS,
+    AT_ALL_SHARES,
+    HYPOTHESES,
+    MIXTURES,
+    P,
+    Plan,
+    Run,
+    references,
+    runs,
+    seeds,
+    variants,
+)
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
-from tive.evaluation.results import read_evaluation
+from tive.evaluation.results import ModelResult, read_evaluation
 from tive.util.files import whole_file, write_json
 from tive.util.text import print_table
 
@@ -30,15 +43,33 @@ class Answer:
     cells: dict[str, Difference]
 
 
+def evaluation_of(folder: Path, variant: str, run: Run, answered: bool) -> Path:
+    """The folder of a run's held-out losses, with or without generated answers."""
+    return folder / variant / ("answered" if answered else "evaluated") / run.name
+
+
+def read_result(save_path: Path) -> ModelResult:
+    """The one model of an evaluation."""
+    return read_evaluation(save_path).models[0]
+
+
 def value(measured: Measured, arm: str, reference: int, seed: int, measure: str = "mean", share: float = P) -> float:
     """A measure of a run; an arm without a reference stands beside every reference."""
     return measured[Run(arm, share, seed, reference if ARMS[arm].by_reference else None)][measure]
 
 
-def paired(measured: Measured, plan: Plan, lower: str, upper: str, reference: int) -> Difference:
-    """The paired differences of the main measure between two arms, over the seeds."""
+def mean_of(measured: Measured, arm: str, share: float = P) -> float:
+    """The main measure of an arm, over its references and seeds."""
+    return float(np.mean([found["mean"] for run, found in measured.items() if (run.arm, run.share) == (arm, share)]))
+
+
+def paired(measured: Measured, lower: str, upper: str, reference: int) -> Difference:
+    """The paired differences of the main measure between two arms, over the seeds that both have."""
+    common = set.intersection(
+        *({run.seed for run in measured if (run.arm, run.share) == (arm, P)} for arm in (lower, upper))
+    )
     return difference(
-        [value(measured, lower, reference, seed) - value(measured, upper, reference, seed) for seed in plan.seeds]
+        [value(measured, lower, reference, seed) - value(measured, upper, reference, seed) for seed in sorted(common)]
     )
 
 
@@ -47,7 +78,7 @@ def answers(measured: Mapping[str, Measured], plan: Plan) -> list[Answer]:
     found = []
     for lower, upper in HYPOTHESES:
         cells = {
-            f"{mixture}, reference {reference}": paired(measured[f"{mixture}_clean"], plan, lower, upper, reference)
+            f"{mixture}, reference {reference}": paired(measured[f"{mixture}_clean"], lower, upper, reference)
             for mixture in MIXTURES
             for reference in range(plan.references)
         }
@@ -56,50 +87,80 @@ def answers(measured: Mapping[str, Measured], plan: Plan) -> list[Answer]:
     gaps = []
     for mixture in MIXTURES:
         own = measured[f"{mixture}_clean"]
-        ends = [
-            np.mean([value(own, arm, reference, seed) for seed in plan.seeds])
-            for reference in range(plan.references)
-            for arm in ("random", "all_epochs")
-        ]
-        gaps += [abs(float(first - second)) for first, second in zip(ends[::2], ends[1::2], strict=True)]
+        gaps += [abs(mean_of(own, "random") - mean_of(own, "all_epochs"))] * plan.references
     return [
         Answer(name, verdict(list(cells.values()), gaps, level), p, level, cells)
         for (name, cells, p), level in zip(found, levels, strict=True)
     ]
 
 
-def arm_rows(measured: Measured, plan: Plan, shown: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """A row an arm: the mean of each measure over references and seeds, and the differences to random."""
-    rows: list[tuple[str, ...]] = [("arm", *shown, "to random")]
-    for arm in plan.arms:
+def arm_rows(measured: Measured, plan: Plan, variant: str, shown: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """A row an arm: the mean of each measure over references and seeds, and the differences to random and to equal."""
+    rows: list[tuple[str, ...]] = [("arm", "seeds", *shown, "to random", "to equal")]
+    for arm, count in seeds(plan, variant).items():
         own = [result for run, result in measured.items() if run.arm == arm and run.share == P]
         cells = [f"{np.mean([result[measure] for result in own]):.4f}" for measure in shown]
-        to_random = "-"
-        if arm != "random":
-            differences = [paired(measured, plan, arm, "random", reference) for reference in range(plan.references)]
-            to_random = ", ".join(f"{cell.mean:+.4f} ± {cell.half_width():.4f}" for cell in differences)
-        rows.append((arm, *cells, to_random))
+        to_others = []
+        for other in ("random", "equal"):
+            differences = [paired(measured, arm, other, reference) for reference in references(plan, variant)]
+            if not ARMS[arm].by_reference:
+                differences = differences[:1]
+            shown_differences = ", ".join(_difference(cell) for cell in differences)
+            to_others.append("-" if arm == other else shown_differences)
+        rows.append((arm, str(count), *cells, *to_others))
     return rows
 
 
-def write_results(folder: Path, plan: Plan) -> None:
-    """Read all held-out losses and write `results/`: `tables.md`, `results.json`, `arms.png`, `shares.png`."""
-    base = read_evaluation(folder / "base_evaluation").models[0]
-    measured: dict[str, Measured] = {}
-    whole = []
-    for variant in variants(plan):
-        by_name = {model.name: model for model in read_evaluation(folder / variant / "evaluation").models}
-        measured[variant] = {run: measures(by_name[run.name], plan.records) for run in runs(plan)}
-        whole += [by_name[run.name] for run in runs(plan) if run.arm == "all_epochs"]
-    exact = exact_answers_tell(base, whole)
-    shown = MEASURES if exact else tuple(measure for measure in MEASURES if measure != "exact")
+def _difference(cell: Difference) -> str:
+    return f"{cell.mean:+.4f} ± {cell.half_width():.4f}" if cell.freedom else f"{cell.mean:+.4f}"
+
+
+def share_rows(measured: Measured, plan: Plan) -> list[tuple[str, ...]]:
+    """A row a share of the records: the mean held-out loss of the arms that are compared at all of them."""
+    rows: list[tuple[str, ...]] = [("% of the records", *AT_ALL_SHARES)]
+    for share in sorted({P, *plan.shares}):
+        means = [f"{mean_of(measured, arm, share):.4f}" for arm in AT_ALL_SHARES]
+        rows.append((f"{100 * share:.0f}", *means))
+    return rows
+
+
+def task_rows(results: Mapping[Run, ModelResult], base: ModelResult) -> list[tuple[str, ...]]:
+    """A row an arm: the mean held-out loss of each task, over references and seeds."""
+    tasks = [task.name for task in base.tasks]
+    rows: list[tuple[str, ...]] = [("arm", *tasks)]
+    rows.append(("base", *(f"{task.loss:.3f}" for task in base.tasks)))
+    for arm in dict.fromkeys(run.arm for run in results):
+        own = [result for run, result in results.items() if (run.arm, run.share) == (arm, P)]
+        losses = [[task.loss for task in result.tasks] for result in own]
+        rows.append((arm, *(f"{mean:.3f}" for mean in np.mean(np.asarray(losses, np.float64), 0))))
+    return rows
+
+
+def write_results(folder: Path, plan: Plan, answered: bool) -> None:
+    """Read all held-out losses and write `results/`: `tables.md`, `results.json`, `arms.png`, `shares.png`.
+
+    Args:
+        answered: whether the gate for exact answers was passed.
+    """
+    base = read_result(folder / "base_evaluation")
+    found: dict[str, dict[Run, ModelResult]] = {
+        variant: {run: read_result(evaluation_of(folder, variant, run, answered)) for run in runs(plan, variant)}
+        for variant in variants(plan)
+    }
+    measured = {
+        variant: {run: measures(result, plan.records) for run, result in own.items()} for variant, own in found.items()
+    }
+    shown = MEASURES if answered else tuple(measure for measure in MEASURES if measure != "exact")
+    vqa = next(task.exact_share for task in base.tasks if task.name == "vqa") or 0.0
     text = [
         "# Results of the experiment",
         "",
-        f"{len(plan.seeds)} seeds, {plan.references} references, {sum(plan.records.values()):,} records a mixture. "
+        f"{plan.references} references, {sum(plan.records.values()):,} records a mixture, "
+        f"{plan.held_out} held-out records a task. "
         "Mean held-out loss unless said otherwise; intervals over seeds, 95%, one for each reference.",
         "",
-        "Exact answers are shown." if exact else "Exact answers are left out: the gate was not passed.",
+        f"The base produces {vqa:.0%} of vqa's answers. "
+        + ("Exact answers are shown." if answered else "Exact answers are left out: the gate was not passed."),
         "",
         "## Hypotheses",
         "",
@@ -116,7 +177,13 @@ def write_results(folder: Path, plan: Plan) -> None:
     text += _markdown([header, *rows])
     print_table([row[:4] for row in (header, *rows)])
     for variant in variants(plan):
-        text += ["", f"## {variant}", "", *_markdown(arm_rows(measured[variant], plan, shown))]
+        text += ["", f"## {variant}", "", *_markdown(arm_rows(measured[variant], plan, variant, shown))]
+        text += ["", *_markdown(task_rows(found[variant], base))]
+        if plan.shares and variant.endswith("clean"):
+            text += ["", *_markdown(share_rows(measured[variant], plan))]
+    datamodel = score_rows(folder, plan)
+    text += ["", "## Linear datamodelling score", "", *_markdown(datamodel)]
+    print_table(datamodel)
     results = folder / "results"
     with whole_file(results / "tables.md") as file:
         file.write(("\n".join(text) + "\n").encode())
@@ -124,7 +191,7 @@ def write_results(folder: Path, plan: Plan) -> None:
         results / "results.json",
         {
             "answers": {answer.hypothesis: answer.word for answer in said},
-            "exact_answers_shown": exact,
+            "exact_answers_shown": answered,
             "measures": {
                 variant: {run.name: dict(found) for run, found in own.items()} for variant, own in measured.items()
             },
@@ -141,16 +208,19 @@ def write_results(folder: Path, plan: Plan) -> None:
 
 def arms_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
     """Every arm's mean held-out loss on each mixture, a point a run."""
-    figure = Figure(figsize=(3.4 * len(measured), 0.32 * len(plan.arms) + 1.2), layout="constrained")
+    arms = list(plan.clean)
+    figure = Figure(figsize=(3.4 * len(measured), 0.32 * len(arms) + 1.2), layout="constrained")
     plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
     for axes, (variant, own) in zip(plots, measured.items(), strict=True):
-        for row, arm in enumerate(plan.arms):
+        for row, arm in enumerate(arms):
             values = [result["mean"] for run, result in own.items() if run.arm == arm and run.share == P]
+            if not values:
+                continue
             axes.plot(values, [row] * len(values), "o", color="#4a78b5", alpha=0.5, markersize=4)
             axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color="#1b2a41", linewidth=1.5)
         axes.set_title(variant.replace("_", ", "), fontsize=9)
         axes.set_xlabel("mean held-out loss", fontsize=8)
-    axes.set_yticks(range(len(plan.arms)), plan.arms, fontsize=8)
+    axes.set_yticks(range(len(arms)), arms, fontsize=8)
     axes.invert_yaxis()
     return figure
 
@@ -158,14 +228,12 @@ def arms_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
 def shares_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
     """Mean held-out loss of random, equal and tive over the share of the records."""
     shares = sorted({P, *plan.shares})
+    measured = {variant: own for variant, own in measured.items() if variant.endswith("clean")}
     figure = Figure(figsize=(3.4 * len(measured), 3), layout="constrained")
     plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
     for axes, (variant, own) in zip(plots, measured.items(), strict=True):
-        for arm, style in (("random", "o--"), ("equal", "s:"), ("tive", "^-")):
-            means = [
-                np.mean([result["mean"] for run, result in own.items() if (run.arm, run.share) == (arm, share)])
-                for share in shares
-            ]
+        for arm, style in zip(AT_ALL_SHARES, ("o--", "s:", "^-"), strict=True):
+            means = [mean_of(own, arm, share) for share in shares]
             axes.plot([100 * share for share in shares], means, style, label=arm, markersize=4)
         axes.set_title(variant.replace("_", ", "), fontsize=9)
         axes.set_xlabel("% of the records", fontsize=8)

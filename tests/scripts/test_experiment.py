@@ -10,6 +10,7 @@ import pytest
 
 from scripts.experiment import plan, statistics, tables
 from scripts.experiment.data import make_data, with_wrong_answers
+from scripts.experiment.datamodel import half_of
 from scripts.experiment.measures import measures
 from scripts.experiment.plan import FULL, SMALL, Run, runs
 from scripts.experiment.statistics import difference, holm_levels, t_probability, t_quantile, verdict
@@ -67,10 +68,12 @@ def test_every_task_has_what_the_protocol_asks_for():
     assert set(FULL.records) == {*plan.KNOWN, *plan.NEW} and min(FULL.records.values()) >= 400
     cells = {(task in plan.KNOWN, task in plan.LONG) for task in FULL.records}
     assert len(cells) == 4
-    assert len(FULL.seeds) == 8 and FULL.references == 2
-    names = [run.name for run in runs(FULL)]
+    assert FULL.references == 2
+    names = [run.name for run in runs(FULL, "varied_clean")]
     assert len(names) == len(set(names))
-    assert {arm for pair in plan.HYPOTHESES for arm in pair} <= set(FULL.arms) & set(SMALL.arms)
+    compared = {arm for pair in plan.HYPOTHESES for arm in pair}
+    assert {FULL.clean[arm] for arm in compared} == {8} and compared <= set(SMALL.clean)
+    assert set(FULL.clean) == set(plan.ARMS)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +127,10 @@ def test_measures_are_the_means_that_they_are_named_for():
 
 def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_beside_each():
     measured = {}
-    for run in runs(SMALL):
+    for run in runs(SMALL, "varied_clean"):
         lower = {"tive": 0.5, "all_epochs": 2.0}.get(run.arm, 0.0)
         measured[run] = {"mean": 5.0 + 10 * run.seed - lower}
-    found = tables.paired(measured, SMALL, "tive", "random", 0)
+    found = tables.paired(measured, "tive", "random", 0)
     assert found.mean == pytest.approx(-0.5) and found.error == pytest.approx(0.0, abs=1e-9)
     assert Run("random", plan.P, 0, None) in measured and Run("tive", plan.P, 0, 0) in measured
     both = {f"{mixture}_clean": measured for mixture in plan.MIXTURES}
@@ -136,3 +139,16 @@ def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_be
 
 def test_the_difference_of_equal_runs_is_no_difference():
     assert difference([0.0, 0.0]).p == 1.0 and statistics.LEVEL == 0.05
+
+
+def test_of_a_single_pair_no_error_is_known():
+    found = difference([0.5])
+    assert found.mean == 0.5 and math.isnan(found.error) and found.freedom == 0
+
+
+def test_a_half_has_half_of_every_tasks_records():
+    tasks = [task for task, count in SMALL.records.items() for _ in range(count)]
+    rows = half_of(SMALL, tasks, 3)
+    drawn = [tasks[row] for row in rows]
+    assert {task: drawn.count(task) for task in SMALL.records} == {t: n // 2 for t, n in SMALL.records.items()}
+    assert rows == half_of(SMALL, tasks, 3) != half_of(SMALL, tasks, 4) and len(set(rows)) == len(rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.experiment.commands import Paths, train
 from scripts.experiment.plan import HYPOTHESES, SMALL, runs, variants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,18 +38,29 @@ def test_the_small_variant_gives_words_tables_and_plots_and_is_not_computed_twic
     assert set(results["answers"].values()) <= {"yes", "no", "undecided"}
     assert all(word in said for word in results["answers"].values())
     assert set(results["measures"]) == set(variants(SMALL))
-    for measured in results["measures"].values():
-        assert set(measured) == {run.name for run in runs(SMALL)}
+    for variant, measured in results["measures"].items():
+        assert set(measured) == {run.name for run in runs(SMALL, variant)}
         whole, drawn = (measured[f"{arm}_s0"]["mean"] for arm in ("all_epochs_p15", "random_p15"))
         assert 0 < whole < drawn  # seven times as many steps on the same records
     assert (folder / "results" / "arms.png").read_bytes().startswith(b"\x89PNG")
-    assert "Exact answers are left out" in (folder / "results" / "tables.md").read_text()
+    tables = (folder / "results" / "tables.md").read_text()
+    assert "Exact answers are left out" in tables and "## Linear datamodelling score" in tables
 
     models = sorted(folder.glob("*/models/*/training_args.bin"))
     before = {path: path.stat().st_mtime_ns for path in models}
     call("bash", "scripts/experiment.sh", "--small", folder)
-    assert before == {path: path.stat().st_mtime_ns for path in models} and len(models) == 2 * len(runs(SMALL))
+    assert before == {path: path.stat().st_mtime_ns for path in models}
+    assert len(models) == sum(len(runs(SMALL, variant)) for variant in variants(SMALL))
 
     call(sys.executable, "-m", "scripts.experiment.influence_check", folder, "--records", 5)
     check = json.loads((folder / "results" / "influence_check_varied_clean_0.json").read_text())
     assert set(check["tasks"]) == set(SMALL.records)
+
+    # A Python that starts anew trains the same model as the warm one, byte for byte.
+    (name,) = [run.name for run in runs(SMALL, "varied_clean") if (run.arm, run.seed) == ("tive", 0)]
+    (summary,) = (folder / "varied_clean" / "selected" / name).glob("*_summary.json")
+    subset = summary.with_name(summary.name.replace("_summary", ""))
+    again = folder / "again"
+    train(Paths(folder, Path(sys.executable)), "finetune.sh", subset, again, "--seed", 0, EPOCHS=SMALL.epochs)
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (folder / "varied_clean" / "models" / name / weights).read_bytes()
