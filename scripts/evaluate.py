@@ -47,12 +47,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--window", type=int, default=256, help="records computed and written as one; what a crash can cost (256)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoints is not there")
+    add("--chat_template", metavar="FILE", help="instead of the models' own (transformers' models; docs/native.md)")
+    add("--max_length", type=int, help="leave longer records out (transformers' models; none)")
+    add("--max_pixels", type=int, help="make larger images smaller first (transformers' models; none)")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
     add("--overwrite", action="store_true", help="evaluate anew where results of another run have a model's name")
     arguments = parser.parse_args()
-    for name in ("batch_size", "max_batch_tokens", "window"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)} is not a positive number")
+    for name in ("batch_size", "max_batch_tokens", "window", "max_length", "max_pixels"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} is not a positive number")
     for name in ("max_new_tokens", "num_workers"):
         if (getattr(arguments, name) or 0) < 0:
             parser.error(f"--{name} {getattr(arguments, name)} is negative")
@@ -104,7 +108,14 @@ def main() -> None:
     held_out = read_held_out(arguments.input_file, arguments.task_key)
 
     def result_of(name: str, path: str, base: str | None = None) -> ModelResult:
-        files = ModelFiles(path, base and base_folder(base), arguments.vision_tower)
+        files = ModelFiles(
+            path,
+            base and base_folder(base),
+            arguments.vision_tower,
+            chat_template=arguments.chat_template,
+            max_length=arguments.max_length,
+            max_pixels=arguments.max_pixels,
+        )
         family = family_of(files)
         family.check_files(files)
         match = Match(

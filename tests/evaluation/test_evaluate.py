@@ -222,3 +222,9 @@ def test_what_is_no_model_is_said_before_anything_is_computed(tmp_path, model, m
     done = evaluate_models(tmp_path / "out", models=(model,))
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--chat_template", "x.jinja"), ("--max_length", 9), ("--max_pixels", 9)])
+def test_an_option_of_another_family_is_refused(tmp_path, option):
+    done = evaluate_models(tmp_path / "out", *option)
+    assert done.code == 2 and option[0].strip("-") in done.err and not (tmp_path / "out").exists()

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import evaluate
+from tive.evaluation.results import read_evaluation
 from tive.models import ModelFiles, Reference, family_of, native
+from tive.util.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "native"
 MODELS = ("llava_hf", "qwen2_5_vl", "internvl")
@@ -66,3 +69,25 @@ def test_generation_leaves_the_model_as_it_was():
     ((_, encoded), *_) = encoded_records("qwen2_5_vl", reference)
     native.generate(reference, [native.answers(reference.processor, encoded)[0].prompt], 2)
     assert reference.model.generation_config is before
+
+
+def test_records_above_the_longest_that_was_asked_for_are_left_out_and_another_limit_is_another_result(
+    monkeypatch, tmp_path
+):
+    folder = GOLDEN / "llava_hf"
+    parts = ["--input_file", folder / "data.json", "--image_folder", folder / "images", "--max_new_tokens", 0]
+    parts += ["--model", "base", folder / "base", "--num_workers", 0, "--device", "cpu", "--on_bad_record", "skip"]
+
+    def results(name: str, *options: object) -> list[str | None]:
+        arguments = [*parts, "--save_path", tmp_path / name, *options]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+        (model,) = read_evaluation(tmp_path / name).models
+        return [record.left_out for record in model.records]
+
+    every = results("all")
+    short = results("short", "--max_length", 60)
+    longer = [new for old, new in zip(every, short, strict=True) if old is None and new is not None]
+    assert 0 < len(longer) < len(every) and set(longer) == {"longer than the maximum length"}
+    with pytest.raises(UserError, match="another model"):
+        results("short", "--max_length", 61)
