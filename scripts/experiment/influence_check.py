@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scripts.experiment.datamodel import VARIANT
 from scripts.experiment.plan import P, Run
 from scripts.experiment.statistics import rank_interval
+from scripts.experiment.tables import step_results
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.common import target_modules
@@ -75,7 +77,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, help="an experiment that was run")
-    add("--mixture", default="varied_clean", help="which of its mixtures (varied_clean)")
     add("--reference", type=int, default=0, help="which of its reference models (0)")
     add("--records", type=int, default=40, help="records of each task, 4 or more (40)")
     add("--step", type=float, default=1e-2, help="length of the step in the space of the counted matrices (0.01)")
@@ -83,11 +84,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.records < 4:
         raise UserError(f"--records {arguments.records} is too few for a correlation; give 4 or more")
-    folder, mixture = arguments.folder, arguments.folder / arguments.mixture
+    folder, mixture = arguments.folder, arguments.folder / VARIANT
     chosen = Run("tive", P, 0, arguments.reference)
     selection = read_selection(find_summary(mixture / "selected" / chosen.name, None))
     influence = selection.column("influence")
-    records = read_json(folder / "data" / f"{arguments.mixture}.json")
+    records = read_json(folder / "data" / f"{VARIANT}.json")
     held_out = read_json(folder / "data" / "held_out.json")
 
     files = ModelFiles(str(mixture / f"reference_{arguments.reference}"), str(folder / "base"))
@@ -119,7 +120,7 @@ def main() -> None:
         }
         interval = f"{low:+.2f} to {high:+.2f}" if known else "-"
         rows.append((task.name, f"{len(drawn)}", f"{middle:+.2f}" if known else "-", interval))
-    target = folder / "results" / f"influence_check_{arguments.mixture}_{arguments.reference}.json"
+    target = step_results(folder, arguments.reference)
     settings = json.loads(json.dumps(vars(arguments), default=str))
     write_json(target, {"arguments": settings, "tasks": found})
     print_table(rows)

@@ -65,6 +65,7 @@ class Plan:
         noisy: the same with wrong answers, with the first reference alone; empty: no such mixtures.
         shares: p of the arms random, equal and tive beside `P`, with `share_seeds` seeds and the first reference.
         halves: random halves of the records for the linear datamodelling score, each trained on twice.
+        steps: records of each task along whose gradient one step is made.
     """
 
     records: dict[str, int]
@@ -80,6 +81,7 @@ class Plan:
     shares: tuple[float, ...]
     share_seeds: int
     halves: int
+    steps: int
     max_new_tokens: int
 
 
@@ -101,6 +103,7 @@ FULL = Plan(
     shares=(0.05, 0.3, 0.6),
     share_seeds=2,
     halves=32,
+    steps=60,
     max_new_tokens=24,
 )
 SMALL = Plan(
@@ -117,6 +120,7 @@ SMALL = Plan(
     shares=(),
     share_seeds=0,
     halves=4,
+    steps=5,
     max_new_tokens=4,
 )
 

@@ -29,7 +29,7 @@ from scripts.experiment.plan import (
     seeds,
     variants,
 )
-from scripts.experiment.tables import evaluation_of, read_result, write_results
+from scripts.experiment.tables import evaluation_of, read_result, step_results, write_results
 from scripts.experiment.warm import served
 from tive.report.choice import choice_of
 from tive.selection.files import SUMMARY_END, find_summary, read_selection
@@ -118,6 +118,13 @@ def do(paths: Paths, plan: Plan, variant: str, run: Run, max_new_tokens: int) ->
     evaluate(paths, model, run.name, evaluation_of(paths.folder, variant, run, max_new_tokens > 0), max_new_tokens)
 
 
+def check_influence(paths: Paths, plan: Plan, number: int) -> None:
+    """One small step along the gradient of records, with one reference (influence_check.py)."""
+    module = ("scripts/shell/run_module.py", "scripts.experiment.influence_check")
+    options = ("--records", plan.steps, "--reference", number)
+    command(paths, step_results(paths.folder, number), *module, paths.folder, *options)
+
+
 def experiment(paths: Paths, plan: Plan) -> None:
     """All of it, the parts that others wait for first."""
 
@@ -152,6 +159,7 @@ def experiment(paths: Paths, plan: Plan) -> None:
     in_parallel(wanted("clean", False, tokens), "Arms, clean")
     in_parallel(wanted("noisy", False, tokens), "Arms, noisy")
     in_parallel(train_halves(paths, plan), "Random halves")
+    in_parallel([functools.partial(check_influence, paths, plan, number) for number in range(plan.references)], "Steps")
     write_results(paths.folder, plan, tokens > 0)
 
 

@@ -26,7 +26,7 @@ from scripts.experiment.plan import (
 )
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
 from tive.evaluation.results import ModelResult, read_evaluation
-from tive.util.files import whole_file, write_json
+from tive.util.files import read_json, whole_file, write_json
 from tive.util.text import print_table
 
 Measured = Mapping[Run, Mapping[str, float]]
@@ -136,6 +136,25 @@ def task_rows(results: Mapping[Run, ModelResult], base: ModelResult) -> list[tup
     return rows
 
 
+def step_results(folder: Path, reference: int) -> Path:
+    """What `influence_check.py` writes."""
+    return folder / "results" / f"influence_check_{reference}.json"
+
+
+def step_rows(folder: Path, plan: Plan) -> list[tuple[str, ...]]:
+    """A row a task: the rank correlation of influence with the fall of the loss by one step, with each reference."""
+    found = [read_json(step_results(folder, reference))["tasks"] for reference in range(plan.references)]
+    rows: list[tuple[str, ...]] = [("task", "records", *(f"reference {number}" for number in range(plan.references)))]
+    for task in plan.records:
+        cells = []
+        for tasks in found:
+            low, high = tasks[task]["interval"] or (None, None)
+            middle = tasks[task]["rank_correlation"]
+            cells.append("-" if middle is None else f"{middle:+.2f} ({low:+.2f} to {high:+.2f})")
+        rows.append((task, str(len(found[0][task]["rows"])), *cells))
+    return rows
+
+
 def write_results(folder: Path, plan: Plan, answered: bool) -> None:
     """Read all held-out losses and write `results/`: `tables.md`, `results.json`, `arms.png`, `shares.png`.
 
@@ -184,6 +203,7 @@ def write_results(folder: Path, plan: Plan, answered: bool) -> None:
     datamodel = score_rows(folder, plan)
     text += ["", "## Linear datamodelling score", "", *_markdown(datamodel)]
     print_table(datamodel)
+    text += ["", "## One small step along a record's gradient", "", *_markdown(step_rows(folder, plan))]
     results = folder / "results"
     with whole_file(results / "tables.md") as file:
         file.write(("\n".join(text) + "\n").encode())
