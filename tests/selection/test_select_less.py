@@ -256,6 +256,20 @@ def test_target_records_that_the_pass_left_out_are_said_and_count_in_no_mean(
     assert [subtask["records"] for subtask in Outcome(tmp_path).summary["details"]["subtasks"]] == [2, 2, 1]
 
 
+@pytest.mark.parametrize("p", [0.02, 0.05, 0.5])
+def test_subtasks_that_no_selected_record_serves_best_are_named(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], p: float
+) -> None:
+    call(main, *made.arguments(tmp_path), "--p", p)
+    subtasks = Outcome(tmp_path).summary["details"]["subtasks"]
+    without = [subtask["name"] for subtask in subtasks if not subtask["selected"]]
+    said = [line for line in capsys.readouterr().out.splitlines() if "that serves them best: " in line]
+    assert len(said) == bool(without)
+    if without:
+        assert f"{len(without)} of 3 subtasks" in said[0] and f"best: {', '.join(without)} (" in said[0]
+    assert bool(without) == (p < 0.5)
+
+
 # What is refused.
 
 Change = Callable[[Path], object]

@@ -11,7 +11,7 @@ from tive.selection.files import Files
 from tive.selection.printed import most_common, print_files
 from tive.selection.summary import Task
 from tive.selection.target import Subtask, TargetChoice
-from tive.util.text import print_table
+from tive.util.text import listed, print_table
 
 
 def print_target_choice(
@@ -44,6 +44,11 @@ def print_target_choice(
         rows.append((subtask.name, f"{subtask.records:,}", *means, f"{subtask.selected:,}"))
     print_table(rows)
     print()
+    if without := [subtask.name for subtask in subtasks if not subtask.selected]:
+        print(
+            f"{len(without):,} of {len(subtasks):,} subtasks have no selected record that serves them best: "
+            f"{listed(without)} (docs/less.md, Over the subtasks)"
+        )
     if choice.reasons:
         print(
             f"left out: {len(choice.reasons):,} records that have no score and are never selected "
