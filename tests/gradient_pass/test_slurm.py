@@ -64,12 +64,8 @@ class Task:
     def goes_on(self) -> None:
         """Wait until a task that is queued again computes what it had not; then end it."""
         before = self.windows()
-
-        def continuing() -> bool:
-            start_now(self.slurm, self.job)
-            return "continuing: " in self.said()
-
-        wait_for(continuing, "the task to go on")
+        start_now(self.slurm, self.job)
+        wait_for(lambda: "continuing: " in self.said(), "the task to go on")
         self.wait_for_windows(before + 1)
         self.cancel()
 

@@ -110,12 +110,11 @@ def state_of(environment: dict[str, str], job: str) -> str:
 
 
 def start_now(environment: dict[str, str], job: str) -> None:
-    """A task that is queued again starts at once, and not after the two minutes that SLURM gives a node to recover.
-
-    Of no effect, and to be called again, while the task is not yet in the queue: SLURM sets its time when it comes in.
-    """
-    if state_of(environment, job) in ("PENDING", "REQUEUED"):
-        called(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
+    """A task that is queued again starts soon, and not after the two minutes that SLURM gives a node to recover."""
+    wait_for(lambda: state_of(environment, job) == "PENDING", f"{job} in the queue again")
+    # In the second in which a task ended the node still refuses its credentials, and SLURM would end it for good.
+    time.sleep(2)
+    called(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def wait_for(happened: Callable[[], bool], what: str, seconds: float = 120) -> None:
