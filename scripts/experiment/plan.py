@@ -102,8 +102,8 @@ FULL = Plan(
     noisy=dict.fromkeys(_MAIN, 4) | {"equal_influence": 4, "all_epochs": 1},
     shares=(0.05, 0.3, 0.6),
     share_seeds=2,
-    halves=20,
-    steps=40,
+    halves=16,
+    steps=30,
     max_new_tokens=24,
 )
 SMALL = Plan(
