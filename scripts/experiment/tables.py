@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from scripts.experiment.datamodel import score_rows
 from scripts.experiment.measures import MEASURES, measures
@@ -230,7 +231,7 @@ def arms_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
     """Every arm's mean held-out loss on each mixture, a point a run."""
     arms = list(plan.clean)
     figure = Figure(figsize=(3.4 * len(measured), 0.32 * len(arms) + 1.2), layout="constrained")
-    plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
+    plots = np.atleast_1d(figure.subplots(1, len(measured), sharex=True, sharey=True))
     for axes, (variant, own) in zip(plots, measured.items(), strict=True):
         for row, arm in enumerate(arms):
             values = [result["mean"] for run, result in own.items() if run.arm == arm and run.share == P]
@@ -240,6 +241,11 @@ def arms_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
             axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color="#1b2a41", linewidth=1.5)
         axes.set_title(variant.replace("_", ", "), fontsize=9)
         axes.set_xlabel("mean held-out loss", fontsize=8)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="x", alpha=0.3)
     axes.set_yticks(range(len(arms)), arms, fontsize=8)
     axes.invert_yaxis()
     return figure
@@ -257,6 +263,7 @@ def shares_figure(measured: Mapping[str, Measured], plan: Plan) -> Figure:
             axes.plot([100 * share for share in shares], means, style, label=arm, markersize=4)
         axes.set_title(variant.replace("_", ", "), fontsize=9)
         axes.set_xlabel("% of the records", fontsize=8)
+    plots[0].set_ylabel("mean held-out loss", fontsize=8)
     axes.legend(fontsize=8)
     return figure
 
