@@ -139,7 +139,7 @@ def task_rows(results: Mapping[Run, ModelResult], base: ModelResult) -> list[tup
 
 def step_results(folder: Path, reference: int) -> Path:
     """What `influence_check.py` writes."""
-    return folder / "results" / f"influence_check_{reference}.json"
+    return folder / "steps" / str(reference) / "influence_check.json"
 
 
 def step_rows(folder: Path, plan: Plan) -> list[tuple[str, ...]]:

@@ -52,7 +52,7 @@ def test_the_small_variant_gives_words_tables_and_plots_and_is_not_computed_twic
     assert before == {path: path.stat().st_mtime_ns for path in models}
     assert len(models) == sum(len(runs(SMALL, variant)) for variant in variants(SMALL))
 
-    check = json.loads((folder / "results" / "influence_check_0.json").read_text())
+    check = json.loads((folder / "steps" / "0" / "influence_check.json").read_text())
     assert set(check["tasks"]) == set(SMALL.records)
 
     # A Python that starts anew trains the same model as the warm one, byte for byte.
