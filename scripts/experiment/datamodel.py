@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from scripts.experiment.commands import Paths, evaluate, train
-from scripts.experiment.plan import P, Plan, Run
+from scripts.experiment.plan import Plan
+from scripts.experiment.results import first_selection, read_result
 from scripts.experiment.statistics import difference
-from tive.evaluation.results import read_evaluation
-from tive.selection.files import find_summary, read_selection
 from tive.util.files import read_json, write_json
 from tive.util.ranks import rank_correlation
 
@@ -74,23 +73,13 @@ def _evaluation(folder: Path, number: int, order: int) -> Path:
 
 def scores(folder: Path, plan: Plan, reference: int) -> list[Score]:
     """The score of each task, with the influences of one reference."""
-    selection = read_selection(find_summary(folder / VARIANT / "selected" / Run("tive", P, 0, reference).name, None))
-    influence = selection.column("influence")
+    influence = first_selection(folder, VARIANT, reference).column("influence")
     names = [record["dataset"] for record in read_json(folder / "data" / f"{VARIANT}.json")]
-    losses = np.array(
-        [
-            [
-                [task.loss for task in read_evaluation(_evaluation(folder, number, order)).models[0].tasks]
-                for order in ORDERS
-            ]
-            for number in range(plan.halves)
-        ],
-        np.float64,
-    )
     halves = [half_of(plan, names, number) for number in range(plan.halves)]
-    order = [task.name for task in read_evaluation(_evaluation(folder, 0, 0)).models[0].tasks]
+    results = [[read_result(_evaluation(folder, number, order)) for order in ORDERS] for number in range(plan.halves)]
+    losses = np.array([[[task.loss for task in result.tasks] for result in both] for both in results], np.float64)
     found = []
-    for index, task in enumerate(order):
+    for index, task in enumerate(task.name for task in results[0][0].tasks):
         sums = [sum(influence[row] for row in half if names[row] == task) for half in halves]
         own = losses[:, :, index]
         predicted = rank_correlation(np.asarray(sums, np.float64), -own.mean(1))

@@ -18,13 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.experiment.datamodel import VARIANT
-from scripts.experiment.plan import P, Run
+from scripts.experiment.results import first_selection, step_results
 from scripts.experiment.statistics import rank_interval
-from scripts.experiment.tables import step_results
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.common import target_modules
-from tive.selection.files import find_summary, read_selection
 from tive.util.device import device_of
 from tive.util.errors import UserError, run
 from tive.util.files import read_json, write_json
@@ -85,8 +83,7 @@ def main() -> None:
     if arguments.records < 4:
         raise UserError(f"--records {arguments.records} is too few for a correlation; give 4 or more")
     folder, mixture = arguments.folder, arguments.folder / VARIANT
-    chosen = Run("tive", P, 0, arguments.reference)
-    selection = read_selection(find_summary(mixture / "selected" / chosen.name, None))
+    selection = first_selection(folder, VARIANT, arguments.reference)
     influence = selection.column("influence")
     records = read_json(folder / "data" / f"{VARIANT}.json")
     held_out = read_json(folder / "data" / "held_out.json")

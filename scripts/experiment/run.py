@@ -29,10 +29,11 @@ from scripts.experiment.plan import (
     seeds,
     variants,
 )
-from scripts.experiment.tables import evaluation_of, read_result, step_results, write_results
+from scripts.experiment.results import evaluation_of, first_selection, read_result, step_results
+from scripts.experiment.tables import write_results
 from scripts.experiment.warm import served
 from tive.report.choice import choice_of
-from tive.selection.files import SUMMARY_END, find_summary, read_selection
+from tive.selection.files import SUMMARY_END, find_summary
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 
@@ -100,8 +101,7 @@ def select(paths: Paths, variant: str, run: Run) -> Path:
 @functools.cache
 def q_at_half(paths: Paths, variant: str, reference: int) -> float:
     """The q where the effective sample size of influence is half of the records."""
-    summary = find_summary(paths.folder / variant / "selected" / Run("tive", P, 0, reference).name, None)
-    choice = choice_of(read_selection(summary))
+    choice = choice_of(first_selection(paths.folder, variant, reference))
     q = None if choice is None else choice.q_where(0.5)
     if q is None:
         raise UserError(f"{variant}: no q halves the effective sample size with reference {reference}")
@@ -128,11 +128,10 @@ def check_influence(paths: Paths, plan: Plan, number: int) -> None:
 def experiment(paths: Paths, plan: Plan) -> None:
     """All of it, the parts that others wait for first."""
 
-    def wanted(noise: str, whole: bool, max_new_tokens: int) -> list[Callable[[], None]]:
+    def wanted(whole: bool, max_new_tokens: int) -> list[Callable[[], None]]:
         return [
             functools.partial(do, paths, plan, variant, run, max_new_tokens)
             for variant in variants(plan)
-            if variant.endswith(noise)
             for run in runs(plan, variant)
             if (ARMS[run.arm].whole == "epochs") == whole
         ]
@@ -146,7 +145,7 @@ def experiment(paths: Paths, plan: Plan) -> None:
     in_parallel(made, "References")
     base = read_result(paths.folder / "base_evaluation")
     tokens = plan.max_new_tokens if base_answers_tell(base) else 0
-    in_parallel(wanted("", True, tokens), "All records")
+    in_parallel(wanted(True, tokens), "All records")
     if tokens:
         whole = [
             read_result(evaluation_of(paths.folder, variant, run, True))
@@ -155,9 +154,8 @@ def experiment(paths: Paths, plan: Plan) -> None:
             if run.arm == "all_epochs"
         ]
         tokens = tokens if exact_answers_tell(base, whole) else 0
-        in_parallel(wanted("", True, tokens), "All records")
-    in_parallel(wanted("clean", False, tokens), "Arms, clean")
-    in_parallel(wanted("noisy", False, tokens), "Arms, noisy")
+        in_parallel(wanted(True, tokens), "All records")
+    in_parallel(wanted(False, tokens), "Arms")
     in_parallel(train_halves(paths, plan), "Random halves")
     in_parallel([functools.partial(check_influence, paths, plan, number) for number in range(plan.references)], "Steps")
     write_results(paths.folder, plan, tokens > 0)

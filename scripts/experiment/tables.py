@@ -25,8 +25,9 @@ from scripts.experiment.plan import (
     seeds,
     variants,
 )
+from scripts.experiment.results import evaluation_of, read_result, step_results
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
-from tive.evaluation.results import ModelResult, read_evaluation
+from tive.evaluation.results import ModelResult
 from tive.util.files import read_json, whole_file, write_json
 from tive.util.text import print_table
 
@@ -42,16 +43,6 @@ class Answer:
     p: float
     level: float
     cells: dict[str, Difference]
-
-
-def evaluation_of(folder: Path, variant: str, run: Run, answered: bool) -> Path:
-    """The folder of a run's held-out losses, with or without generated answers."""
-    return folder / variant / ("answered" if answered else "evaluated") / run.name
-
-
-def read_result(save_path: Path) -> ModelResult:
-    """The one model of an evaluation."""
-    return read_evaluation(save_path).models[0]
 
 
 def value(measured: Measured, arm: str, reference: int, seed: int, measure: str = "mean", share: float = P) -> float:
@@ -135,11 +126,6 @@ def task_rows(results: Mapping[Run, ModelResult], base: ModelResult) -> list[tup
         losses = [[task.loss for task in result.tasks] for result in own]
         rows.append((arm, *(f"{mean:.3f}" for mean in np.mean(np.asarray(losses, np.float64), 0))))
     return rows
-
-
-def step_results(folder: Path, reference: int) -> Path:
-    """What `influence_check.py` writes."""
-    return folder / "steps" / str(reference) / "influence_check.json"
 
 
 def step_rows(folder: Path, plan: Plan) -> list[tuple[str, ...]]:

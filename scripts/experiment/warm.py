@@ -1,6 +1,6 @@
 """A Python that has loaded torch, transformers and LLaVA once: what it is asked to run, it runs in a fork of itself.
 
-Half of a training of the experiment would be imports. `served(folder)` gives a program that stands in for Python:
+Half of a training of the experiment would be imports. `served()` gives a program that stands in for Python:
 `PROGRAM script.py ARGUMENT...` runs the script as Python would, with the caller's folder, environment and output, and
 ends with its exit code. The commands of the project are run through it, none is changed.
 """
