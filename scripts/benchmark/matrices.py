@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector
 from tive.models.common import target_modules
-from tive.util.ranks import rank_correlation
 
 from .cases import Case
 
@@ -60,8 +60,7 @@ def influences(features: np.ndarray, tasks: np.ndarray) -> np.ndarray:
 
 def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's rank correlation; 1 where there is no order to keep."""
-    found = rank_correlation(first, second)
-    return 1.0 if found is None else found
+    return float(spearmanr(first, second).statistic) if np.ptp(first) and np.ptp(second) else 1.0
 
 
 def rank_correlation_within(first: np.ndarray, second: np.ndarray, tasks: np.ndarray) -> float:

@@ -8,19 +8,20 @@ halves. The two losses of a half, set against each other, say how much of the lo
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from scripts.experiment.commands import Paths, evaluate, train
 from scripts.experiment.plan import Plan
 from scripts.experiment.results import first_selection, read_result
 from scripts.experiment.statistics import difference
 from tive.util.files import read_json, write_json
-from tive.util.ranks import rank_correlation
 
 VARIANT = "varied_clean"
 ORDERS = (0, 1)
@@ -82,10 +83,9 @@ def scores(folder: Path, plan: Plan, reference: int) -> list[Score]:
     for index, task in enumerate(task.name for task in results[0][0].tasks):
         sums = [sum(influence[row] for row in half if names[row] == task) for half in halves]
         own = losses[:, :, index]
-        predicted = rank_correlation(np.asarray(sums, np.float64), -own.mean(1))
-        repeated = rank_correlation(own[:, 0], own[:, 1])
-        if predicted is not None and repeated is not None:
-            found.append(Score(task, predicted, repeated))
+        score = Score(task, float(spearmanr(sums, -own.mean(1)).statistic), float(spearmanr(*own.T).statistic))
+        if not math.isnan(score.predicted + score.repeated):
+            found.append(score)
     return found
 
 

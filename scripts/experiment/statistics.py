@@ -7,40 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from tive.util.ranks import rank_correlation
+from scipy import stats
 
 LEVEL = 0.05
 # An interval within this part of the gap between random and all records is no difference.
 NEGLIGIBLE = 0.1
-
-
-def t_probability(t: float, freedom: int) -> float:
-    """P(|T| <= t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    if freedom % 2:
-        term, total = math.cos(angle), 0.0
-        for k in range(3, freedom + 1, 2):
-            total += term
-            term *= square * (k - 1) / k
-        return 2 / math.pi * (angle + sine * total)
-    term = total = 1.0
-    for k in range(2, freedom, 2):
-        term *= square * (k - 1) / k
-        total += term
-    return sine * total
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = probability."""
-    low, high = 0.0, 1.0
-    while t_probability(high, freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, freedom) < probability else (low, middle)
-    return high
 
 
 @dataclass(frozen=True)
@@ -56,10 +27,10 @@ class Difference:
         """Two-sided."""
         if self.error == 0:
             return 1.0 if self.mean == 0 else 0.0
-        return 1 - t_probability(self.mean / self.error, self.freedom)
+        return float(2 * stats.t.sf(abs(self.mean / self.error), self.freedom))
 
     def half_width(self, level: float = LEVEL) -> float:
-        return t_quantile(1 - level, self.freedom) * self.error
+        return float(stats.t.ppf(1 - level / 2, self.freedom)) * self.error
 
 
 def difference(pairs: Sequence[float]) -> Difference:
@@ -103,8 +74,6 @@ def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) ->
 
 def rank_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Spearman's rank correlation of four or more pairs, and the ends of its 95% interval (Fisher's transformation)."""
-    correlation = rank_correlation(np.asarray(first, np.float64), np.asarray(second, np.float64))
-    if correlation is None:
-        return math.nan, math.nan, math.nan
+    correlation = float(stats.spearmanr(first, second).statistic)
     middle, width = math.atanh(min(max(correlation, -0.999999), 0.999999)), 1.96 / math.sqrt(len(first) - 3)
     return correlation, math.tanh(middle - width), math.tanh(middle + width)

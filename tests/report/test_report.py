@@ -27,7 +27,6 @@ from tests.helpers.feature_files import random_features, record, write_features
 from tive.evaluation.results import Evaluation, Match, ModelResult, TaskResult, write_evaluation
 from tive.report import plots, sections
 from tive.report.choice import Q_GRID, effective_sample_sizes
-from tive.util.ranks import rank_correlation
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -501,13 +500,6 @@ def test_losses_lengths_and_el2n_are_shown_where_they_are_known(copy: Path, plai
     assert "tokens is -1.00 within a task (median of the tasks, -1.00 to -1.00), and -1.00 between" in page.text
     for absent in ("Losses", "EL2N", "supervised tokens ·", "rank correlation"):
         assert absent not in plain.text
-
-
-def test_a_rank_correlation_shares_the_ranks_of_equal_values() -> None:
-    first, second = np.array([1.0, 2.0, 2.0, 5.0]), np.array([10.0, 30.0, 20.0, 40.0])
-    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
-    assert rank_correlation(first, second) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert rank_correlation(first, np.ones(4)) is None
 
 
 LESS_STEM = "Less_p_0.25_gradient-sgd_weights-2.0"

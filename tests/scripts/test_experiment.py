@@ -13,7 +13,7 @@ from scripts.experiment.data import make_data, with_wrong_answers
 from scripts.experiment.datamodel import half_of
 from scripts.experiment.measures import measures
 from scripts.experiment.plan import FULL, SMALL, Run, runs
-from scripts.experiment.statistics import difference, holm_levels, t_probability, t_quantile, verdict
+from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
 from tive.evaluation.results import Match, ModelResult, TaskResult
 
 
@@ -23,8 +23,9 @@ from tive.evaluation.results import Match, ModelResult, TaskResult
     [(1, 0.95, 12.7062), (2, 0.95, 4.3027), (7, 0.95, 2.3646), (7, 0.99, 3.4995), (30, 0.95, 2.0423)],
 )
 def test_quantiles_are_those_of_students_table(freedom, probability, t):
-    assert t_quantile(probability, freedom) == pytest.approx(t, abs=1e-4)
-    assert t_probability(t, freedom) == pytest.approx(probability, abs=1e-5)
+    cell = Difference(t, 1.0, freedom)
+    assert cell.half_width(1 - probability) == pytest.approx(t, abs=1e-4)
+    assert cell.p == pytest.approx(1 - probability, abs=1e-5)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():

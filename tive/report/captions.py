@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
+from scipy.stats import spearmanr
 
 from tive.report.blocks import name, sentences
 from tive.report.choice import Choice
@@ -13,7 +14,6 @@ from tive.report.numbers import percent, plural, short
 from tive.report.plots import Part
 from tive.selection.files import Selection
 from tive.selection.options import BUDGET_COLUMNS
-from tive.util.ranks import rank_correlation
 
 
 def mixture(selection: Selection) -> Markup:
@@ -77,9 +77,9 @@ def lengths(selection: Selection) -> str:
         rows = rows[known[rows]]
         if len(rows):
             means.append((norms[rows].mean(), tokens[rows].mean()))
-            within.append(rank_correlation(norms[rows], tokens[rows]))
-    inside = [value for value in within if value is not None]
-    between = rank_correlation(*np.array(means).T) if len(means) > 2 else None
+            within.append((norms[rows], tokens[rows]))
+    inside = [float(spearmanr(*pair).statistic) for pair in within if all(map(np.ptp, pair))]
+    between = float(spearmanr(*np.array(means).T).statistic) if len(means) > 2 else None
     if not inside:
         return ""
     middle, lowest, highest = (f"{value:.2f}" for value in (np.median(inside), min(inside), max(inside)))

@@ -1,15 +1,23 @@
-"""Mistakes that a user can make end in one clear line and exit code 2, never in a traceback.
+"""How a script ends: a mistake that a user can make is one clear line and exit code 2, never a traceback.
 
 Exit codes of every script: 0 done, 2 something that the user can put right (also argparse's), 128 + N stopped by
-signal N (130 for Ctrl-C). A terminal that is closed or full changes none of them.
+signal N (130 for Ctrl-C). A terminal that is closed, full or not UTF-8 changes none of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import re
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
-from tive.util.terminal import one_line, safe_terminal
+from tive.util.text import shown
+
+# The longest line that is shown whole, in characters: longer ones are data that got into a message.
+LINE_LIMIT = 2000
 
 
 class UserError(Exception):
@@ -18,21 +26,72 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` becomes one line on standard error and exit code 2."""
-    with safe_terminal():
-        try:
-            main()
-        except UserError as error:
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
-            sys.exit(2)
-        except ModuleNotFoundError as error:
-            if (error.name or "tive").startswith("tive"):
-                raise
-            print(
-                f"error: {sys.executable} has no {error.name}; `bash scripts/setup.sh` makes an environment that has, "
-                "and `source .venv/bin/activate` takes it (docs/install.md)",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            sys.exit(130)
+    _occupy_standard_descriptors()
+    sys.stdout, sys.stderr = _terminal(sys.stdout, 1), _terminal(sys.stderr, 2)
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "tive").startswith("tive"):
+            raise
+        _fail(
+            f"{sys.executable} has no {error.name}; `bash scripts/setup.sh` makes an environment that has, "
+            "and `source .venv/bin/activate` takes it (docs/install.md)"
+        )
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    message = message.replace("\r", "\\r").replace("\n", "\\n")
+    print(f"error: {harmless(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def harmless(text: str) -> str:
+    """`text` with characters that act on a terminal written as escapes, and no part of a line above `LINE_LIMIT`.
+
+    Line ends and tabs stay, and so does a carriage return at the start, with which progress bars draw.
+    """
+    parts = re.split("(^\r|[\n\t])", text)
+    return "".join(part if index % 2 else shown(part, LINE_LIMIT) for index, part in enumerate(parts))
+
+
+class _Terminal(io.TextIOWrapper):
+    """Standard output or error: text is `harmless`, letters that the encoding lacks are escapes."""
+
+    def write(self, text: str) -> int:
+        super().write(harmless(text))
+        return len(text)
+
+
+class _Lasting(io.FileIO):
+    """A descriptor whose reader may go and whose disk may fill: what cannot be written is dropped."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:
+                return written
+        return memoryview(data).nbytes
+
+
+def _terminal(stream: TextIO | None, descriptor: int) -> TextIO:
+    """A stream that cannot end the program. What stands in for the terminal already (a test's) is left as it is."""
+    if stream is not (sys.__stdout__ if descriptor == 1 else sys.__stderr__):
+        return stream  # type: ignore[return-value]  # not None: that is what a closed terminal is
+    if stream is not None:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    encoding = "utf-8" if stream is None else stream.encoding
+    file = io.BufferedWriter(_Lasting(descriptor, "w", closefd=False))
+    lines = descriptor == 2 or os.isatty(descriptor)
+    return _Terminal(file, encoding=encoding, errors="backslashreplace", line_buffering=lines, write_through=lines)
+
+
+def _occupy_standard_descriptors() -> None:
+    """A file that is opened next must not get the number of a closed terminal (`>&-`), and what is written to it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)

@@ -14,15 +14,18 @@ def shown(text: str, limit: int) -> str:
     What Python's `repr` escapes (control characters, line breaks, halves of surrogate pairs, marks that turn the
     direction of writing) is escaped here too. A longer text loses its middle, so that a message keeps its remedy.
     """
-    if len(text) > limit:
-        tail = limit // 4
-        text = text[: limit - tail - 3] + "..." + text[len(text) - tail :]
+    text = _without_middle(text, limit)
     if text.isprintable():
         return text
-    escaped = "".join(
+    escaped = (
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
-    return escaped if len(escaped) <= limit else escaped[: max(limit - 3, 0)] + "..."
+    return _without_middle("".join(escaped), limit)
+
+
+def _without_middle(text: str, limit: int) -> str:
+    tail = limit // 4
+    return text if len(text) <= limit else text[: limit - tail - 3] + "..." + text[len(text) - tail :]
 
 
 def shown_value(value: Any, limit: int = 40) -> str:
