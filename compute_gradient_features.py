@@ -117,8 +117,9 @@ def main() -> None:
     # (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.data.checked import read_data
     from tive.data.images import open_image
+    from tive.data.records import open_records
+    from tive.data.scan import scan_records
     from tive.features.lock import compute_open_chunks
     from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
     from tive.gradient_pass.launch import place_of
@@ -144,7 +145,7 @@ def main() -> None:
     family.check_files(files)
     form = (arguments.adam_form or "adam") if arguments.gradient == "adam" else None
     gradient = gradient_kind(arguments.model_path, form, arguments.optimizer_state)
-    data = read_data(arguments.input_file, family.record_problem)
+    scan = scan_records(open_records(arguments.input_file), family.record_problem)
     model = family.identity(files)
 
     inputs = {name: given[name] for name in ("model_path", "model_base")}
@@ -161,13 +162,13 @@ def main() -> None:
     load = cache(partial(load_step, family, files, device, settings, gradient, arguments.projector))
 
     def compute(chunk_idx: int) -> None:
-        this_run = run_of(data.records, place.num_chunks, chunk_idx, model, gradient, settings)
+        this_run = run_of(scan.records, place.num_chunks, chunk_idx, model, gradient, settings)
         name = f"chunk {chunk_idx} of {place.num_chunks} ({place.source})"
-        print(f"{name}: {len(this_run.rows)} of {len(data.records)} records, from record {this_run.start} on")
+        print(f"{name}: {len(this_run.rows)} of {len(scan.records)} records, from record {this_run.start} on")
         if arguments.dry_run:
-            estimate_chunk(arguments.dry_run, data, this_run, options, load)
+            estimate_chunk(arguments.dry_run, scan, this_run, options, load)
         else:
-            compute_chunk(name, data, this_run, options, load)
+            compute_chunk(name, scan, this_run, options, load)
 
     if place.chunk_idx is not None or arguments.dry_run:
         compute(place.chunk_idx or 0)

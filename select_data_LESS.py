@@ -57,6 +57,9 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
 
+    from tive.data.conversations import form_problem
+    from tive.data.records import open_records
+    from tive.data.scan import scan_records
     from tive.features.read_ahead import read_ahead
     from tive.features.spans import spans_of
     from tive.method.influence import products
@@ -64,7 +67,7 @@ def main() -> None:
     from tive.selection import target as less
     from tive.selection.checkpoints import described, open_checkpoints, weights_of
     from tive.selection.files import Scores, check_writable, files_of, write_selection
-    from tive.selection.mixture import read_mixture
+    from tive.selection.mixture import mixture_of
     from tive.selection.printed import bar
     from tive.selection.printed_target import print_target_choice, print_warnings
     from tive.selection.summary import inputs_of, summary_of
@@ -74,8 +77,11 @@ def main() -> None:
     check_writable(arguments.save_path)
     files = files_of(arguments.save_path, less.less_stem(options, arguments.task_key), arguments.data_path)
     read_ahead(*arguments.train)  # while the records are parsed
-    mixture = read_mixture(arguments.data_path, arguments.task_key)
-    target = read_mixture(arguments.target_data, arguments.task_key)
+    scans = [
+        scan_records(open_records(path), form_problem, arguments.task_key)
+        for path in (arguments.data_path, arguments.target_data)
+    ]
+    mixture, target = map(mixture_of, scans)
     checkpoints = open_checkpoints(arguments.train, arguments.target, mixture.records, target.records, options.gradient)
     checkpoint_weights = weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints)
@@ -96,7 +102,7 @@ def main() -> None:
     columns |= {f"score_{name}": scores[:, number] for number, name in enumerate(target.task_names)}
     details = {
         "target_data": str(target.records.path),
-        "target_sha256": target.records.sha256,
+        "target_sha256": target.records.fingerprint,
         "checkpoints": described(checkpoints, checkpoint_weights),
         "subtasks": [asdict(subtask) for subtask in subtasks],
         "target_left_out": [{"row": row, "reason": reason} for row, reason in sorted(target_left_out.items())],

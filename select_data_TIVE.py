@@ -56,6 +56,9 @@ def main() -> None:
     arguments = parse_arguments()
     options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive.data.conversations import form_problem
+    from tive.data.records import open_records
+    from tive.data.scan import scan_records
     from tive.features.chunks import open_chunks
     from tive.features.read_ahead import read_ahead
     from tive.features.spans import spans_of
@@ -70,7 +73,7 @@ def main() -> None:
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
     read_ahead(arguments.gradient_path)  # while the records are parsed
-    mixture = read.read_mixture(arguments.data_path, arguments.task_key)
+    mixture = read.mixture_of(scan_records(open_records(arguments.data_path), form_problem, arguments.task_key))
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.refuse_adam(chunks)
     options = replace(options, exclude_tasks=read.excluded_tasks(options.exclude_tasks, mixture.task_names))

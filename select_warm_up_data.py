@@ -43,20 +43,23 @@ def main() -> None:
     import numpy as np
 
     from tive.data.bad_records import listing_beside
-    from tive.data.records import write_records
-    from tive.data.tasks import read_tasks, rows_by_task
+    from tive.data.conversations import form_problem
+    from tive.data.records import open_records, write_records
+    from tive.data.scan import refuse_problems, scan_records
+    from tive.data.tasks import rows_by_task
     from tive.method.value import draw, equal_shares, rounded_down
     from tive.util.text import print_table
 
     target = Path(arguments.target_path)
-    data = read_tasks(arguments.source_path, arguments.task_key, listing_beside(target))
-    records = data.records
+    records = open_records(arguments.source_path)
+    scan = scan_records(records, form_problem, arguments.task_key)
+    refuse_problems(scan, arguments.task_key, listing_beside(target))
     total = rounded_down(arguments.sample_ratio * len(records))
     if total == 0:
         raise UserError(
             f"--sample_ratio {arguments.sample_ratio} of {len(records)} records is less than one record; raise it"
         )
-    groups = rows_by_task(data.tasks)
+    groups = rows_by_task(scan.tasks)
     sizes = [len(rows) for rows in groups.values()]
     shares = dict(zip(groups, equal_shares(sizes, total, arguments.seed), strict=True))
     drawn = [rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, task)] for task, rows in groups.items()]
@@ -75,8 +78,10 @@ def main() -> None:
             f"{without:,} of {len(groups):,} tasks give nothing: the sample has fewer records than there are tasks; "
             "raise --sample_ratio, or merge small tasks"
         )
-    if data.tags_alone:
-        print(f"{data.tags_alone:,} records have <image> in their text and no image: it is trained on as plain text")
+    if scan.tags_alone:
+        print(
+            f"{len(scan.tags_alone):,} records have <image> in their text and no image: it is trained on as plain text"
+        )
     print(f"written: {target}")
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tive.data.bad_records import check_listed, listed_records
-from tive.data.formats import FORMS, count_tags, from_llava, to_llava
-from tive.data.records import name_of, with_remedy
-from tive.data.stream import stream_records, write_raw
+from tive.data.conversations import FORMS, count_tags, from_llava, to_llava, with_remedy
+from tive.data.records import name_of, open_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed
@@ -75,7 +74,8 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             dropped is not there, or is another one.
     """
     to_drop = listed_records(arguments.drop)
-    for row, (_, raw, record) in enumerate(stream_records(arguments.source_path)):
+    records = open_records(arguments.source_path)
+    for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
         if row in to_drop:
             check_listed(name_of(arguments.source_path, row, record), to_drop.pop(row), record)
             found.dropped += 1

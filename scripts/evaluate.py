@@ -72,8 +72,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.data.checked import check_chunk, read_data
-    from tive.evaluation.held_out import read_held_out
+    from tive.data.bad_records import count_and_first
+    from tive.data.records import open_records
+    from tive.data.scan import check_chunk, scan_records
     from tive.evaluation.partial import partial_results
     from tive.evaluation.printed import print_evaluation
     from tive.evaluation.results import (
@@ -105,7 +106,7 @@ def main() -> None:
         skip_bad=arguments.on_bad_record == "skip",
     )
 
-    held_out = read_held_out(arguments.input_file, arguments.task_key)
+    data = open_records(arguments.input_file)
 
     def result_of(name: str, path: str, base: str | None = None) -> ModelResult:
         files = ModelFiles(
@@ -119,12 +120,12 @@ def main() -> None:
         family = family_of(files)
         family.check_files(files)
         match = Match(
-            data_sha256=held_out.records.sha256,
-            data_records=len(held_out.records),
+            data_sha256=data.fingerprint,
+            data_records=len(data),
             model=family.identity(files),
             dtype=str(dtype).removeprefix("torch."),
             max_new_tokens=options.max_new_tokens,
-            task_key=held_out.task_key,
+            task_key=arguments.task_key,
         )
         target, begun = arguments.save_path / f"model_{name}.json", time.perf_counter()
         if target.exists() and not arguments.overwrite:
@@ -133,15 +134,20 @@ def main() -> None:
                 raise UserError(f"{target} has {differs}; take another name for the model, or --overwrite")
             print(f"{name}: {target} is there")
             return found
-        data = read_data(arguments.input_file, family.record_problem)
-        checked = check_chunk(data, range(len(data.records)), options.image_folder)
+        scan = scan_records(data, family.record_problem, arguments.task_key)
+        checked = check_chunk(scan, range(len(data)), options.image_folder)
+        if checked.reasons and not options.skip_bad:
+            raise UserError(
+                f"{count_and_first(data, checked.reasons)}; repair them, name the key that holds the task (task_key), "
+                "or leave such records out (on_bad_record skip)"
+            )
         unfinished = arguments.save_path / f".model_{name}.unfinished"
         with partial_results(unfinished, match) as partial:
             print(f"{name}: {path}")
             reference = family.load(files, device, dtype)
-            records = evaluate(family, reference, held_out, checked, options, partial)
+            records = evaluate(family, reference, scan, checked, options, partial)
             report_left_out(name, records)
-            tasks = task_results(held_out.tasks, records)
+            tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
             result = ModelResult(
                 name, path, base, match, device_name(device), seconds, tasks, records, family.versions()

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from tive.data.bad_records import listing_beside, refuse_bad_records
 from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
-from tive.data.media import IMAGE_KEYS
-from tive.data.records import image_of, name_of, open_records
-from tive.data.stream import is_json_lines, stream_records, write_raw
+from tive.data.media import IMAGE_KEYS, image_of
+from tive.data.records import Records, name_of, open_records, write_raw
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
@@ -82,7 +81,7 @@ def check(arguments: argparse.Namespace, rules: Rules) -> None:
         raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
 
 
-def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Iterator[bytes]:
+def labelled(arguments: argparse.Namespace, records: Records, rules: Rules, found: Found) -> Iterator[bytes]:
     """Yield the raw text of every record with its task, counting on the way.
 
     Raises:
@@ -90,7 +89,7 @@ def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Itera
             match no rule and there is no default.
     """
     key = arguments.task_key
-    for row, (_, raw, record) in enumerate(stream_records(arguments.source_path)):
+    for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
         problem = shape_problem(record)
         if problem:
             found.problems[row] = problem
@@ -118,10 +117,8 @@ def labelled(arguments: argparse.Namespace, rules: Rules, found: Found) -> Itera
         yield (replace_key if key in record else add_key)(raw, key, task)
     listing = listing_beside(arguments.target_path)
     if found.problems:
-        refuse_bad_records(open_records(arguments.source_path), found.problems, listing)
+        refuse_bad_records(records, found.problems, listing)
     listing.unlink(missing_ok=True)
-    if not found.tasks:
-        raise UserError(f"{arguments.source_path} holds no records; name a data file with at least one")
     if found.unmatched and arguments.default is None:
         show(rules, found, arguments.split_llava)
         raise UserError(
@@ -162,8 +159,8 @@ def main() -> None:
     rules = read_rules(arguments.rules)
     check(arguments, rules)
     found = Found()
-    lines = is_json_lines(arguments.source_path)
-    write_raw(arguments.target_path, labelled(arguments, rules, found), lines)
+    records = open_records(arguments.source_path)
+    write_raw(arguments.target_path, labelled(arguments, records, rules, found), records.is_lines)
     show(rules, found, arguments.split_llava)
     print(f"Wrote {arguments.target_path}.")
 

@@ -44,30 +44,33 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.formats import images_of
-    from tive.data.records import write_records
-    from tive.data.tasks import read_tasks, rows_by_task
+    from tive.data.conversations import form_problem
+    from tive.data.records import open_records, write_records
+    from tive.data.scan import refuse_problems, scan_records
+    from tive.data.tasks import rows_by_task
     from tive.method.value import draw
     from tive.util.text import listed, print_table
 
     target: Path = arguments.target_path
-    data = read_tasks(arguments.source_path, arguments.task_key, target.with_name(f"{target.name}_bad_records.json"))
-    groups = rows_by_task(data.tasks)
+    records = open_records(arguments.source_path)
+    scan = scan_records(records, form_problem, arguments.task_key)
+    refuse_problems(scan, arguments.task_key, target.with_name(f"{target.name}_bad_records.json"))
+    groups = rows_by_task(scan.tasks)
     small = [task for task, rows in groups.items() if len(rows) <= arguments.per_task]
     if small:
         raise UserError(
             f"{len(small):,} tasks have no more than --per_task {arguments.per_task} records and would keep none "
             f"({listed(small)}); lower it, or merge them with scripts/label_tasks.py"
         )
-    held_out = np.zeros(len(data.records), bool)
+    held_out = np.zeros(len(records), bool)
     for task, rows in groups.items():
         # Another draw than those of the steps, which the same seed would otherwise follow.
         held_out[rows[draw(np.zeros(len(rows)), 0.0, arguments.per_task, arguments.seed, f"held out of {task}")]] = True
 
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        write_records(unfinished / "held_out.json", data.records, np.flatnonzero(held_out))
-        write_records(unfinished / "train.json", data.records, np.flatnonzero(~held_out))
+        write_records(unfinished / "held_out.json", records, np.flatnonzero(held_out))
+        write_records(unfinished / "train.json", records, np.flatnonzero(~held_out))
         os.rename(unfinished, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; name another folder") from error
@@ -77,8 +80,8 @@ def main() -> None:
     rows_of_table = [(task, f"{len(rows):,}", f"{arguments.per_task:,}") for task, rows in groups.items()]
     total = (f"{len(held_out):,}", f"{int(held_out.sum()):,}")
     print_table([("task", "records", "held out"), *rows_of_table, ("total", *total)])
-    seen = {image for row in np.flatnonzero(~held_out) for image in images_of(data.records[row])}
-    shared = sum(not seen.isdisjoint(images_of(data.records[row])) for row in np.flatnonzero(held_out))
+    seen = {image for row in np.flatnonzero(~held_out) for image in scan.images[row]}
+    shared = sum(not seen.isdisjoint(scan.images[row]) for row in np.flatnonzero(held_out))
     if shared:
         print(f"{shared:,} held-out records have an image that records of train.json have too")
     print(f"written: {target}/held_out.json, {target}/train.json")

@@ -37,7 +37,7 @@ GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_tok
 def make_tokenizer(data: Path, folder: Path) -> int:
     """Train a byte-pair tokenizer on the text of `data`; returns the size of its vocabulary."""
     texts = [TEMPLATE] * 20
-    open_records(data, lambda _, record: texts.extend(turn["value"] for turn in record["conversations"]))
+    texts += [turn["value"] for record in open_records(data) for turn in record["conversations"]]
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),

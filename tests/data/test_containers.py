@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.records import JSON_VALUES, record_with, write
 from tive.data.containers import container_of
-from tive.data.stream import is_json_lines, stream_records
+from tive.data.records import open_records
 from tive.util.errors import UserError
 
 RECORDS = [record_with(("human", f"é {number}?"), ("gpt", "A."), dataset="a") for number in range(3)]
@@ -29,7 +29,7 @@ BY_KEY = {f"r{number}": record for number, record in enumerate(RECORDS)}
 
 
 def read(path):
-    return [record for _, _, record in stream_records(path)]
+    return list(open_records(path))
 
 
 def tar(content: bytes) -> bytes:
@@ -105,24 +105,22 @@ SAID = {
 @pytest.mark.parametrize(("content", "kind", "remedy"), SAID.values(), ids=SAID)
 def test_what_needs_more_than_a_command_is_named_with_the_remedy(tmp_path, content, kind, remedy):
     path = write(tmp_path / "a.json", content)
-    for reader in (read, is_json_lines):
-        with pytest.raises(UserError) as caught:
-            reader(path)
-        assert str(caught.value).startswith(str(path))
-        assert kind in str(caught.value) and remedy in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(str(path))
+    assert kind in str(caught.value) and remedy in str(caught.value)
 
 
-@pytest.mark.parametrize("reader", [read, is_json_lines])
-def test_a_pipe_is_refused_as_a_pipe_and_not_read(tmp_path, reader):
+def test_a_pipe_is_refused_as_a_pipe_and_not_read(tmp_path):
     reading, writing = os.pipe()
     try:
         with pytest.raises(UserError, match=r"is a pipe or a device.*to a file first"):
-            reader(f"/dev/fd/{reading}")
+            read(f"/dev/fd/{reading}")
     finally:
         os.close(reading)
         os.close(writing)
     os.mkfifo(tmp_path / "a.json")
-    thread = threading.Thread(target=lambda: pytest.raises(UserError, reader, tmp_path / "a.json"), daemon=True)
+    thread = threading.Thread(target=lambda: pytest.raises(UserError, read, tmp_path / "a.json"), daemon=True)
     thread.start()
     thread.join(10)
     assert not thread.is_alive(), "waits for a writer"

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.records import MEDIA
-from tive.data.formats import FORMS, count_tags, from_llava, to_llava
+from tive.data.conversations import FORMS, count_tags, from_llava, problem_of, to_llava
 from tive.data.media import media_of
-from tive.data.records import problem_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
+from tive.data.conversations import form_problem, problem_of
 from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
-from tive.data.records import problem_of
-from tive.data.tasks import read_tasks
+from tive.data.records import open_records
+from tive.data.scan import scan_records
 from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -382,7 +383,7 @@ def test_a_mixture_in_proportion_is_labelled_byte_for_byte_and_counted(tmp_path)
     assert [json.loads(line.rstrip(",")) for line in written.splitlines()[1:-1]] == [
         {**content, "dataset": task} for task, content in made
     ]
-    assert read_tasks(tmp_path / "b.json").tasks == [task for task, _ in made]
+    assert scan_records(open_records(tmp_path / "b.json"), form_problem, "dataset").tasks == [task for task, _ in made]
     rows = {line.split()[0]: line.split()[1:3] for line in done.stdout.splitlines()[1:12]}
     assert rows == {
         **{task: [f"{count // 1000}", f"{count:,}"] for task, count in COUNTS.items()},

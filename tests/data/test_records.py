@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.records import GOOD_TURNS, JSON_VALUES, NEAR_RECORDS, RECORDS, record_with, write
-from tive.data.records import (
-    chunk_range,
-    image_of,
-    name_of,
-    open_records,
-    problem_of,
-    with_remedy,
-    write_records,
-)
-from tive.data.stream import stream_records, write_raw
-from tive.data.tasks import read_tasks
+from tive.data.conversations import form_problem, problem_of, with_remedy
+from tive.data.media import image_of
+from tive.data.records import chunk_range, name_of, open_records, write_raw, write_records
+from tive.data.scan import refuse_problems, scan_records
 from tive.util.errors import UserError
 
 
@@ -42,8 +35,8 @@ def test_a_record_nested_as_deep_as_the_reader_takes_still_has_a_short_name_and_
     deep = "[" * depth + "]" * depth
     path = write(tmp_path / "a.json", f'[{{"id": {deep}, "conversations": [{{"from": {deep}, "value": "x"}}]}}]')
     with pytest.raises(UserError, match="unknown role") as caught:
-        read_tasks(path)
-    assert len(str(caught.value)) < 400
+        refuse_problems(scan_records(open_records(path), form_problem, "dataset"), "dataset", tmp_path / "bad.json")
+    assert len(str(caught.value)) < 800
 
 
 # Checking
@@ -149,9 +142,12 @@ def test_json_lines_keep_one_record_a_line_however_it_was_laid_out(tmp_path):
 
 
 def test_nothing_is_written_when_the_records_break_off(tmp_path):
-    path = write(tmp_path / "a.json", b'[{"id": 1}, {"id":')
+    def breaks_off():
+        yield b'{"id": 1}'
+        raise UserError("the disk is gone")
+
     target = write(tmp_path / "b.json", b"what was there")
-    with pytest.raises(UserError, match="breaks off"):
-        write_raw(target, (raw for _, raw, _ in stream_records(path)))
+    with pytest.raises(UserError, match="gone"):
+        write_raw(target, breaks_off())
     assert target.read_bytes() == b"what was there"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["b.json"]

@@ -184,7 +184,7 @@ def write_other(folder: Path, data: Path) -> Files:
         Scores([str(row) for row in range(count)], ["all"] * count, numbers, times, {3: "features are zero"}),
         summary_of(
             {"p": 0.2, "within": "mean"},
-            Inputs(str(data), records.sha256, count, "features"),
+            Inputs(str(data), records.fingerprint, count, "features"),
             [],
             [task],
             [LeftOut(3, "features are zero")],

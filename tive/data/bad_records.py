@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tive.data.formats import images_of
-from tive.data.records import RecordFile, name_of
+from tive.data.conversations import images_of
+from tive.data.records import Records, name_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
 from tive.util.text import shown, shown_value
@@ -52,7 +52,7 @@ def _writable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def refuse_bad_records(records: RecordFile, reasons: dict[int, str], listing: Path) -> None:
+def refuse_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> None:
     """Stop where records cannot be used; a list of an earlier call goes where all can.
 
     Args:
@@ -71,7 +71,7 @@ def refuse_bad_records(records: RecordFile, reasons: dict[int, str], listing: Pa
     )
 
 
-def count_and_first(records: RecordFile, reasons: dict[int, str]) -> str:
+def count_and_first(records: Records, reasons: dict[int, str]) -> str:
     """How many records cannot be used, and which is the first."""
     row = min(reasons)
     first = name_of(records.path, row, records[row]).removeprefix(f"{records.path}: ")
@@ -82,7 +82,7 @@ def count_and_first(records: RecordFile, reasons: dict[int, str]) -> str:
 
 
 def report_bad_records(
-    records: RecordFile, reasons: dict[int, str], total: int, listing: Path, what: str = "records"
+    records: Records, reasons: dict[int, str], total: int, listing: Path, what: str = "records"
 ) -> None:
     """Print how many of `total` records cannot be used, why, and the first ten; write all of them to `listing`.
 
@@ -103,7 +103,7 @@ def report_bad_records(
         print(f"  record {entry['row']} (id {shown_value(entry['id'])}): {shown(entry['reason'], 160)}{image}")
 
 
-def list_bad_records(records: RecordFile, reasons: dict[int, str], listing: Path) -> list[dict[str, Any]]:
+def list_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> list[dict[str, Any]]:
     """Write down, by row, the records that cannot be used, as `listed_records` reads them.
 
     Raises:

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from tive.data.media import IMAGE_TAG, media_of
-from tive.data.records import OTHER_ROLE_NAMES, image_of, unknown_role
+from tive.data.conversations import OTHER_ROLE_NAMES, unknown_role
+from tive.data.media import IMAGE_TAG, image_of, media_of
 from tive.data.tasks import value_at
 from tive.util.errors import UserError
 from tive.util.text import shown
@@ -67,8 +67,7 @@ class Rules:
 def shape_problem(record: Any) -> str | None:
     """What keeps the rules from reading a record; None when nothing does.
 
-    Less is asked than for training (`tive.data.records.problem_of`): a mixture can be labelled before its bad records
-    are dealt with.
+    Less is asked than for training (`problem_of`): a mixture can be labelled before its bad records are dealt with.
     """
     if not isinstance(record, dict):
         return "is not an object"

@@ -107,6 +107,12 @@ def plain_path(image: str) -> str:
     return os.path.normpath(image)
 
 
+def image_of(record: dict[str, Any]) -> str | None:
+    """The path of the record's (first) image below the image folder, or None. The record is one without a problem."""
+    images = media_of(record).images
+    return plain_path(images[0]) if images else None
+
+
 def has_tag_alone(record: dict[str, Any]) -> bool:
     """Whether a record without media has the image's tag in a turn, where it is read as plain text."""
     media = media_of(record)

@@ -1,155 +1,268 @@
-"""Read, check, chunk and write instruction records.
+"""The records of a data file: how many, each by its row, the file's fingerprint, and some of them written again.
 
-A data file is a JSON list of records, or JSON Lines. It is read as a stream: a record stays on disk, and what
-is kept in memory is where it lies, so 665K records cost megabytes and are written again byte for byte.
+A data file is a JSON list of records, or JSON Lines. A record stays on disk, and memory holds where it lies: 665,298
+records cost megabytes, and those that are selected are written byte for byte as they came. msgspec finds and parses the
+records; Python's own reader takes a second look at what msgspec refuses: it reads what msgspec does not (NaN, half of a
+surrogate pair, 1e999), and it tells what is wrong with the rest.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
+from tqdm import tqdm
 
-from tive.data.media import IMAGE_TAG, media_of, plain_path
-from tive.data.stream import append_raw, parse_record, stream_records
+from tive.data.containers import open_data_file
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 from tive.util.text import shown_value
 
-ROLES = ("human", "gpt")
-# What other trainers call LLaVA's roles.
-OTHER_ROLE_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt"}
+MAX_RECORD_BYTES = 64 << 20
+_BLOCK = 4 << 20
+_SPACE = re.compile(rb"[ \t\n\r]*")
+_GAP = re.compile(rb"[ \t\n\r]*,?[ \t\n\r]*")
+
+_parse_strictly = msgspec.json.Decoder().decode
+_parse_leniently = json.JSONDecoder().raw_decode
+_split_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_split_lines = msgspec.json.Decoder(msgspec.Raw).decode_lines
+# All that msgspec raises; a UnicodeDecodeError is a ValueError.
+_REFUSED = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
-class RecordFile:
-    """Where each record of a data file lies. `offsets` and `lengths` are int64 `[n]`, in bytes."""
+class Records:
+    """A data file.
+
+    Attributes:
+        fingerprint: SHA-256 of the file.
+        starts, lengths: where each record lies, int64 `[n]`, in bytes.
+        is_lines: the file is JSON Lines.
+    """
 
     path: Path
-    sha256: str
-    offsets: np.ndarray
+    fingerprint: str
+    starts: np.ndarray
     lengths: np.ndarray
+    is_lines: bool
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.starts)
 
     def raw(self, row: int) -> bytes:
         """The record's text as it stands in the file."""
         with open(self.path, "rb") as file:
-            return os.pread(file.fileno(), int(self.lengths[row]), int(self.offsets[row]))
+            return os.pread(file.fileno(), int(self.lengths[row]), int(self.starts[row]))
 
     def __getitem__(self, row: int) -> Any:
-        return parse_record(self.raw(row))
+        return self._parsed(row, self.raw(row))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Every record in turn, read once from front to back."""
+        texts = tqdm(self.texts(), f"Reading {self.path.name}", len(self), unit=" records", delay=2)
+        return (self._parsed(row, text) for row, text in enumerate(texts))
+
+    def texts(self) -> Iterator[memoryview]:
+        """The text of every record in turn, as it stands in the file."""
+        with open_data_file(self.path) as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+            yield content[start : start + length]
+
+    def _parsed(self, row: int, raw: bytes | memoryview) -> Any:
+        try:
+            return parse_record(raw)
+        except RecursionError as error:
+            raise _damaged(self.path, "a record is nested too deeply", row, int(self.starts[row])) from error
+        except ValueError as error:
+            raise _damaged(self.path, f"not JSON: {error}", row, int(self.starts[row])) from error
 
 
-def open_records(path: str | os.PathLike[str], visit: Callable[[int, Any], None] | None = None) -> RecordFile:
-    """Find every record of a data file in one pass, calling `visit(row, record)` for each on the way.
+def parse_record(raw: bytes | memoryview) -> Any:
+    """The value of a record's text.
 
     Raises:
-        UserError: as `stream_records`, or the file holds no record.
+        ValueError, RecursionError: it is not JSON, or is nested too deeply.
     """
-    offsets, lengths, digest = [], [], hashlib.sha256()
-    for row, (offset, raw, record) in enumerate(stream_records(path, digest)):
-        offsets.append(offset)
-        lengths.append(len(raw))
-        if visit is not None:
-            visit(row, record)
-    if not offsets:
+    try:
+        return _parse_strictly(raw)
+    except _REFUSED:
+        return json.loads(bytes(raw))
+
+
+def open_records(path: str | os.PathLike[str]) -> Records:
+    """Find every record of a data file.
+
+    Raises:
+        UserError: the file is not there, is neither a JSON list nor JSON Lines (what it is instead, and the command
+            that turns it into records, where that can be told), breaks off, or holds no record or one above 64 MiB.
+    """
+    path = Path(path)
+    with open_data_file(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise UserError(f"{path}: the file is empty; download it again")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    position = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
+    position = _after(_SPACE, content, position)
+    first = content[position : position + 1]
+    if first == b"":
+        raise UserError(f"{path}: the file is empty; download it again")
+    if first not in (b"[", b"{"):
+        raise UserError(f"{path}: neither a JSON list of records nor JSON Lines; name a data file, or convert this one")
+    is_lines = first == b"{"
+    fingerprint, is_text = _read_through(content)
+    places = _places(content, position, is_lines) if is_text else None
+    if places is None:
+        places = _places_slowly(path, content, position, is_lines)
+    if not len(places):
         raise UserError(f"{path} holds no records; name a data file with at least one")
-    return RecordFile(Path(path), digest.hexdigest(), np.array(offsets, np.int64), np.array(lengths, np.int64))
+    starts, lengths = np.ascontiguousarray(places.T)
+    if lengths.max() > MAX_RECORD_BYTES:
+        row = int(np.argmax(lengths > MAX_RECORD_BYTES))
+        raise _damaged(path, f"one record above {MAX_RECORD_BYTES >> 20} MiB", row, int(starts[row]))
+    return Records(path, fingerprint, starts, lengths, is_lines)
 
 
-def write_records(path: str | os.PathLike[str], records: RecordFile, rows: Iterable[int]) -> None:
+def _damaged(path: Path, what: str, row: int, position: int) -> UserError:
+    return UserError(f"{path}: {what} (record {row}, byte {position}); repair or download the file again")
+
+
+def _after(pattern: re.Pattern[bytes], content: mmap.mmap, position: int) -> int:
+    return pattern.match(content, position).end()  # type: ignore[union-attr]  # the patterns match nothing too
+
+
+def _read_through(content: mmap.mmap) -> tuple[str, bool]:
+    """The SHA-256 of a file, and whether it is UTF-8."""
+    digest, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
+    view = memoryview(content)
+    for start in range(0, len(view), _BLOCK):
+        block = view[start : start + _BLOCK]
+        digest.update(block)
+        try:
+            if is_text:
+                decoder.decode(block, start + _BLOCK >= len(view))
+        except UnicodeDecodeError:
+            is_text = False
+    return digest.hexdigest(), is_text
+
+
+def _places(content: mmap.mmap, position: int, is_lines: bool) -> np.ndarray | None:
+    """Start and length of each record, int64 `[n, 2]`; None where msgspec refuses the file."""
+    try:
+        raws = (_split_lines if is_lines else _split_list)(memoryview(content)[position:])
+    except _REFUSED:
+        return None
+    lengths = np.fromiter((len(memoryview(raw)) for raw in raws), np.int64, len(raws))
+    starts = np.empty_like(lengths)
+    position += not is_lines
+    for row, length in enumerate(lengths.tolist()):
+        starts[row] = position = _after(_GAP, content, position)
+        position += length
+    return np.stack([starts, lengths], axis=1)
+
+
+def _places_slowly(path: Path, content: mmap.mmap, position: int, is_lines: bool) -> np.ndarray:
+    """`_places` by Python's reader.
+
+    Raises:
+        UserError: what is wrong with the file, and where.
+    """
+    places: list[tuple[int, int]] = []
+    is_closed, size = False, 0
+    position = _after(_SPACE, content, position + (not is_lines))
+    if not is_lines and content[position : position + 1] == b"]":
+        position, is_closed = _after(_SPACE, content, position + 1), True
+    while position < len(content) if is_lines else not is_closed:
+        size = _length_slowly(path, content, position, len(places), max(4096, 2 * size))
+        places.append((position, size))
+        position = _after(_SPACE, content, position + size)
+        if not is_lines:
+            mark = content[position : position + 1]
+            if mark not in (b",", b"]"):
+                what = "not JSON: a comma or the closing bracket is missing, or the file breaks off"
+                raise _damaged(path, what, len(places), position)
+            position, is_closed = _after(_SPACE, content, position + 1), mark == b"]"
+    if position < len(content):
+        raise _damaged(path, "text stands after the end of the list", len(places), position)
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _length_slowly(path: Path, content: mmap.mmap, position: int, row: int, size: int) -> int:
+    """The bytes of the record that begins at `position`, looked for in a piece of `size` bytes, then in longer ones."""
+    reason = "it does not end"
+    while True:
+        is_last = position + size >= len(content)
+        try:
+            text = codecs.utf_8_decode(content[position : position + size], "strict", is_last)[0]
+            end = _parse_leniently(text)[1]
+            # A number or a word at the end of the piece may go on.
+            if end < len(text) or is_last:
+                return len(text[:end].encode())
+        except RecursionError as error:
+            raise _damaged(path, "a record is nested too deeply", row, position) from error
+        except UnicodeDecodeError as error:
+            what = f"not UTF-8 text ({error.reason}; iconv turns another encoding into it)"
+            raise _damaged(path, what, row, position) from error
+        except ValueError as error:
+            reason = getattr(error, "msg", str(error))
+            if is_last:
+                raise _damaged(path, f"not JSON: {reason}, or the file breaks off", row, position) from error
+        if size > MAX_RECORD_BYTES:
+            what = f"not JSON: {reason}, or one record above {MAX_RECORD_BYTES >> 20} MiB"
+            raise _damaged(path, what, row, position)
+        size *= 2
+
+
+def write_records(path: str | os.PathLike[str], records: Records, rows: Iterable[int]) -> None:
     """Write the records of `rows`, in that order, as a JSON list; each byte for byte as it came."""
     with whole_file(path) as file:
         copy_records(file, records, rows)
 
 
-def copy_records(file: BinaryIO, records: RecordFile, rows: Iterable[int]) -> None:
+def copy_records(file: BinaryIO, records: Records, rows: Iterable[int]) -> None:
     """`write_records` into an open file."""
     with open(records.path, "rb") as source:
         descriptor = source.fileno()
-        append_raw(file, (os.pread(descriptor, int(records.lengths[row]), int(records.offsets[row])) for row in rows))
+        append_raw(file, (os.pread(descriptor, int(records.lengths[row]), int(records.starts[row])) for row in rows))
 
 
-def problem_of(record: Any) -> str | None:
-    """What keeps LLaVA from training on a record, in the words that follow its name; None when nothing does.
-
-    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a leading
-    `gpt` turn is allowed: it is dropped with what it holds), one image at most and no other medium, and the image's
-    tag in one turn at most. A problem with a remedy of its own names it after a semicolon.
-    """
-    if not isinstance(record, dict):
-        return "is not an object"
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return "has no `conversations`" if turns is None else "has `conversations` that are not a list of turns"
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return f"has a turn {index} without a text `value`"
-        role, text = turn.get("from"), turn["value"]
-        if role not in ROLES:
-            return unknown_role(role, index)
-        if not text.isascii() and not is_unicode(text):
-            return f"has text in turn {index} that is not valid Unicode"
-    first = 1 if turns[0]["from"] == "gpt" else 0
-    if first == len(turns):
-        return "has no human turn"
-    tagged = 0
-    for index, turn in enumerate(turns[first:]):
-        if turn["from"] != ROLES[index % 2]:
-            return f"has two {turn['from']} turns in a row (turn {index + first})"
-        tagged += IMAGE_TAG in turn["value"]
-    media = media_of(record)
-    if media.problem:
-        return media.problem
-    if len(media.images) > 1:
-        return f"has {len(media.images)} images, and one is supported"
-    if "image" in record and not media.images:
-        return "has an `image` that is neither a path nor a list of one path; remove the key where there is no image"
-    if media.images and tagged > 1:
-        return f"has {IMAGE_TAG} in {tagged} turns and one image"
-    return None
+def write_raw(path: str | os.PathLike[str], texts: Iterable[bytes], lines: bool = False) -> None:
+    """Write the text of records as a JSON list, or as JSON Lines; whole or not at all."""
+    with whole_file(path) as file:
+        append_raw(file, texts, lines)
 
 
-def unknown_role(role: Any, index: int) -> str:
-    """The problem of a record whose turn `index` has a role that LLaVA does not know."""
-    problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
-    if isinstance(role, str) and role in OTHER_ROLE_NAMES:
-        return problem + "; convert the data with scripts/convert_data.py (to llava)"
-    return problem
-
-
-def with_remedy(problem: str) -> str:
-    """A problem with what to do about it, where it does not say so itself."""
-    return problem if ";" in problem else f"{problem}; repair or remove it"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def append_raw(file: BinaryIO, texts: Iterable[bytes], lines: bool = False) -> None:
+    """`write_raw` into an open file."""
+    empty = True
+    for text in texts:
+        if lines:
+            # JSON strings hold no bare line break: those that stand here are white space between tokens.
+            file.write(text.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
+        else:
+            file.write(b"[\n" if empty else b",\n")
+            file.write(text)
+        empty = False
+    if not lines:
+        file.write(b"[]\n" if empty else b"\n]\n")
 
 
 def name_of(path: str | os.PathLike[str], row: int, record: Any) -> str:
     """How an error names a record: file, row, and the id where there is one."""
     identity = record.get("id") if isinstance(record, dict) else None
     return f"{path}: record {row}" + (f" (id {shown_value(identity)})" if identity is not None else "")
-
-
-def image_of(record: dict[str, Any]) -> str | None:
-    """The path of the record's (first) image below the image folder, or None. The record is one without a problem."""
-    images = media_of(record).images
-    return plain_path(images[0]) if images else None
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tive.data.bad_records import count_and_first, refuse_bad_records
-from tive.data.formats import form_problem
-from tive.data.media import IMAGE_KEYS, has_tag_alone
-from tive.data.records import RecordFile, image_of, is_unicode, open_records
+from tive.data.conversations import is_unicode
+from tive.data.media import IMAGE_KEYS, image_of
 from tive.util.errors import UserError
-
-
-@dataclass(frozen=True)
-class TaskFile:
-    """A data file, the task of each of its records `[n]`, and how many have the image's tag but no image."""
-
-    records: RecordFile
-    tasks: list[str]
-    tags_alone: int
 
 
 def value_at(record: dict[str, Any], key: str) -> Any:
@@ -75,45 +62,7 @@ def no_task(task_key: str) -> str:
     return f"names no task under `{task_key}`"
 
 
-def read_tasks(path: str | os.PathLike[str], task_key: str = "dataset", listing: Path | None = None) -> TaskFile:
-    """Read a data file whose every record can be trained on and names its task.
-
-    Args:
-        listing: where the bad records are listed, all of them; one of an earlier call is removed. None: not listed.
-
-    Raises:
-        UserError: as `open_records`, or records have a problem or name no task; their counts and the first ten are
-            printed.
-    """
-    tasks: list[str] = []
-    problems: dict[int, str] = {}
-    tags_alone = 0
-
-    def visit(row: int, record: Any) -> None:
-        nonlocal tags_alone
-        problem = form_problem(record)
-        task, without_task = (None, "") if problem else task_or_problem(record, task_key)
-        if task is None:
-            problems[row] = problem or without_task
-            return
-        tasks.append(task)
-        tags_alone += has_tag_alone(record)
-
-    records = open_records(path, visit)
-    unlabelled = sum(problem == no_task(task_key) for problem in problems.values())
-    if unlabelled == len(records):
-        raise UserError(
-            f"{path}: no record names a task under `{task_key}`; add it with `python scripts/label_tasks.py "
-            f"--source_path {path} --target_path labelled.json`, or name another key as task_key"
-        )
-    if listing is not None:
-        refuse_bad_records(records, problems, listing)
-    elif problems:
-        raise UserError(f"{count_and_first(records, problems)}; repair or remove them")
-    return TaskFile(records, tasks, tags_alone)
-
-
-def rows_by_task(tasks: list[str]) -> dict[str, np.ndarray]:
+def rows_by_task(tasks: Sequence[str]) -> dict[str, np.ndarray]:
     """The rows of every task, ascending; the tasks in order of their first record."""
     codes_by_name = {name: code for code, name in enumerate(dict.fromkeys(tasks))}
     codes = np.fromiter((codes_by_name[name] for name in tasks), np.int64, len(tasks))

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from tive.data.checked import Checked
+from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
-from tive.evaluation.held_out import HeldOut
 from tive.evaluation.partial import Partial
 from tive.evaluation.results import RecordResult
 from tive.models import NOT_FINITE, UNSUPERVISED, Encoded, Family, Reference
@@ -35,7 +34,7 @@ class Options:
 
 
 def evaluate(
-    family: Family, reference: Reference, held_out: HeldOut, checked: Checked, options: Options, partial: Partial
+    family: Family, reference: Reference, scan: Scan, checked: Checked, options: Options, partial: Partial
 ) -> list[RecordResult]:
     """The results of all records, by row; those of each window are on disk when it is done.
 
@@ -43,16 +42,16 @@ def evaluate(
         UserError: a record cannot be used and is not to be skipped, or a batch of one does not fit in memory.
     """
     results = list(partial.done)
-    rows = range(len(results), len(held_out.records))
+    rows = range(len(results), len(scan.records))
     windows = [list(rows[start : start + options.window]) for start in range(0, len(rows), options.window)]
     usable = [[row for row in window if row not in checked.reasons] for window in windows]
-    dataset = EncodedRecords(family, reference.processor, held_out.records, options.image_folder)
-    bar = tqdm(total=len(held_out.records), initial=len(results), desc="Evaluating", unit=" records")
+    dataset = EncodedRecords(family, reference.processor, scan.records, options.image_folder)
+    bar = tqdm(total=len(scan.records), initial=len(results), desc="Evaluating", unit=" records")
     limits = options.limits
     with bar, encoded_windows(dataset, usable, options.num_workers) as encoded_ahead:
         for window in windows:
             encoded = next(encoded_ahead)
-            found, limits = _window(family, reference, held_out, checked, options, encoded, window, limits, bar.update)
+            found, limits = _window(family, reference, scan, checked, options, encoded, window, limits, bar.update)
             partial.add(found)
             results += found
     return results
@@ -61,7 +60,7 @@ def evaluate(
 def _window(
     family: Family,
     reference: Reference,
-    held_out: HeldOut,
+    scan: Scan,
     checked: Checked,
     options: Options,
     encoded: dict[int, Encoded | str],
@@ -76,7 +75,7 @@ def _window(
     for row, reason in sorted(reasons.items()):
         if not options.skip_bad and reason not in UNSUPERVISED:
             raise UserError(
-                f"{held_out.records.path}: record {row}: {shown(reason, 160)}; repair it, or leave such records out "
+                f"{scan.records.path}: record {row}: {shown(reason, 160)}; repair it, or leave such records out "
                 "(on_bad_record skip); the run continues where it stopped"
             )
 
@@ -106,7 +105,7 @@ def _window(
         if row in reasons:
             results.append(RecordResult(row, left_out=reasons[row]))
             continue
-        not_asked = max(0, held_out.answers[row] - answers[row]) if options.max_new_tokens else 0
+        not_asked = max(0, scan.answers[row] - answers[row]) if options.max_new_tokens else 0
         results.append(RecordResult(row, computed.results[row], answers[row], exact[row], not_asked))
     return results, texts.limits
 

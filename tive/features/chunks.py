@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tive.data.records import RecordFile
+from tive.data.records import Records
 from tive.features.manifest import COMMON_KEYS, DAMAGED, LeftOutRecord, Manifest, Match, RecordScores, read_manifest
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, read_json, whole_file, write_json
@@ -111,7 +111,7 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
 
 
-def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: int | None = None) -> list[Chunk]:
+def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int | None = None) -> list[Chunk]:
     """The chunks of a folder in order, memory-mapped, verified to cover `records` once and to belong together.
 
     Args:
@@ -147,7 +147,7 @@ def open_chunks(folder: str | os.PathLike[str], records: RecordFile, chunk_num: 
     return chunks
 
 
-def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> dict[int, Manifest]:
+def _read_manifests(folder: Path, found: list[int], records: Records) -> dict[int, Manifest]:
     """The manifest of each chunk; they agree in every common key, and with the data file."""
     unfinished = [number for number in found if not (folder / f"manifest_{number}.json").is_file()]
     if unfinished:
@@ -164,10 +164,10 @@ def _read_manifests(folder: Path, found: list[int], records: RecordFile) -> dict
             differing = "; ".join(f"{_chunks(numbers)} {shown(repr(value), 24)}" for value, numbers in values.items())
             raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
     first = manifests[found[0]].match
-    if (first.data_sha256, first.data_records) != (records.sha256, len(records)):
+    if (first.data_sha256, first.data_records) != (records.fingerprint, len(records)):
         raise UserError(
             f"{folder} holds features of another data file (SHA-256 {first.data_sha256[:12]}…, "
-            f"{first.data_records} records) than {records.path} (SHA-256 {records.sha256[:12]}…, {len(records)} "
+            f"{first.data_records} records) than {records.path} (SHA-256 {records.fingerprint[:12]}…, {len(records)} "
             "records); name the file that the gradients were taken of, or take them again"
         )
     return manifests
@@ -263,7 +263,7 @@ def _check_tensor(path: Path, tensor: Any, dimensions: int, types: tuple[torch.d
         raise UserError(f"{path} holds {tensor.dtype} numbers, not {types[0]} or {types[-1]}; {DAMAGED}")
 
 
-def _check_cover(folder: Path, chunks: list[Chunk], records: RecordFile) -> None:
+def _check_cover(folder: Path, chunks: list[Chunk], records: Records) -> None:
     dimensions: dict[int, list[int]] = {}
     for number, chunk in enumerate(chunks):
         for block in chunk.blocks:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tive.data.checked import Checked, DataFile, check_chunk, check_image_folder
+from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
 from tive.features.lock import hold_chunk, is_complete, refuse_other_runs
 from tive.features.manifest import Run
 from tive.features.progress import Progress, remove_progress
@@ -41,7 +41,7 @@ class PassOptions:
     inputs: Mapping[str, object]
 
 
-def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, load: Callable[[], GradientStep]) -> None:
+def compute_chunk(name: str, scan: Scan, run: Run, options: PassOptions, load: Callable[[], GradientStep]) -> None:
     """Compute a chunk, or go on with it; nothing is done where it is complete.
 
     Args:
@@ -55,7 +55,7 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
         SystemExit: a signal stopped it; what is done is on disk.
     """
     folder = options.folder
-    check_image_folder(data, run.rows, options.image_folder)  # before anything is written
+    check_image_folder(scan, run.rows, options.image_folder)  # before anything is written
     with hold_chunk(folder, run.chunk_idx):
         if not options.overwrite:
             if is_complete(folder, run, options.projector):
@@ -63,7 +63,7 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
                 print(f"{name} is complete in {folder}")
                 return
             refuse_other_runs(folder, run)
-        checked = check_chunk(data, run.rows, options.image_folder, options.read_image)
+        checked = check_chunk(scan, run.rows, options.image_folder, options.read_image)
         check_disk(folder, run.chunk_idx, 2 * len(run.rows) * run.proj_dim)
         report_bad_records(checked, folder, run.chunk_idx, not options.tolerance.bad)
 
@@ -88,15 +88,13 @@ def compute_chunk(name: str, data: DataFile, run: Run, options: PassOptions, loa
         finish_chunk(name, folder, run, outcome, progress, step, options.inputs)
 
 
-def estimate_chunk(
-    records: int, data: DataFile, run: Run, options: PassOptions, load: Callable[[], GradientStep]
-) -> None:
+def estimate_chunk(records: int, scan: Scan, run: Run, options: PassOptions, load: Callable[[], GradientStep]) -> None:
     """Compute `records` of a chunk's records, say what the whole costs, and write no features.
 
     Raises:
         UserError: its records are bad, or none can be computed.
     """
-    checked = check_chunk(data, run.rows, options.image_folder, options.read_image)
+    checked = check_chunk(scan, run.rows, options.image_folder, options.read_image)
     report_bad_records(checked, options.folder, run.chunk_idx, not options.tolerance.bad)
     step = load()
     dry_run(records, checked, _encoded(step, checked, options), step, _limits(run), options.folder)

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tive.data.checked import Checked
+from tive.data.scan import Checked
 from tive.gradient_pass.batches import GradientStep, compute_batch, compute_records
 from tive.gradient_pass.run import padding_efficiency, peak_memory
 from tive.models import Encoded

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tive.data import bad_records
-from tive.data.checked import Checked
 from tive.data.media import IMAGE_TAG
+from tive.data.scan import Checked
 from tive.features.manifest import LeftOutRecord
 from tive.features.progress import progress_folder
 from tive.util.errors import UserError

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tive.data.checked import Checked
+from tive.data.scan import Checked
 from tive.features.chunks import write_chunk
 from tive.features.manifest import LeftOutRecord, RecordScores, Run
 from tive.features.progress import Progress, WindowState, remove_progress

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tive.data.records import RecordFile, chunk_range
+from tive.data.records import Records, chunk_range
 from tive.features.manifest import Run
 from tive.gradient_pass.batches import GradientStep
 from tive.gradient_pass.optimizer import GradientKind, transform_of
@@ -34,7 +34,7 @@ class Settings:
 
 
 def run_of(
-    records: RecordFile, num_chunks: int, chunk_idx: int, model: str, gradient: GradientKind, settings: Settings
+    records: Records, num_chunks: int, chunk_idx: int, model: str, gradient: GradientKind, settings: Settings
 ) -> Run:
     """The run that chunk `chunk_idx` of `num_chunks` is of, as far as it is known before the model is loaded.
 
@@ -43,7 +43,7 @@ def run_of(
     """
     rows = chunk_range(len(records), num_chunks, chunk_idx)
     return Run(
-        data_sha256=records.sha256,
+        data_sha256=records.fingerprint,
         data_records=len(records),
         num_chunks=num_chunks,
         chunk_idx=chunk_idx,

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tive.data.conversations import problem_of
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.records import image_of, problem_of
+from tive.data.media import image_of
 from tive.models import Answer, Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import copy_into, load_adapter, read_tensors
 from tive.models.bunny_encoding import IMAGE_ID, encode_text, pixels_of, splice

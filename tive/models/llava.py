@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tive.data.conversations import problem_of
 from tive.data.images import BadImage, find_image, open_image, resize_padded
-from tive.data.records import image_of, problem_of
+from tive.data.media import image_of
 from tive.models import Answer, Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.common import IGNORE, library_versions, losses_at_supervised, refuse_options
 from tive.models.generation import generate_ids, supervised_runs

@@ -17,7 +17,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tive.data.media import media_of
-from tive.data.records import RecordFile, name_of
+from tive.data.records import Records, name_of
 from tive.models import Encoded, Family, LeftOut
 from tive.util.errors import UserError
 
@@ -27,7 +27,7 @@ _NOTHING = -1
 class EncodedRecords(Dataset):
     """Row of the data file -> row and encoded record, or the reason why there is none, or the lack of memory for it."""
 
-    def __init__(self, family: Family, processor: Any, records: RecordFile, image_folder: str) -> None:
+    def __init__(self, family: Family, processor: Any, records: Records, image_folder: str) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
 

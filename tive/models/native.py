@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tive.data.records import IMAGE_TAG
+from tive.data.media import IMAGE_TAG
 from tive.models import Encoded, Hints, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import adapter_file, read_tensors
 from tive.models.common import (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tive.data.formats import to_llava
+from tive.data.conversations import to_llava
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
 from tive.models import Answer, Encoded, LeftOut, ModelFiles

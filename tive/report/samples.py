@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.data.formats import form_problem, to_llava
+from tive.data.conversations import form_problem, to_llava
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.records import RecordFile, image_of, open_records
+from tive.data.media import image_of
+from tive.data.records import Records, open_records
 from tive.report.numbers import plural
 from tive.selection.files import Selection
 from tive.util.errors import UserError
@@ -72,7 +73,7 @@ def ends(selection: Selection, name: str, about: str, column: str, rows: np.ndar
     return Ends(name, about, column, rows[::-1][: min(count, len(rows) - least)], rows[:least])
 
 
-def open_checked(selection: Selection, data_path: str | None) -> RecordFile:
+def open_checked(selection: Selection, data_path: str | None) -> Records:
     """The data file the selection was made from.
 
     Args:
@@ -87,12 +88,12 @@ def open_checked(selection: Selection, data_path: str | None) -> RecordFile:
         records = open_records(path)
     except ValueError as error:
         raise UserError(f"{path!r} is no file name ({error}); name the data file (data_path)") from error
-    if records.sha256 != inputs.data_sha256 or len(records) != len(selection.ids):
+    if records.fingerprint != inputs.data_sha256 or len(records) != len(selection.ids):
         raise UserError(f"{records.path} is not the file the selection was made from (SHA-256); name it (data_path)")
     return records
 
 
-def read_samples(records: RecordFile, rows: Iterable[int], image_folder: str | None) -> dict[int, Sample]:
+def read_samples(records: Records, rows: Iterable[int], image_folder: str | None) -> dict[int, Sample]:
     """What the page shows of the records of `rows`."""
     samples, thumbnails = {}, {}
     for row in tqdm(sorted(rows), desc="Reading sample records", unit=" records", delay=2):

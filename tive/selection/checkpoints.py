@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.records import RecordFile
+from tive.data.records import Records
 from tive.features.chunks import Chunk, open_chunks
 from tive.features.manifest import Match
 from tive.method.target import checkpoint_weights, mean_rates_since
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 def open_checkpoints(
-    train: Sequence[str], target: Sequence[str], records: RecordFile, target_records: RecordFile, gradient: str
+    train: Sequence[str], target: Sequence[str], records: Records, target_records: Records, gradient: str
 ) -> list[Checkpoint]:
     """The features of every checkpoint, verified to be of one space by pairs.
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from tive.data.records import RecordFile, copy_records
+from tive.data.records import Records, copy_records
 from tive.selection.options import Options
 from tive.selection.summary import Subset, Summary, Task, encode_summary, read_summary
 from tive.util.errors import UserError
@@ -150,7 +150,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"cannot write {folder}: {nearest}: {error.strerror}; name another folder") from error
 
 
-def write_selection(files: Files, records: RecordFile, scores: Scores, summary: Callable[[Subset], Summary]) -> None:
+def write_selection(files: Files, records: Records, scores: Scores, summary: Callable[[Subset], Summary]) -> None:
     """Write the three files; none takes its name before all are complete.
 
     The subset has the selected records in the data file's order, byte for byte.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from tive.data.bad_records import count_and_first, report_bad_records
-from tive.data.formats import form_problem
-from tive.data.records import RecordFile, open_records
-from tive.data.tasks import rows_by_task, task_or_problem
+from tive.data.records import Records
+from tive.data.scan import Scan
+from tive.data.tasks import rows_by_task
 from tive.features.chunks import Chunk
 from tive.selection.choice import NO_TASK
 from tive.selection.summary import LeftOut
@@ -41,7 +41,7 @@ class Mixture:
         problems: what is wrong with records, by row.
     """
 
-    records: RecordFile
+    records: Records
     ids: list[str]
     task_names: list[str]
     task: np.ndarray
@@ -60,30 +60,14 @@ class Mixture:
         ]
 
 
-def read_mixture(path: str, task_key: str) -> Mixture:
-    """Read a data file. A record that the gradient step may have left out is no error yet.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    ids: list[str] = []
-    tasks: list[str] = []
-    problems: dict[int, str] = {}
-
-    def visit(row: int, record: Any) -> None:
-        task, without_task = task_or_problem(record, task_key) if isinstance(record, dict) else (None, "")
-        problem = form_problem(record) or without_task
-        if problem:
-            problems[row] = problem
-        tasks.append(task or NO_TASK)
-        ids.append(_text(record.get("id") if isinstance(record, dict) else None))
-
-    records = open_records(path, visit)
+def mixture_of(scan: Scan) -> Mixture:
+    """The data of a scan. A record that the gradient step may have left out is no error yet."""
+    tasks = [task or NO_TASK for task in scan.tasks]
     rows_of = rows_by_task(tasks)
     task_of_row = np.empty(len(tasks), np.int64)
     for index, rows in enumerate(rows_of.values()):
         task_of_row[rows] = index
-    return Mixture(records, ids, list(rows_of), task_of_row, problems)
+    return Mixture(scan.records, scan.ids, list(rows_of), task_of_row, scan.problems)
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from msgspec import Meta, Struct
 
-from tive.data.records import RecordFile
+from tive.data.records import Records
 from tive.features.chunks import Chunk
 from tive.features.manifest import COMMON_KEYS
 from tive.util.errors import UserError
@@ -102,12 +102,12 @@ class Summary(Struct, frozen=True):
     details: dict[str, Any] = {}
 
 
-def inputs_of(records: RecordFile, gradient_path: str | os.PathLike[str], chunks: Sequence[Chunk]) -> Inputs:
+def inputs_of(records: Records, gradient_path: str | os.PathLike[str], chunks: Sequence[Chunk]) -> Inputs:
     """The data file and the features that a selection was made from."""
     match = chunks[0].match
     return Inputs(
         data_path=os.path.abspath(records.path),
-        data_sha256=records.sha256,
+        data_sha256=records.fingerprint,
         data_records=len(records),
         gradient_path=os.path.abspath(gradient_path),
         image_folder=next((folder for chunk in chunks if (folder := chunk.manifest.get("image_folder"))), None),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tive.data.bad_records import refuse_bad_records
+from tive.data.conversations import problem_of
 from tive.data.images import look_for
-from tive.data.media import has_tag_alone, media_of
-from tive.data.records import open_records, problem_of
-from tive.data.stream import is_json_lines
+from tive.data.media import media_of
+from tive.data.records import open_records
+from tive.data.scan import scan_records
 from tive.util.errors import UserError
 from tive.util.text import shown
 
@@ -69,33 +71,22 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
         UserError: the file is not one that LLaVA reads, or records cannot be trained on: counts and the first ten are
             printed.
     """
-    if is_json_lines(path):
+    records = open_records(path)
+    if records.is_lines:
         raise UserError(
             f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with scripts/convert_data.py"
         )
-    problems: dict[int, str] = {}
-    images: dict[int, str] = {}
-    tags_alone = unanswered = 0
-
-    def visit(row: int, record: Any) -> None:
-        nonlocal tags_alone, unanswered
-        problem = training_problem_of(record, template)
-        if problem:
-            problems[row] = problem
-            return
-        if "image" in record:
-            images[row] = record["image"]
-        tags_alone += has_tag_alone(record)
-        unanswered += record["conversations"][-1]["from"] == "human"
-
-    records = open_records(path, visit)
+    scan = scan_records(records, partial(training_problem_of, template=template))
+    problems = scan.problems
+    images = {row: paths[0] for row, paths in enumerate(scan.images) if paths}
     if images and not (image_folder and os.path.isdir(image_folder)):
         raise UserError(
             f"{path} names {len(images):,} images, and the folder {image_folder} is not there; set IMAGE_FOLDER"
         )
     problems |= _missing_images(images, image_folder or "")
     refuse_bad_records(records, problems, listing)
-    return TrainingData(len(records), len(images), len(set(images.values())), tags_alone, unanswered)
+    files = len(set(images.values()))
+    return TrainingData(len(records), len(images), files, len(scan.tags_alone), len(scan.unanswered))
 
 
 def _missing_images(images: dict[int, str], folder: str) -> dict[int, str]:

@@ -18,9 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 from tive.data.media import IMAGE_TAG, media_of, plain_path
-from tive.data.records import OTHER_ROLE_NAMES, problem_of
 from tive.util.text import shown_value
 
+ROLES = ("human", "gpt")
+# What other trainers call LLaVA's roles.
+OTHER_ROLE_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt"}
 FORMS = ("llava", "sharegpt", "messages", "parts")
 # Every name of a role that is known, and LLaVA's; a system turn is no turn of LLaVA's.
 _ROLES = {"human": "human", "gpt": "gpt", "system": "system", **OTHER_ROLE_NAMES}
@@ -123,6 +125,19 @@ def images_of(record: dict[str, Any]) -> tuple[str, ...]:
     """
     # Only the parts of messages name images in a place of their own.
     return tuple(plain_path(image) for image in _images(to_llava(record) if "messages" in record else record))
+
+
+def answers_in(record: Any) -> int:
+    """How many turns of a record answer another one; 0 for what is no record."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    roles = [turn.get("from") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return sum(role in ("gpt", "assistant") for role in roles[1:])
+
+
+def is_unanswered(record: dict[str, Any]) -> bool:
+    """Whether a record without a problem ends with the user's turn."""
+    turns = record.get("conversations") or record["messages"]
+    return turns[-1].get("from", turns[-1].get("role")) in ("human", "user")
 
 
 def count_tags(record: dict[str, Any]) -> tuple[int, int]:
@@ -230,3 +245,65 @@ def _check_parts(turns: list[dict[str, Any]], has_image: bool) -> None:
         raise ValueError(f"has a text part with {IMAGE_TAG} in it, beside its image")
     if not has_image and any(part["type"] == "image" for part in parts):
         raise ValueError("has an image part, but no image")
+
+
+def problem_of(record: Any) -> str | None:
+    """What keeps LLaVA from training on a record, in the words that follow its name; None when nothing does.
+
+    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a leading
+    `gpt` turn is allowed: it is dropped with what it holds), one image at most and no other medium, and the image's
+    tag in one turn at most. A problem with a remedy of its own names it after a semicolon.
+    """
+    if not isinstance(record, dict):
+        return "is not an object"
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "has no `conversations`" if turns is None else "has `conversations` that are not a list of turns"
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return f"has a turn {index} without a text `value`"
+        role, text = turn.get("from"), turn["value"]
+        if role not in ROLES:
+            return unknown_role(role, index)
+        if not text.isascii() and not is_unicode(text):
+            return f"has text in turn {index} that is not valid Unicode"
+    first = 1 if turns[0]["from"] == "gpt" else 0
+    if first == len(turns):
+        return "has no human turn"
+    tagged = 0
+    for index, turn in enumerate(turns[first:]):
+        if turn["from"] != ROLES[index % 2]:
+            return f"has two {turn['from']} turns in a row (turn {index + first})"
+        tagged += IMAGE_TAG in turn["value"]
+    media = media_of(record)
+    if media.problem:
+        return media.problem
+    if len(media.images) > 1:
+        return f"has {len(media.images)} images, and one is supported"
+    if "image" in record and not media.images:
+        return "has an `image` that is neither a path nor a list of one path; remove the key where there is no image"
+    if media.images and tagged > 1:
+        return f"has {IMAGE_TAG} in {tagged} turns and one image"
+    return None
+
+
+def unknown_role(role: Any, index: int) -> str:
+    """The problem of a record whose turn `index` has a role that LLaVA does not know."""
+    problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
+    if isinstance(role, str) and role in OTHER_ROLE_NAMES:
+        return problem + "; convert the data with scripts/convert_data.py (to llava)"
+    return problem
+
+
+def with_remedy(problem: str) -> str:
+    """A problem with what to do about it, where it does not say so itself."""
+    return problem if ";" in problem else f"{problem}; repair or remove it"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

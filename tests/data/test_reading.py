@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.records import JSON_VALUES, NEAR_RECORDS, RECORDS, turn, write
-from tive.data import stream as json_stream
-from tive.data.records import open_records, write_records
-from tive.data.stream import parse_record, stream_records
-from tive.data.tasks import read_tasks
+from tive.data import records as reader
+from tive.data.conversations import form_problem
+from tive.data.records import open_records, parse_record, write_records
+from tive.data.scan import scan_records
 from tive.util.errors import UserError
 
 
 def read(path):
-    return [record for _, _, record in stream_records(path)]
+    return list(open_records(path))
+
+
+def texts_of(path):
+    """The text of each record, by its row and in one pass."""
+    records = open_records(path)
+    texts = [records.raw(row) for row in range(len(records))]
+    assert texts == [bytes(text) for text in records.texts()]
+    return texts
 
 
 # Reading
@@ -40,26 +49,21 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("read_bytes", [1, 2, 3, 7, 64, 4 << 20])
-def test_offsets_and_raw_bytes_are_those_of_the_file_wherever_a_read_ends(tmp_path, monkeypatch, layout, read_bytes):
-    monkeypatch.setattr(json_stream, "READ_BYTES", read_bytes)
+@pytest.mark.parametrize("last", [b"{}", b'{"n": NaN}', b'"\\ud800"', b"[1e999]"])
+def test_the_text_of_a_record_is_that_of_the_file_whichever_reader_reads_it(tmp_path, layout, last):
     texts = [
         '{"id": "caf\u00e9 \U0001f680"}'.encode(),
         b'{ "n" : 1.50e1 ,"dup":1, "dup":2}',
         b'{"s":"\\u00e9\\\\"}',
-        b"{}",
+        b'{"long": "%s"}' % (b"x" * 9000),
+        last,
     ]
     path = write(tmp_path / "a.json", layout % b" ,\n".join(texts))
-    content = path.read_bytes()
-    found = list(stream_records(path))
-    assert [raw for _, raw, _ in found] == texts
-    assert [content[offset : offset + len(raw)] for offset, raw, _ in found] == texts
-    records = open_records(path)
-    assert [records.raw(row) for row in range(len(records))] == texts
-    assert records[0] == {"id": "caf\u00e9 \U0001f680"}
+    assert texts_of(path) == texts
+    assert open_records(path)[0] == {"id": "caf\u00e9 \U0001f680"}
 
 
-def test_a_record_across_the_real_read_boundary_is_whole(tmp_path):
+def test_a_record_of_many_bytes_is_whole(tmp_path):
     long = {"id": "long", "conversations": [turn("human", "é" * (5 << 20)), turn("gpt", "end")]}
     path = write(tmp_path / "a.json", json.dumps([RECORDS[0], long, RECORDS[1]], ensure_ascii=True))
     assert read(path) == [RECORDS[0], long, RECORDS[1]]
@@ -102,26 +106,16 @@ def test_a_path_that_is_no_file_is_a_user_error(tmp_path, name):
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("end", [b'"}]', b""], ids=["whole", "never ends"])
-def test_a_record_above_the_limit_is_refused_before_the_file_is_read_through(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 1 << 10)
-    monkeypatch.setattr(json_stream, "READ_BYTES", 1 << 8)
+@pytest.mark.parametrize("end", [b'"}]', b'", "n": NaN}]', b""], ids=["whole", "for Python's reader", "never ends"])
+def test_a_record_above_the_limit_is_refused(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 1 << 10)
     path = write(tmp_path / "a.json", b'[{"id": 1}, {"id": "' + b"x" * (1 << 20) + end)
-    digest = CountingDigest()
-    with pytest.raises(UserError, match="one record above"):
-        list(stream_records(path, digest))
-    assert digest.count < 1 << 13
-
-
-class CountingDigest:
-    count = 0
-
-    def update(self, block):
-        self.count += len(block)
+    with pytest.raises(UserError, match="record 1"):
+        open_records(path)
 
 
 def test_the_limit_counts_bytes_not_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(reader, "MAX_RECORD_BYTES", 1000)
     assert len(read(write(tmp_path / "a.json", '[{"id": "' + "e" * 900 + '"}]'))) == 1
     with pytest.raises(UserError, match="one record above"):
         read(write(tmp_path / "b.json", '[{"id": "' + "é" * 900 + '"}]'))
@@ -156,21 +150,16 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    content=st.binary(max_size=400) | VALID_FILES | st.builds(mutated, VALID_FILES, EDITS),
-    read_bytes=st.integers(1, 50),
-)
-def test_whatever_the_bytes_are_reading_ends_in_records_or_one_line(folder, content, read_bytes):
+@given(content=st.binary(max_size=400) | VALID_FILES | st.builds(mutated, VALID_FILES, EDITS))
+def test_whatever_the_bytes_are_reading_ends_in_records_or_one_line(folder, content):
     path = write(folder / "a.json", content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "READ_BYTES", read_bytes)
-        try:
-            data = read_tasks(path)
-        except UserError as error:
-            assert str(error).startswith((str(path), f"cannot read {path}")), str(error)
-            assert "\n" not in str(error)
-        else:
-            assert len(data.records) == len(data.tasks) > 0
+    try:
+        scan = scan_records(open_records(path), form_problem, "dataset")
+    except UserError as error:
+        assert str(error).startswith((str(path), f"cannot read {path}")), str(error)
+        assert "\n" not in str(error)
+    else:
+        assert len(scan.records) == len(scan.tasks) == len(scan.ids) == len(scan.images) > 0
     assert [file.name for file in folder.iterdir()] == ["a.json"]
 
 
@@ -179,11 +168,10 @@ def test_whatever_the_bytes_are_reading_ends_in_records_or_one_line(folder, cont
 def test_records_that_json_can_hold_are_read_as_they_are_and_written_byte_for_byte(folder, records, lines):
     texts = [json.dumps(record) for record in records]
     path = write(folder / "a.json", "\n".join(texts) if lines else "[" + ",".join(texts) + "]")
-    found = open_records(path)
-    assert [found.raw(row).decode() for row in range(len(found))] == texts
+    assert [text.decode() for text in texts_of(path)] == texts
     target = folder / "b.json"
-    write_records(target, found, range(len(found)))
-    assert [raw.decode() for _, raw, _ in stream_records(target)] == texts
+    write_records(target, open_records(path), range(len(texts)))
+    assert [text.decode() for text in texts_of(target)] == texts
     target.unlink()
 
 
@@ -209,15 +197,11 @@ TEXTS = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(texts=TEXTS, gap=GAPS, read_bytes=st.integers(1, 200))
-def test_records_end_where_they_end_whatever_stands_within_them(folder, texts, gap, read_bytes):
+@given(texts=TEXTS, gap=GAPS)
+def test_records_end_where_they_end_whatever_stands_within_them(folder, texts, gap):
     path = write(folder / "a.json", f"[{gap.join(texts)}]" if "," in gap else gap.join(texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "READ_BYTES", read_bytes)
-        found = list(stream_records(path))
-    assert [raw.decode() for _, raw, _ in found] == texts
-    assert [repr(record) for _, _, record in found] == [repr(json.loads(text)) for text in texts]
-    assert [path.read_bytes()[offset : offset + len(raw)].decode() for offset, raw, _ in found] == texts
+    assert [text.decode() for text in texts_of(path)] == texts
+    assert [repr(record) for record in read(path)] == [repr(json.loads(text)) for text in texts]
 
 
 @settings(max_examples=200, deadline=None)
@@ -236,3 +220,20 @@ def test_a_record_is_what_json_makes_of_it(value):
 def test_a_number_or_text_that_only_python_reads_is_read(tmp_path):
     records = read(write(tmp_path / "a.json", '[{"n": NaN}, {"n": 1e999}, {"n": "\\ud800"}, {"n": -Infinity}]'))
     assert repr(records) == repr([{"n": float("nan")}, {"n": float("inf")}, {"n": "\ud800"}, {"n": float("-inf")}])
+
+
+def test_a_reader_travels_to_another_process_as_two_numbers_a_record(tmp_path):
+    path = write(tmp_path / "a.jsonl", "\n".join('{"id": "%s"}' % ("x" * 200) for _ in range(1000)))
+    sent = pickle.dumps(open_records(path))
+    assert len(sent) < 1000 * 16 + 1000
+    assert pickle.loads(sent)[999] == {"id": "x" * 200}
+
+
+def test_a_file_that_shrank_since_it_was_opened_is_said(tmp_path):
+    path = write(tmp_path / "a.json", '[{"id": 1}, {"id": 2}]')
+    records = open_records(path)
+    write(path, '[{"id": 1}]')
+    with pytest.raises(UserError, match="record 1"):
+        records[1]
+    with pytest.raises(UserError, match="record 1"):
+        list(records)

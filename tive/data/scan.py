@@ -1,0 +1,146 @@
+"""One pass through the records: id, task, images and problem of each; and whether a chunk's images are there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tive.data.bad_records import refuse_bad_records
+from tive.data.conversations import answers_in, images_of, is_unanswered
+from tive.data.images import look_for
+from tive.data.media import has_tag_alone
+from tive.data.records import Records
+from tive.data.tasks import no_task, task_or_problem
+from tive.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass through n records collects.
+
+    Attributes:
+        ids: `[n]`, as text that can be written; empty where a record has none.
+        tasks: `[n]`; empty where a record names none, or where no task was asked for.
+        images: `[n]`, the paths that each record names; none where it cannot be used.
+        answers: `[n]`, how many turns answer another one.
+        problems: row -> what keeps the record from being used.
+        tags_alone: rows whose text has the image's tag, and that name no image.
+        unanswered: rows that end with the user's turn.
+    """
+
+    records: Records
+    ids: list[str]
+    tasks: list[str]
+    images: list[tuple[str, ...]]
+    answers: list[int]
+    problems: dict[int, str]
+    tags_alone: list[int]
+    unanswered: list[int]
+
+
+def scan_records(records: Records, record_problem: Callable[[Any], str | None], task_key: str | None = None) -> Scan:
+    """Go through the records once.
+
+    Args:
+        record_problem: what keeps a record from being used, if anything does: `form_problem`, or a family's.
+        task_key: where a record names its task, as `task_of` takes it; a record that names none has a problem. None:
+            tasks are not asked for.
+    """
+    scan = Scan(records, [], [], [], [], {}, [], [])
+    names: dict[str, str] = {}
+    for row, record in enumerate(records):
+        is_object = isinstance(record, dict)
+        problem = record_problem(record)
+        task, without_task = task_or_problem(record, task_key) if task_key and is_object else (None, "")
+        problem = problem or without_task
+        images = () if problem else images_of(record)
+        if problem:
+            scan.problems[row] = problem
+        else:
+            if not images and has_tag_alone(record):
+                scan.tags_alone.append(row)
+            if is_unanswered(record):
+                scan.unanswered.append(row)
+        scan.ids.append(_as_text(record.get("id") if is_object else None))
+        scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
+        scan.images.append(images)
+        scan.answers.append(answers_in(record))
+    return scan
+
+
+def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
+    """Stop where a record cannot be used or names no task.
+
+    Args:
+        listing: where the bad records are listed, all of them; one of an earlier call is removed.
+
+    Raises:
+        UserError: there are such records; their counts and the first ten are printed.
+    """
+    path = scan.records.path
+    if all(scan.problems.get(row) == no_task(task_key) for row in range(len(scan.records))):
+        raise UserError(
+            f"{path}: no record names a task under `{task_key}`; add it with `python scripts/label_tasks.py "
+            f"--source_path {path} --target_path labelled.json`, or name another key as task_key"
+        )
+    refuse_bad_records(scan.records, scan.problems, listing)
+
+
+def _as_text(identity: Any) -> str:
+    """An id as text that can be written and printed, half a surrogate pair too."""
+    if not isinstance(identity, str):
+        return "" if identity is None else json.dumps(identity)
+    return identity if identity.isascii() else identity.encode(errors="backslashreplace").decode()
+
+
+@dataclass
+class Checked:
+    """The records of one chunk, and what is wrong with them.
+
+    Attributes:
+        rows: the chunk's rows.
+        reasons: row -> why the record cannot be used.
+        renamed: row -> the file that stands in for an image, whose name differs from the record's.
+        tags_alone: rows whose text has the image's tag, and no image.
+    """
+
+    records: Records
+    rows: range
+    reasons: dict[int, str] = field(default_factory=dict)
+    renamed: dict[int, str] = field(default_factory=dict)
+    tags_alone: list[int] = field(default_factory=list)
+
+
+def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
+    """Raise a `UserError` when records of a chunk have images, and the image folder is not there."""
+    if not os.path.isdir(image_folder) and any(scan.images[row] for row in rows):
+        raise UserError(f"the image folder {image_folder or '(not given)'} is not there, and records have images")
+
+
+def check_chunk(
+    scan: Scan, rows: range, image_folder: str, read_image: Callable[[str], object] | None = None
+) -> Checked:
+    """Check that the images of a chunk's records are there.
+
+    Args:
+        read_image: also reads the file of every image whole; raises `BadImage`.
+
+    Raises:
+        UserError: the image folder is not there.
+    """
+    check_image_folder(scan, rows, image_folder)
+    checked = Checked(scan.records, rows, {row: scan.problems[row] for row in rows if row in scan.problems})
+    checked.tags_alone = [row for row in scan.tags_alone if row in rows]
+    looked = look_for(image_folder, itertools.chain.from_iterable(scan.images[row] for row in rows), read_image)
+    for row in rows:
+        paths = scan.images[row]
+        if bad := [looked.bad[image] for image in paths if image in looked.bad]:
+            checked.reasons[row] = bad[0]
+        elif renamed := [looked.renamed[image] for image in paths if image in looked.renamed]:
+            checked.renamed[row] = renamed[0]
+    return checked
