@@ -6,7 +6,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from tive.selection.options import INSTANCE_SCORES, ROUNDINGS, SAMPLINGS, TASK_BUDGETS, Options
+from tive.selection.options import (
+    INSTANCE_SCORES,
+    ROUNDINGS,
+    SAMPLINGS,
+    TASK_BUDGETS,
+    TiveOptions,
+    excluded_tasks,
+)
 from tive.util.errors import run
 
 EXAMPLES = """
@@ -39,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--exclude_tasks",
         nargs="*",
-        default=list(Options.exclude_tasks),
+        default=list(TiveOptions.exclude_tasks),
         metavar="TASK",
         help="tasks to leave out, or none (textcaps)",
     )
@@ -54,30 +61,26 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    options = Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__})
+    options = TiveOptions(**{name: getattr(arguments, name) for name in TiveOptions.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.data.conversations import form_problem
-    from tive.data.records import open_records
-    from tive.data.scan import scan_records
     from tive.features.chunks import open_chunks
     from tive.features.read_ahead import read_ahead
     from tive.features.spans import spans_of
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
-    from tive.selection.choice import choose, is_excluded
-    from tive.selection.files import Scores, check_writable, files_of, tive_stem, write_selection
-    from tive.selection.printed import bar, print_choice
-    from tive.selection.summary import inputs_of, summary_of
+    from tive.selection.choose import choose, is_excluded
+    from tive.selection.files import check_writable, files_of, write_selection
+    from tive.selection.printing import bar, print_choice, print_files
     from tive.util.device import double_device
 
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
     read_ahead(arguments.gradient_path)  # while the records are parsed
-    mixture = read.mixture_of(scan_records(open_records(arguments.data_path), form_problem, arguments.task_key))
+    mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.refuse_adam(chunks)
-    options = replace(options, exclude_tasks=read.excluded_tasks(options.exclude_tasks, mixture.task_names))
-    stem = tive_stem(options, mixture.task_names, arguments.task_key)
+    options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
+    stem = options.stem(mixture.task_names, arguments.task_key)
     files = files_of(arguments.save_path, stem, arguments.data_path)
 
     scores = read.record_scores(chunks, options.columns)
@@ -86,27 +89,16 @@ def main() -> None:
     groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
     spans = spans_of(chunks)
     with bar("Task means", len(groups)) as done:
-        means = group_means(spans, groups, device=device, progress=done.update)
+        means = group_means(spans, groups, device, done.update)
     with bar("Influence", len(groups)) as done:
         influence = products(spans, means.means, groups, means.lengths, device, done.update).values
     reasons |= read.reasons_of_features(means.lengths, groups)
     scores = {"norm": scores["norm"], "influence": influence} | scores
 
-    choice = choose(mixture.task_names, mixture.task, scores, reasons, options)
-    columns = scores | {"weight": choice.weights}
-    write_selection(
-        files,
-        mixture.records,
-        Scores(mixture.ids, mixture.tasks, columns, choice.times_selected, reasons),
-        summary_of(
-            vars(arguments),
-            inputs_of(mixture.records, arguments.gradient_path, chunks),
-            chunks,
-            choice.tasks,
-            mixture.left_out(reasons),
-        ),
-    )
-    print_choice(choice, files)
+    chosen = choose(mixture.task_names, mixture.task, scores, reasons, options)
+    write_selection(files, mixture, chosen, vars(arguments), chunks)
+    print_choice(chosen, mixture.task, options)
+    print_files(files, chosen)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,6 @@ def test_the_means_are_those_of_the_unit_features_of_each_group(features, groups
     assert np.isnan(found.lengths[~asked]).all()
 
 
-def test_weights_by_the_norm_give_the_mean_of_the_gradients_themselves(features, groups):
-    norms = np.random.default_rng(3).uniform(0.1, 9, 200)
-    found = group_means(spans_of(features, 37), groups, weights=norms)
-    for group in range(5):
-        gradients = unit(features) * norms[:, None]
-        np.testing.assert_allclose(found.means[group], gradients[groups == group].mean(0), atol=1e-12)
-
-
 def test_products_with_every_mean_and_with_the_own_one_are_cosines_with_it(features, groups):
     means = group_means(spans_of(features, 64), groups).means
     cosines = unit(features) @ means.numpy().T

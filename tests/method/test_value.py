@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tive.method.value import (
     draw,
-    draw_middle,
     draw_top,
     effective_sample_size,
     equal_shares,
@@ -85,11 +84,6 @@ WRITTEN_DOWN = [28, 36, 40, 41, 46, 47]
 def test_top_takes_the_best_and_the_earlier_of_equal_ones():
     assert draw_top(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert draw_top(np.zeros(4), 2).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("number, middle", [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1, 4]), (5, [0, 1, 2, 3, 4])])
-def test_the_middle_has_as_many_above_as_below(number, middle):
-    assert draw_middle(np.array([5.0, 6.0, 1.0, 9.0, 4.0]), number).tolist() == middle
 
 
 @settings(max_examples=200)

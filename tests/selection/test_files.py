@@ -12,19 +12,19 @@ import torch
 
 import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
-from tive.data.records import open_records
+from tive.features.chunks import open_chunks
 from tive.selection.files import (
+    Chosen,
     Files,
-    Scores,
     check_writable,
     files_of,
     find_summary,
     read_selection,
-    tive_stem,
     write_selection,
 )
-from tive.selection.options import Options
-from tive.selection.summary import Inputs, LeftOut, Task, summary_of
+from tive.selection.mixture import NO_TASK, read_mixture
+from tive.selection.options import TiveOptions
+from tive.selection.summary import Task
 from tive.util.errors import UserError
 
 main = select_data_TIVE.main
@@ -111,7 +111,6 @@ def test_no_choice_overwrites_the_files_of_another(made):
         ["--task_budget", "loss"],
         ["--instance_score", "loss"],
         ["--instance_score", "loss", "--sampling", "top"],
-        ["--instance_score", "loss", "--sampling", "middle"],
         ["--task_key", "id:/", "--exclude_tasks", "none"],
         ["--q", 3, "--p", 0.3],
     ]
@@ -125,7 +124,7 @@ def test_no_choice_overwrites_the_files_of_another(made):
 
 def test_names_of_tasks_that_suit_no_file_name_are_replaced_and_stay_apart():
     stems = {
-        tive_stem(Options(exclude_tasks=tasks), ["a/b", "a", "b", "a+b", "none", "x" * 300], "dataset")
+        TiveOptions(exclude_tasks=tasks).stem(["a/b", "a", "b", "a+b", "none", "x" * 300], "dataset")
         for tasks in (("a/b",), ("a", "b"), ("a+b",), (), ("none",), ("x" * 300,))
     }
     assert len(stems) == 6
@@ -172,26 +171,15 @@ def test_what_is_read_is_what_was_written(made):
 
 def write_other(folder: Path, data: Path) -> Files:
     """A selection of another method, with scores of its own."""
-    records = open_records(data)
-    count = len(records)
+    mixed = read_mixture(str(data), "no such key")
+    count = len(mixed.ids)
     times = (np.arange(count) % 5 == 0).astype(np.int64)
     numbers = {"score": np.linspace(-1, 1, count), "rank": np.arange(count), "score_vqa, part": np.ones(count)}
     files = files_of(folder, "Less_p_0.2", data)
-    task = Task("all", records=count, counted=count - 1, selected=int(times.sum()), distinct=int(times.sum()))
-    write_selection(
-        files,
-        records,
-        Scores([str(row) for row in range(count)], ["all"] * count, numbers, times, {3: "features are zero"}),
-        summary_of(
-            {"p": 0.2, "within": "mean"},
-            Inputs(str(data), records.fingerprint, count, "features"),
-            [],
-            [task],
-            [LeftOut(3, "features are zero")],
-            method="LESS",
-            details={"checkpoints": [{"step": 105, "weight": 0.6}]},
-        ),
-    )
+    task = Task(NO_TASK, records=count, counted=count - 1, selected=int(times.sum()), distinct=int(times.sum()))
+    details = {"checkpoints": [{"step": 105, "weight": 0.6}]}
+    chosen = Chosen((task,), numbers, times, {3: "features are zero"}, "LESS", details)
+    write_selection(files, mixed, chosen, {"p": 0.2}, open_chunks(data.parent / "features", mixed.records))
     return files
 
 

@@ -17,6 +17,8 @@ import select_data_LESS
 from tests.helpers.feature_files import call, mixture, random_features, record, refusal, write_features
 from tive.method.target import checkpoint_weights, mean_rates_since, votes
 from tive.selection.files import find_summary, read_selection
+from tive.selection.less import repeated_in
+from tive.selection.mixture import read_mixture
 
 main = select_data_LESS.main
 STEPS = (105, 211)
@@ -32,7 +34,6 @@ class Made:
     folder: Path
     train: list[np.ndarray]
     target: list[np.ndarray]
-    target_norms: list[np.ndarray]
     subtasks: np.ndarray
 
     def arguments(self, out: Path) -> list[str | Path | float]:
@@ -64,7 +65,7 @@ def write(
     norms: torch.Tensor | None = None,
     rates: dict[str, float] | None = RATES[105],
     **match: Any,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     data = made / ("data.json" if name == "train" else "target.json")
     features, own_norms = random_features(len(json.loads(data.read_text())), seed=seed)
     for row in left_out or {}:
@@ -73,7 +74,7 @@ def write(
     kind = gradient or ("adam" if name == "train" else "sgd")
     change = set_match(**(match_of(step, kind) | match))
     write_features(made / f"{name}_{step}", data, features, own_norms, 2, left_out, change, {"learning_rates": rates})
-    return features.double().numpy(), own_norms.double().numpy()
+    return features.double().numpy()
 
 
 def make(folder: Path) -> Made:
@@ -81,13 +82,11 @@ def make(folder: Path) -> Made:
     subtasks = ["b", "a", "b", "c", "b", "a"]
     target = [record(1000 + row, name) for row, name in enumerate(subtasks)]
     (folder / "target.json").write_text(json.dumps(target))
-    train, goal, norms = [], [], []
+    train, goal = [], []
     for place, step in enumerate(STEPS):
-        train.append(write(folder, "train", step, 10 + place, rates=RATES[step])[0])
-        features, own_norms = write(folder, "target", step, 20 + place)
-        goal.append(features)
-        norms.append(own_norms)
-    return Made(folder, train, goal, norms, np.array(["bac".index(name) for name in subtasks]))
+        train.append(write(folder, "train", step, 10 + place, rates=RATES[step]))
+        goal.append(write(folder, "target", step, 20 + place))
+    return Made(folder, train, goal, np.array(["bac".index(name) for name in subtasks]))
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +105,13 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def pairwise_scores(made: Made, weights: list[float], within: str = "mean") -> np.ndarray:
+def pairwise_scores(made: Made, weights: list[float]) -> np.ndarray:
     """`[N, J]`, from all pairs of records and target records."""
     total = np.zeros((len(made.train[0]), 3))
-    for weight, train, target, norms in zip(weights, made.train, made.target, made.target_norms, strict=True):
+    for weight, train, target in zip(weights, made.train, made.target, strict=True):
         for subtask in range(3):
             rows = made.subtasks == subtask
-            if within == "mean":
-                score = (unit(train) @ unit(target[rows]).T).mean(axis=1)
-            else:
-                score = unit(train) @ unit((norms[rows, None] * unit(target[rows])).mean(axis=0)[None])[0]
-            total[:, subtask] += weight * score
+            total[:, subtask] += weight * (unit(train) @ unit(target[rows]).T).mean(axis=1)
     return total
 
 
@@ -140,10 +135,9 @@ class Outcome:
 DEFAULT_WEIGHTS = [2 / 3, 1 / 3]
 
 
-@pytest.mark.parametrize("within", ["mean", "mean_gradient"])
-def test_the_scores_are_those_of_all_pairs(made: Made, tmp_path: Path, within: str) -> None:
-    call(main, *made.arguments(tmp_path), "--within", within)
-    outcome, expected = Outcome(tmp_path), pairwise_scores(made, DEFAULT_WEIGHTS, within)
+def test_the_scores_are_those_of_all_pairs(made: Made, tmp_path: Path) -> None:
+    call(main, *made.arguments(tmp_path))
+    outcome, expected = Outcome(tmp_path), pairwise_scores(made, DEFAULT_WEIGHTS)
     found = np.stack([outcome.column(f"score_{name}") for name in "bac"], axis=1)
     assert np.abs(found - expected).max() < 1e-10
     best = expected.max(axis=1)
@@ -244,6 +238,18 @@ def test_one_checkpoint_and_a_target_out_of_the_mixture_are_warned_of(
     printed = capsys.readouterr().out
     assert "warning: one checkpoint only" in printed
     assert "warning: 1 target records are also records of the mixture (the first: target record 3)" in printed
+
+
+def test_target_records_are_repeated_by_their_content_whatever_their_ids_and_forms(tmp_path: Path) -> None:
+    def turns(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{text}?"}, {"role": "assistant", "content": f"{text}."}]
+
+    data = [{"messages": turns(text)} for text in "abc"] + [record(7, "vqa")]
+    target = [{"id": 0, "messages": turns(text)} for text in "xbz"] + [record(7, "vqa") | {"id": "other"}]
+    for name, content in (("data", data), ("target", target)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    mixed, goal = (read_mixture(str(tmp_path / f"{name}.json"), "dataset") for name in ("data", "target"))
+    assert repeated_in(goal, mixed) == [1, 3]
 
 
 def test_target_records_that_the_pass_left_out_are_said_and_count_in_no_mean(

@@ -33,13 +33,12 @@ def golden_paths(folder: Path, out: Path) -> list[str | Path | float]:
     return [*data, "--train", *train, "--target", *target, "--save_path", out]
 
 
-@pytest.mark.parametrize("within", ["mean", "mean_gradient"])
-def test_from_checkpoints_to_the_golden_scores(golden: Path, tmp_path: Path, within: str) -> None:
-    call(main, *golden_paths(golden, tmp_path), "--p", 0.25, "--within", within)
+def test_from_checkpoints_to_the_golden_scores(golden: Path, tmp_path: Path) -> None:
+    call(main, *golden_paths(golden, tmp_path), "--p", 0.25)
     outcome = read_selection(find_summary(tmp_path, None))
-    expected = np.array(EXPECTED["subtask_scores" if within == "mean" else "mean_gradient_subtask_scores"])
-    found = np.stack([outcome.column(f"score_{name}") for name in EXPECTED["subtasks"]], axis=1)
-    assert np.abs(found - expected).max() < 0.03
+    expected = np.array(EXPECTED["subtask_scores"])
+    scores = np.stack([outcome.column(f"score_{name}") for name in EXPECTED["subtasks"]], axis=1)
+    assert np.abs(scores - expected).max() < 0.03
     details = outcome.summary.details
     weights = [checkpoint["weight"] for checkpoint in details["checkpoints"]]
     assert weights == pytest.approx([checkpoint["weight"] for checkpoint in EXPECTED["checkpoints"]], rel=1e-9)

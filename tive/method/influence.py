@@ -69,7 +69,6 @@ class Products:
 def group_means(
     spans: Sequence[Span],
     groups: np.ndarray,
-    weights: np.ndarray | None = None,
     device: torch.device = CPU,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> GroupMeans:
@@ -80,8 +79,6 @@ def group_means(
     Args:
         spans: the features of the records `0 .. N - 1`, in order.
         groups: int `[N]`, the group of each record, from 0 up; negative for a record that must count in nothing.
-        weights: float `[N]`, by which each unit feature is multiplied before the mean is taken: with `||g_s||` it is
-            the mean of the gradients themselves.
         progress: called with the number of rows that are done.
     """
     lengths = np.full(len(groups), np.nan)
@@ -94,10 +91,7 @@ def group_means(
             usable = torch.isfinite(length) & (length > 0)
             if not usable.all():
                 features, length, rows = features[usable], length[usable], rows[usable.cpu().numpy()]
-            factors = 1 / length
-            if weights is not None:
-                factors *= torch.from_numpy(weights[rows].astype(np.float64)).to(device)
-            total = features.T @ factors
+            total = features.T @ (1 / length)
             sums[group] = sums[group] + total if group in sums else total
         return sums
 

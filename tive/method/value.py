@@ -82,16 +82,6 @@ def draw_top(scores: np.ndarray, number: int) -> np.ndarray:
     return np.sort(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:number])
 
 
-def draw_middle(scores: np.ndarray, number: int) -> np.ndarray:
-    """The indices of the `number` in the middle of the order of `scores` `[n_t]`, sorted: as many lie above as below.
-
-    It is how perplexity is used for pruning data (Marion et al., arXiv 2309.04564): the middle of its distribution,
-    neither what the model knows already nor what nobody could learn. The later ones where the rest is odd.
-    """
-    first = (len(scores) - number + 1) // 2
-    return np.sort(np.argsort(np.asarray(scores, np.float64), kind="stable")[first : first + number])
-
-
 def equal_shares(sizes: list[int], total: int, seed: int) -> list[int]:
     """`total` spread equally over tasks of `sizes`; a small task gives all it has and the rest goes to the others.
 

@@ -17,8 +17,8 @@ from tive.report.plots import Part
 from tive.report.samples import Ends, ends
 from tive.report.sections import Pictures, quantiles
 from tive.selection.files import Selection
+from tive.selection.less import Subtask
 from tive.selection.summary import Count, Size
-from tive.selection.target import Subtask
 from tive.util.errors import UserError
 from tive.util.text import shown
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import array
 import csv
-import hashlib
 import io
+import json
 import math
 import os
-import re
+import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from tive.data.records import Records, copy_records
-from tive.selection.options import Options
-from tive.selection.summary import Subset, Summary, Task, encode_summary, read_summary
+from tive.features.chunks import Chunk
+from tive.features.manifest import COMMON_KEYS
+from tive.selection.mixture import Mixture
+from tive.selection.summary import (
+    MAX_COUNT,
+    SelectedFrom,
+    Subset,
+    Summary,
+    Task,
+    UncountedRecord,
+    encode_summary,
+    read_summary,
+)
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, whole_file
 from tive.util.text import LABEL_LIMIT, listed, shown_value
@@ -30,7 +43,7 @@ SCORES_END = "_scores.csv"
 # A scores file begins and ends with these; between them is a column for each score.
 FIRST_COLUMNS = ["row", "id", "task"]
 LAST_COLUMNS = ["times_selected", "left_out"]
-_MAX_COUNT = 1 << 40
+AGAIN = "make the selection again"
 
 
 @dataclass(frozen=True)
@@ -43,23 +56,23 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a scores file holds of N records.
+class Chosen:
+    """What a method chose of a mixture's N records.
 
     Attributes:
-        ids: `[N]`, as text.
-        tasks: `[N]`, each record's task by name.
-        numbers: float or int `[N]` each, by column: `norm`, `influence`, `loss`, `supervised_tokens`, `tokens`, `el2n`
-            and `weight` of TIVE's, where they are known. NaN where a record has none.
+        tasks: of the mixture, in its order.
+        columns: of the scores file, `[N]` each: float or int, NaN where a record has none.
         times_selected: int64 `[N]`.
-        left_out: why records were left out, by row.
+        reasons: why records cannot be drawn, by row; those of excluded tasks are not among them.
+        details: what the method alone has to say in the summary.
     """
 
-    ids: Sequence[str]
-    tasks: Sequence[str]
-    numbers: Mapping[str, np.ndarray]
+    tasks: tuple[Task, ...]
+    columns: Mapping[str, np.ndarray]
     times_selected: np.ndarray
-    left_out: Mapping[int, str]
+    reasons: Mapping[int, str]
+    method: str = "TIVE"
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class Selection:
         task: int32 `[N]`, index into `tasks`.
         numbers: float64 `[N]` each, by column of the scores file, NaN where not defined.
         times_selected: int64 `[N]`.
+        left_out: why records were left out, by row.
     """
 
     stem: str
@@ -93,33 +107,6 @@ class Selection:
 
     def rows_of(self, task: int) -> np.ndarray:
         return np.flatnonzero(self.task == task)
-
-
-def tive_stem(options: Options, task_names: Sequence[str], task_key: str) -> str:
-    """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.
-
-    Two selections of the same data and features have the same name only where every choice is the same. Tasks and keys
-    whose letters do not suit a file name are replaced by eight digits of their SHA-256.
-    """
-    parts = [f"Tive_q_{float(options.q)}_p_{float(options.p)}"]
-    names = {"task_budget": "budget", "instance_score": "score"}
-    for field in ("task_budget", "instance_score", "sampling", "rounding", "seed"):
-        value = getattr(options, field)
-        if value != getattr(Options, field):
-            parts.append(f"{names.get(field, field)}-{value}")
-    if set(options.exclude_tasks) != set(Options.exclude_tasks) & set(task_names):
-        parts.append(f"exclude-{name_part(sorted(options.exclude_tasks)) if options.exclude_tasks else 'none'}")
-    if task_key != "dataset":
-        parts.append(f"task_key-{name_part([task_key])}")
-    return "_".join(parts)
-
-
-def name_part(texts: list[str]) -> str:
-    """Texts as part of a file name; eight digits of their SHA-256 where their letters do not suit one."""
-    joined = "+".join(texts)
-    if len(joined) <= 40 and texts != ["none"] and all(re.fullmatch(r"[A-Za-z0-9._-]+", text) for text in texts):
-        return joined
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def files_of(folder: str | os.PathLike[str], stem: str, data_path: str | os.PathLike[str]) -> Files:
@@ -150,51 +137,74 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"cannot write {folder}: {nearest}: {error.strerror}; name another folder") from error
 
 
-def write_selection(files: Files, records: Records, scores: Scores, summary: Callable[[Subset], Summary]) -> None:
+def write_selection(
+    files: Files, mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], chunks: Sequence[Chunk]
+) -> None:
     """Write the three files; none takes its name before all are complete.
 
     The subset has the selected records in the data file's order, byte for byte.
 
     Args:
-        summary: the summary, given what was written (`summary_of`).
+        arguments: of the script.
+        chunks: the features that it selected by; of several folders, the last.
 
     Raises:
         UserError: a file cannot be written.
     """
-    rows = np.repeat(np.arange(len(scores.ids)), scores.times_selected)
+    rows = np.repeat(np.arange(len(mixture.ids)), chosen.times_selected)
     with (
         whole_file(files.summary) as summary_file,
         whole_file(files.scores) as scores_file,
         whole_file(files.subset) as subset_file,
     ):
         hashing = HashingFile(subset_file)
-        copy_records(hashing, records, rows)  # type: ignore[arg-type]  # `write` is all that it asks for
-        _write_scores(scores_file, scores)
-        distinct = int(np.count_nonzero(scores.times_selected))
-        subset = Subset(file=files.subset.name, records=len(rows), distinct=distinct, sha256=hashing.sha256)
-        summary_file.write(encode_summary(summary(subset)))
+        copy_records(hashing, mixture.records, rows)  # type: ignore[arg-type]  # `write` is all that it asks for
+        _write_scores(scores_file, mixture, chosen)
+        summary = Summary(
+            dict(arguments),
+            {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+            selected_from(mixture.records, chunks),
+            list(chosen.tasks),
+            [
+                UncountedRecord(row, reason, mixture.ids[row], mixture.task_names[mixture.task[row]])
+                for row, reason in sorted(chosen.reasons.items())
+            ],
+            Subset(files.subset.name, len(rows), hashing.sha256, int(np.count_nonzero(chosen.times_selected))),
+            # Python writes and reads NaN, which is not JSON.
+            json.loads(json.dumps([one.manifest for one in chunks if one.manifest]), parse_constant=lambda _: None),
+            chosen.method,
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            dict(chosen.details),
+        )
+        summary_file.write(encode_summary(summary))
         for file in (subset_file, scores_file, summary_file):
             file.flush()
             os.fsync(file.fileno())
 
 
-def _write_scores(file: BinaryIO, scores: Scores) -> None:
+def selected_from(records: Records, chunks: Sequence[Chunk]) -> SelectedFrom:
+    """The data file and the features that a selection is made from."""
+    match = chunks[0].match
+    return SelectedFrom(
+        data_path=os.path.abspath(records.path),
+        data_sha256=records.fingerprint,
+        data_records=len(records),
+        gradient_path=os.path.abspath(chunks[0].path.parent),
+        image_folder=next((folder for chunk in chunks if (folder := chunk.manifest.get("image_folder"))), None),
+        chunks=[{"file": chunk.path.name, "start": chunk.start, "stop": chunk.stop} for chunk in chunks],
+        match={key: getattr(match, key) for key in COMMON_KEYS} if match else None,
+    )
+
+
+def _write_scores(file: BinaryIO, mixture: Mixture, chosen: Chosen) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*FIRST_COLUMNS, *scores.numbers, *LAST_COLUMNS])
-    numbers = ([_cell(number) for number in column.tolist()] for column in scores.numbers.values())
-    left_out = [scores.left_out.get(row, "") for row in range(len(scores.ids))]
-    writer.writerows(
-        zip(
-            range(len(left_out)),
-            scores.ids,
-            scores.tasks,
-            *numbers,
-            scores.times_selected.tolist(),
-            left_out,
-            strict=True,
-        )
-    )
+    writer.writerow([*FIRST_COLUMNS, *chosen.columns, *LAST_COLUMNS])
+    tasks = map(mixture.task_names.__getitem__, mixture.task.tolist())
+    numbers = ([_cell(number) for number in column.tolist()] for column in chosen.columns.values())
+    reasons = [chosen.reasons.get(row, "") for row in range(len(mixture.ids))]
+    lines = zip(range(len(reasons)), mixture.ids, tasks, *numbers, chosen.times_selected.tolist(), reasons, strict=True)
+    writer.writerows(lines)
     text.detach()
 
 
@@ -227,7 +237,7 @@ def find_summary(out: Path, name: str | None) -> Path:
 
 
 def read_selection(summary_path: Path) -> Selection:
-    """Read a summary and the scores beside it, and check that they belong together.
+    """Read a summary and the scores beside it, of this version or an earlier one; they must belong together.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the other; the line or key is named.
@@ -236,66 +246,50 @@ def read_selection(summary_path: Path) -> Selection:
     tasks = sorted(summary.tasks, key=lambda task: (-task.records, task.name))
     stem = summary_path.name.removesuffix(SUMMARY_END)
     path = summary_path.with_name(f"{stem}{SCORES_END}")
-    scores = read_scores(path, {task.name for task in tasks})
-    index = {task.name: position for position, task in enumerate(tasks)}
-    task = np.array([index[name] for name in scores.tasks], np.int32)
-    records = np.bincount(task, minlength=len(tasks))
-    selected = np.bincount(task, scores.times_selected, minlength=len(tasks))
-    for position, entry in enumerate(tasks):
-        if (records[position], selected[position]) != (entry.records, entry.selected):
-            raise UserError(
-                f"{path}: task {shown_value(entry.name, LABEL_LIMIT)} has {records[position]} records, "
-                f"{selected[position]:.0f} selected, but {entry.records} and {entry.selected} in {summary_path.name}; "
-                "make the selection again"
-            )
-    numbers, times = scores.numbers, scores.times_selected
-    return Selection(stem, summary, tasks, scores.ids, task, numbers, times, scores.left_out)
-
-
-def read_scores(path: Path, tasks: set[str]) -> Scores:
-    """Read a scores file, of this version or an earlier one.
-
-    Args:
-        tasks: the names that its records may have.
-
-    Raises:
-        UserError: the file is missing or damaged; the line is named.
-    """
     lines = _lines(path)
     columns = next(lines)[1]
     first, last = len(FIRST_COLUMNS), len(columns) - len(LAST_COLUMNS)
     if columns[:first] != FIRST_COLUMNS or columns[last:] != LAST_COLUMNS or len(set(columns)) != len(columns):
         raise UserError(
-            f"{path}, line 1: the columns are not {','.join(FIRST_COLUMNS)}, scores, {','.join(LAST_COLUMNS)}; "
-            "make the selection again"
+            f"{path}, line 1: the columns are not {','.join(FIRST_COLUMNS)}, scores, {','.join(LAST_COLUMNS)}; {AGAIN}"
         )
+    index = {task.name: position for position, task in enumerate(tasks)}
     ids: list[str] = []
-    names: list[str] = []
-    times: list[int] = []
-    numbers = array.array("d")
+    task_of, times, numbers = array.array("i"), array.array("q"), array.array("d")
     left_out: dict[int, str] = {}
     for line, cells in lines:
         try:
             row, identity, name, *values, selected, reason = cells
-            if int(row) != len(ids) or not 0 <= int(selected) < _MAX_COUNT or len(values) != last - first:
+            if int(row) != len(ids) or not 0 <= int(selected) < MAX_COUNT or len(values) != last - first:
                 raise ValueError
             numbers.extend([_number_or_nan(value) for value in values])
         except ValueError:
-            raise UserError(
-                f"{path}, line {line}: not a record's scores ({','.join(columns)}); make the selection again"
-            ) from None
-        if name not in tasks:
-            raise UserError(
-                f"{path}, line {line}: task {shown_value(name, LABEL_LIMIT)} is not in the summary; "
-                "make the selection again"
-            )
+            raise UserError(f"{path}, line {line}: not a record's scores ({','.join(columns)}); {AGAIN}") from None
+        if name not in index:
+            label = shown_value(name, LABEL_LIMIT)
+            raise UserError(f"{path}, line {line}: task {label} is not in the summary; {AGAIN}")
         if reason:
             left_out[len(ids)] = reason
         ids.append(identity)
-        names.append(name)
+        task_of.append(index[name])
         times.append(int(selected))
+    task, times_selected = np.array(task_of, np.int32), np.array(times, np.int64)
+    _check_counts(path, summary_path, tasks, task, times_selected)
     table = np.ascontiguousarray(np.array(numbers).reshape(len(ids), last - first).T)
-    return Scores(ids, names, dict(zip(columns[first:last], table, strict=True)), np.array(times, np.int64), left_out)
+    by_column = dict(zip(columns[first:last], table, strict=True))
+    return Selection(stem, summary, tasks, ids, task, by_column, times_selected, left_out)
+
+
+def _check_counts(path: Path, summary_path: Path, tasks: list[Task], task: np.ndarray, times: np.ndarray) -> None:
+    records = np.bincount(task, minlength=len(tasks))
+    selected = np.bincount(task, times, minlength=len(tasks))
+    for position, entry in enumerate(tasks):
+        if (records[position], selected[position]) != (entry.records, entry.selected):
+            raise UserError(
+                f"{path}: task {shown_value(entry.name, LABEL_LIMIT)} has {records[position]} records, "
+                f"{selected[position]:.0f} selected, but {entry.records} and {entry.selected} in {summary_path.name}; "
+                f"{AGAIN}"
+            )
 
 
 def _number_or_nan(cell: str) -> float:
@@ -319,4 +313,4 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; it belongs beside the summary") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); make the selection again") from error
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); {AGAIN}") from error

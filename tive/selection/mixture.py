@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from tive.data.bad_records import count_and_first, report_bad_records
-from tive.data.records import Records
-from tive.data.scan import Scan
+from tive.data.conversations import form_problem
+from tive.data.records import Records, open_records
+from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
 from tive.features.chunks import Chunk
-from tive.selection.choice import NO_TASK
-from tive.selection.summary import LeftOut
 from tive.util.errors import UserError
-from tive.util.text import LABEL_LIMIT, shown
 
+NO_TASK = "(no task)"
 # What a feature file keeps of each record, and the scores file's column for it.
 COLUMN_OF = {
     "norms": "norm",
@@ -47,21 +47,14 @@ class Mixture:
     task: np.ndarray
     problems: dict[int, str]
 
-    @property
-    def tasks(self) -> list[str]:
-        """The task of each record, by name."""
-        return [self.task_names[index] for index in self.task.tolist()]
 
-    def left_out(self, reasons: Mapping[int, str]) -> list[LeftOut]:
-        """The summary's entry for each row of `reasons`."""
-        return [
-            LeftOut(row=row, id=self.ids[row], task=self.task_names[self.task[row]], reason=reason)
-            for row, reason in sorted(reasons.items())
-        ]
+def read_mixture(path: str | os.PathLike[str], task_key: str) -> Mixture:
+    """Read a data file. A record that the gradient step may have left out is no error yet.
 
-
-def mixture_of(scan: Scan) -> Mixture:
-    """The data of a scan. A record that the gradient step may have left out is no error yet."""
+    Raises:
+        UserError: the file cannot be read.
+    """
+    scan = scan_records(open_records(path), form_problem, task_key)
     tasks = [task or NO_TASK for task in scan.tasks]
     rows_of = rows_by_task(tasks)
     task_of_row = np.empty(len(tasks), np.int64)
@@ -75,20 +68,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         return "" if value is None else json.dumps(value)
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
-
-
-def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that are named for exclusion, one by one or with commas between; `none` is no task.
-
-    A name that the data lacks is only noted: the default is LLaVA's captions, which other mixtures do not have.
-    """
-    known = set(task_names)
-    names = {name.strip() for text in wanted for name in ([text] if text in known else text.split(","))} - {""}
-    if names == {"none"}:
-        names &= known
-    for name in sorted(names - known):
-        print(f"note: the data has no task {shown(name, LABEL_LIMIT)} to exclude")
-    return tuple(sorted(names & known))
 
 
 def record_scores(chunks: Sequence[Chunk], needed: Collection[str] = ()) -> dict[str, np.ndarray]:

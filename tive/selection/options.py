@@ -1,11 +1,15 @@
-"""What is asked of a selection. Imports little, so that a script can show its options at once."""
+"""What is asked of a selection, and how its files are named. Imports little: a script shows its help at once."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tive.util.errors import UserError
+from tive.util.text import LABEL_LIMIT, listed, shown
 
 # The scores file's column of each instance score; the task budgets of these names are in proportion to its mean.
 SCORE_COLUMNS = {
@@ -18,13 +22,17 @@ SCORE_COLUMNS = {
 BUDGET_COLUMNS = {"difficulty": "norm", "loss": "loss", "length": "supervised_tokens", "el2n": "el2n"}
 INSTANCE_SCORES = (*SCORE_COLUMNS, "random")
 TASK_BUDGETS = (*BUDGET_COLUMNS, "size", "equal")
-SAMPLINGS = ("weighted", "top", "middle")
+SAMPLINGS = ("weighted", "top")
 ROUNDINGS = ("down", "largest_remainder")
+GRADIENTS = ("adam", "sgd")
+OVER_TARGETS = ("max", "mean", "vote")
+# LLaVA's captions, which the paper leaves out; other mixtures need not have them.
+DEFAULT_EXCLUDED = "textcaps"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is chosen: the paper's selection, unless said otherwise.
+class TiveOptions:
+    """What `select_data_TIVE.py` chooses: the paper's selection, unless said otherwise.
 
     Attributes:
         p: share of all records to select, above 0 and up to 1.
@@ -33,7 +41,7 @@ class Options:
         exclude_tasks: names of tasks from which nothing is drawn.
         task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`.
         instance_score: what decides within a task, one of `INSTANCE_SCORES`.
-        sampling: a `weighted` draw, the `top` scores, or those in the `middle` of a task.
+        sampling: a `weighted` draw, or the `top` scores.
         rounding: of the budgets, `down` or `largest_remainder`.
 
     Raises:
@@ -43,28 +51,22 @@ class Options:
     p: float = 0.15
     q: float = 0.001
     seed: int = 0
-    exclude_tasks: tuple[str, ...] = ("textcaps",)
+    exclude_tasks: tuple[str, ...] = (DEFAULT_EXCLUDED,)
     task_budget: str = "difficulty"
     instance_score: str = "influence"
     sampling: str = "weighted"
     rounding: str = "down"
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise UserError(f"p = {self.p} is not a share; give a number above 0 and up to 1")
+        _check_share(self.p)
         if not (self.q >= 0 and math.isfinite(self.q)):
             raise UserError(f"q = {self.q} is not a sharpness; give a number from 0 up")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative; give a number from 0 up")
-        known = {
-            "task_budget": TASK_BUDGETS,
-            "instance_score": INSTANCE_SCORES,
-            "sampling": SAMPLINGS,
-            "rounding": ROUNDINGS,
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} {getattr(self, name)!r} is not known; give one of {', '.join(values)}")
+        _check_known("task_budget", self.task_budget, TASK_BUDGETS)
+        _check_known("instance_score", self.instance_score, INSTANCE_SCORES)
+        _check_known("sampling", self.sampling, SAMPLINGS)
+        _check_known("rounding", self.rounding, ROUNDINGS)
         if self.sampling != "weighted" and self.instance_score == "random":
             raise UserError(f"sampling {self.sampling} has no meaning for random scores; leave one of them out")
 
@@ -74,3 +76,105 @@ class Options:
         columns = {"norm", "influence"}
         columns |= {SCORE_COLUMNS[name] for name in (self.instance_score,) if name in SCORE_COLUMNS}
         return columns | {BUDGET_COLUMNS[name] for name in (self.task_budget,) if name in BUDGET_COLUMNS}
+
+    def stem(self, task_names: Sequence[str], task_key: str) -> str:
+        """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.
+
+        Two selections of the same data and features have the same name only where every choice is the same.
+        """
+        parts = {
+            "budget": _unless(TiveOptions.task_budget, self.task_budget),
+            "score": _unless(TiveOptions.instance_score, self.instance_score),
+            "sampling": _unless(TiveOptions.sampling, self.sampling),
+            "rounding": _unless(TiveOptions.rounding, self.rounding),
+            "seed": _unless(TiveOptions.seed, self.seed),
+        }
+        if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):
+            parts["exclude"] = _name_part(sorted(self.exclude_tasks)) if self.exclude_tasks else "none"
+        return _stem(f"Tive_q_{float(self.q)}_p_{float(self.p)}", parts, task_key)
+
+
+@dataclass(frozen=True)
+class LessOptions:
+    """What `select_data_LESS.py` chooses: LESS's selection, unless said otherwise.
+
+    Attributes:
+        p: share of all records to select, above 0 and up to 1.
+        over_targets: the best subtask (`max`), their `mean`, or a `vote`: in how many a record is within the top p.
+        gradient: of the training records, as Adam applies it (`adam`, of either form) or as it is (`sgd`).
+        weights: of the checkpoints, in their order; None for the mean logged learning rates.
+
+    Raises:
+        UserError: a value is not one of those.
+    """
+
+    p: float = 0.05
+    over_targets: str = "max"
+    gradient: str = "adam"
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_share(self.p)
+        _check_known("over_targets", self.over_targets, OVER_TARGETS)
+        _check_known("gradient", self.gradient, GRADIENTS)
+        if self.weights is not None:
+            given = " ".join(map(str, self.weights))
+            if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
+                raise UserError(f"weights {given}: one is negative or not a number; give them from 0 up")
+            if not any(self.weights):
+                raise UserError(f"weights {given} are all zero; give one above zero")
+
+    def stem(self, task_key: str) -> str:
+        """`Less_p_{p}`, and every choice that differs from the default."""
+        parts = {
+            "over_targets": _unless(LessOptions.over_targets, self.over_targets),
+            "gradient": _unless(LessOptions.gradient, self.gradient),
+            "weights": "+".join(map(str, self.weights or ())),
+        }
+        return _stem(f"Less_p_{float(self.p)}", parts, task_key)
+
+
+def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that are named for exclusion, one by one or with commas between; `none` is no task.
+
+    Raises:
+        UserError: a task that is named is not there, unless it is the default's.
+    """
+    known = set(task_names)
+    names = {name.strip() for text in wanted for name in ([text] if text in known else text.split(","))} - {""}
+    if names == {"none"}:
+        names &= known
+    if unknown := sorted(names - known - {DEFAULT_EXCLUDED}):
+        raise UserError(
+            f"the data has no task {shown(unknown[0], LABEL_LIMIT)} to exclude; its tasks are: "
+            f"{listed(task_names, 40)} (put a name with spaces in quotes)"
+        )
+    return tuple(sorted(names & known))
+
+
+def _check_share(p: float) -> None:
+    if not 0 < p <= 1:
+        raise UserError(f"p = {p} is not a share; give a number above 0 and up to 1")
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name} {value!r} is not known; give one of {', '.join(known)}")
+
+
+def _unless(default: object, value: object) -> str:
+    return "" if value == default else str(value)
+
+
+def _stem(first: str, parts: dict[str, str], task_key: str) -> str:
+    if task_key != "dataset":
+        parts = parts | {"task_key": _name_part([task_key])}
+    return "_".join([first, *(f"{name}-{part}" for name, part in parts.items() if part)])
+
+
+def _name_part(texts: list[str]) -> str:
+    """Texts as part of a file name; eight digits of their SHA-256 where their letters do not suit one."""
+    joined = "+".join(texts)
+    if len(joined) <= 40 and texts != ["none"] and all(re.fullmatch(r"[A-Za-z0-9._-]+", text) for text in texts):
+        return joined
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:8]

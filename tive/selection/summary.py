@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
-import torch
 from msgspec import Meta, Struct
 
-from tive.data.records import Records
-from tive.features.chunks import Chunk
-from tive.features.manifest import COMMON_KEYS
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
+MAX_COUNT = 1 << 40
+Count = Annotated[int, Meta(ge=0, lt=MAX_COUNT)]
 Size = Annotated[float, Meta(ge=0, lt=1e300)]
 
 
@@ -51,7 +42,7 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
     effective_sample_size: Size | None = None
 
 
-class LeftOut(Struct, frozen=True):
+class UncountedRecord(Struct, frozen=True):
     """A record that counts in no mean and is never drawn."""
 
     row: Count
@@ -60,8 +51,8 @@ class LeftOut(Struct, frozen=True):
     task: str | None = None
 
 
-class Inputs(Struct, frozen=True):
-    """What the selection was made from. `match` is what the chunks have in common, None for the release's files."""
+class SelectedFrom(Struct, frozen=True):
+    """The data and the features. `match` is what the chunks have in common, None for the release's files."""
 
     data_path: str
     data_sha256: str
@@ -92,9 +83,9 @@ class Summary(Struct, frozen=True):
 
     arguments: dict[str, Any]
     versions: dict[str, Any]
-    inputs: Inputs
+    inputs: SelectedFrom
     tasks: Annotated[list[Task], Meta(min_length=1)]
-    left_out: list[LeftOut]
+    left_out: list[UncountedRecord]
     subset: Subset
     gradient_pass: list[dict[str, Any]]
     method: str = "TIVE"
@@ -102,54 +93,21 @@ class Summary(Struct, frozen=True):
     details: dict[str, Any] = {}
 
 
-def inputs_of(records: Records, gradient_path: str | os.PathLike[str], chunks: Sequence[Chunk]) -> Inputs:
-    """The data file and the features that a selection was made from."""
-    match = chunks[0].match
-    return Inputs(
-        data_path=os.path.abspath(records.path),
-        data_sha256=records.fingerprint,
-        data_records=len(records),
-        gradient_path=os.path.abspath(gradient_path),
-        image_folder=next((folder for chunk in chunks if (folder := chunk.manifest.get("image_folder"))), None),
-        chunks=[{"file": chunk.path.name, "start": chunk.start, "stop": chunk.stop} for chunk in chunks],
-        match={key: getattr(match, key) for key in COMMON_KEYS} if match else None,
-    )
-
-
-def passes_of(chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
-    """What the gradient pass cost, chunk by chunk, as strict JSON: Python reads NaN, which nobody else does."""
-    made = [chunk.manifest for chunk in chunks if chunk.manifest]
-    return json.loads(json.dumps(made), parse_constant=lambda _: None)
-
-
-def summary_of(
-    arguments: Mapping[str, Any],
-    inputs: Inputs,
-    chunks: Sequence[Chunk],
-    tasks: Sequence[Task],
-    left_out: Sequence[LeftOut],
-    method: str = "TIVE",
-    details: Mapping[str, Any] | None = None,
-) -> Callable[[Subset], Summary]:
-    """The summary of a selection, as soon as its subset is written."""
-    return partial(
-        Summary,
-        dict(arguments),
-        {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-        inputs,
-        list(tasks),
-        list(left_out),
-        gradient_pass=passes_of(chunks),
-        method=method,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        details=dict(details or {}),
-    )
-
-
 def encode_summary(summary: Summary) -> bytes:
     content = json.dumps(msgspec.to_builtins(summary), indent=2, ensure_ascii=False, allow_nan=False)
     # A path of bytes that are no UTF-8 has half a surrogate pair for each.
     return content.encode("utf-8", "backslashreplace") + b"\n"
+
+
+class _Drawn(Struct):
+    q: Size
+    p: Size = 0.15
+
+
+class _TiveArguments(Struct):
+    """Of TIVE's arguments, those that are computed with when the summary is read."""
+
+    arguments: _Drawn
 
 
 def read_summary(path: Path) -> Summary:
@@ -168,14 +126,3 @@ def read_summary(path: Path) -> Summary:
     if len(set(names)) != len(names):
         raise UserError(f"{path} names a task twice; make the selection again")
     return summary
-
-
-class _Drawn(Struct):
-    q: Size
-    p: Size = 0.15
-
-
-class _TiveArguments(Struct):
-    """Of TIVE's arguments, those that are computed with when the summary is read."""
-
-    arguments: _Drawn

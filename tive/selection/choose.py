@@ -1,16 +1,14 @@
-"""The selection as one function, from arrays and options to what was chosen and why (paper, section 3.3)."""
+"""TIVE's selection as one function, from arrays and options to what was chosen and why (paper, section 3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from msgspec import structs
 
 from tive.method.value import (
     draw,
-    draw_middle,
     draw_top,
     effective_sample_size,
     instance_weights,
@@ -18,39 +16,15 @@ from tive.method.value import (
     task_budgets,
     task_value,
 )
-from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, Options
+from tive.selection.files import Chosen
+from tive.selection.mixture import NO_TASK
+from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, TiveOptions
 from tive.selection.summary import Task
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, listed, shown
 
-NO_TASK = "(no task)"
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen of N records, and why.
-
-    Attributes:
-        tasks: values, budgets and what was selected, in order of the tasks' names as given.
-        task: int `[N]`, index into `tasks`.
-        weights: float64 `[N]`, `softmax(q * score)` over the record's task; NaN for a record that cannot be drawn.
-        times_selected: int64 `[N]`.
-        reasons: why records cannot be drawn, by row; those of excluded tasks are not among them.
-    """
-
-    options: Options
-    tasks: tuple[Task, ...]
-    task: np.ndarray
-    weights: np.ndarray
-    times_selected: np.ndarray
-    reasons: dict[int, str]
-
-    @property
-    def included(self) -> list[Task]:
-        return [task for task in self.tasks if not task.excluded]
-
-
-def is_excluded(task_names: Sequence[str], options: Options) -> np.ndarray:
+def is_excluded(task_names: Sequence[str], options: TiveOptions) -> np.ndarray:
     """Which tasks nothing is drawn from, bool `[T]`."""
     return np.array([name in options.exclude_tasks or name == NO_TASK for name in task_names], bool)
 
@@ -60,15 +34,18 @@ def choose(
     task: np.ndarray,
     scores: Mapping[str, np.ndarray],
     reasons: Mapping[int, str],
-    options: Options,
-) -> Choice:
+    options: TiveOptions,
+) -> Chosen:
     """Task values, task budgets, instance weights, and the records drawn.
 
     Args:
         task_names: the T tasks.
         task: int `[N]`, index into `task_names` of each record's task.
-        scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`Options.columns`).
+        scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`TiveOptions.columns`).
         reasons: why records cannot be drawn, by row: they count in nothing but N.
+
+    Returns:
+        The columns are the scores and `weight`, `softmax(q * score)` over the record's task.
 
     Raises:
         UserError: every task is excluded, one that is not has no record left, or none gets a whole record.
@@ -112,10 +89,10 @@ def choose(
             distinct=int(np.count_nonzero(times[rows])),
             effective_sample_size=effective_sample_size(weights[rows]),
         )
-    return Choice(options, tuple(tasks), task, weights, times, dict(reasons))
+    return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons))
 
 
-def _budgets(bases: np.ndarray, records: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def _budgets(bases: np.ndarray, records: int, options: TiveOptions) -> tuple[np.ndarray, np.ndarray]:
     """Each task's budget before and after rounding, both `[T]`.
 
     Raises:
@@ -140,24 +117,19 @@ def _basis(task_budget: str, scores: Mapping[str, np.ndarray], records: int, cou
     return {"size": float(records), "equal": 1.0}[task_budget]
 
 
-def _instance_scores(options: Options, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
     if options.instance_score == "random":
         return np.zeros(len(rows))
     return scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
 
 
-def _times_selected(scores: np.ndarray, budget: int, task: str, options: Options) -> np.ndarray:
+def _times_selected(scores: np.ndarray, budget: int, task: str, options: TiveOptions) -> np.ndarray:
     """How often each record of a task is taken, int64 `[n_t]`.
 
     A budget above the records takes each `budget // n_t` times and draws the remainder.
     """
     whole, rest = divmod(budget, len(scores))
     times = np.full(len(scores), whole, np.int64)
-    if options.sampling == "top":
-        drawn = draw_top(scores, rest)
-    elif options.sampling == "middle":
-        drawn = draw_middle(scores, rest)
-    else:
-        drawn = draw(scores, options.q, rest, options.seed, task)
-    times[drawn] += 1
+    is_top = options.sampling == "top"
+    times[draw_top(scores, rest) if is_top else draw(scores, options.q, rest, options.seed, task)] += 1
     return times

@@ -1,0 +1,209 @@
+"""What the two selections print: tables, what a reader of them should know, and which files there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from tive.method.value import rounded_down
+from tive.selection.files import Chosen, Files
+from tive.selection.less import CheckpointFeatures, Subtask
+from tive.selection.options import TiveOptions
+from tive.selection.summary import Task
+from tive.util.text import listed, print_table
+
+# A sentence names the tasks whose budget is below this part of their share of the records.
+SMALL_SHARE = 0.2
+
+
+def bar(title: str, records: int) -> tqdm:
+    """The bar of a pass over the features."""
+    return tqdm(total=records, desc=title, unit=" records", unit_scale=True, delay=1)
+
+
+def print_files(files: Files, chosen: Chosen) -> None:
+    selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
+    print(f"written: {files.subset}  ({selected:,} records, {selected / records:.2%} of {records:,})")
+    print(f"         {files.scores}  (the scores of every record)")
+    print(f"         {files.summary}  (arguments, hashes, tasks)")
+
+
+def print_choice(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> None:
+    """Print the tasks' table, how much the weights decide, and what was left out.
+
+    Args:
+        task: int `[N]`, each record's task.
+    """
+    print_table(_table(chosen, options))
+    print()
+    for sentence in _sentences(chosen, task, options):
+        print(sentence)
+
+
+def _table(chosen: Chosen, options: TiveOptions) -> list[tuple[str, ...]]:
+    by = options.task_budget
+    further = by if by not in ("difficulty", "size", "equal") else ""
+    rows: list[tuple[str, ...]] = [
+        ("task", "records", "mean gradient norm", f"mean {further}", "budget", "selected", "effective sample size")
+    ]
+    for task in chosen.tasks:
+        effective = "excluded"
+        if task.effective_sample_size is not None:
+            effective = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
+        value, basis = (f"{number:.4g}" if number is not None else "" for number in (task.value, task.basis))
+        budget = f"{task.budget_before_rounding:,.1f}" if task.budget_before_rounding is not None else ""
+        rows.append((task.name, f"{task.records:,}", value, basis, budget, f"{task.selected:,}", effective))
+    selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
+    rows.append(("total", f"{records:,}", "", "", f"{_budget(chosen):,.1f}", f"{selected:,}", ""))
+    return rows if further else [row[:3] + row[4:] for row in rows]
+
+
+def _budget(chosen: Chosen) -> float:
+    """The records that there were to spend, before rounding."""
+    return sum(task.budget_before_rounding or 0 for task in chosen.tasks)
+
+
+def _included(chosen: Chosen) -> list[Task]:
+    return [task for task in chosen.tasks if not task.excluded]
+
+
+def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterator[str]:
+    if options.sampling == "top":
+        yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
+    elif options.instance_score == "random":
+        yield "sampling: every record of a task is as likely as any other; q plays no part"
+    else:
+        yield _weights(chosen, task, options)
+    yield from _rounding(chosen)
+    yield from _small_shares(chosen)
+    repeated = [
+        f"{task.name} ({task.selected:,} of {task.distinct:,} records)"
+        for task in _included(chosen)
+        if task.selected > task.distinct
+    ]
+    if repeated:
+        yield f"taken more than once, because the budget is above the records: {listed(repeated)}"
+    if chosen.reasons:
+        yield (
+            f"left out: {len(chosen.reasons):,} records that count in no mean and are never drawn "
+            f"({_most_common(chosen.reasons)})"
+        )
+
+
+def _weights(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> str:
+    """How near to uniform the draw is, in words and numbers."""
+    ratio = 1.0
+    for index, entry in enumerate(chosen.tasks):
+        if not entry.excluded:
+            weights = chosen.columns["weight"][task == index]
+            with np.errstate(divide="ignore"):
+                ratio = max(ratio, float(np.nanmax(weights) / np.nanmin(weights)))
+    share = min((task.effective_sample_size or 0) / task.counted for task in _included(chosen))
+    digits = 6 if ratio < 2 else 2
+    numbers = (
+        f"within a task the largest weight is at most {ratio:.{digits}g} times the smallest, and the effective sample "
+        f"size at least {share:.2%} of its records"
+    )
+    if share > 0.99:
+        return (
+            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise q to let "
+            f"{options.instance_score} decide (docs/selection.md, Choosing q)"
+        )
+    kind = "leans towards" if share > 0.5 else "is decided by"
+    return f"sampling: the draw {kind} high {options.instance_score} at q = {options.q}: {numbers}"
+
+
+def _rounding(chosen: Chosen) -> Iterator[str]:
+    """What rounding the budgets costs, where it is more than 1% of the records or all of a task's."""
+    total, selected = rounded_down(_budget(chosen)), int(chosen.times_selected.sum())
+    included = _included(chosen)
+    without = [task.name for task in included if not task.selected]
+    if not without and total - selected <= total / 100:
+        return
+    parts = []
+    if selected < total:
+        parts.append(f"rounding down loses {total - selected:,} of {total:,} records ({1 - selected / total:.1%})")
+    if without:
+        parts.append(f"{len(without):,} of {len(included):,} tasks get nothing ({listed(without)})")
+    remedy = "raise p to reach them"
+    if selected < total:
+        remedy = f"rounding largest_remainder selects exactly {total:,}"
+    yield f"{', and '.join(parts)}; {remedy}"
+
+
+def _small_shares(chosen: Chosen) -> Iterator[str]:
+    """Tasks that get far less than their share of the records."""
+    records = sum(task.records for task in _included(chosen))
+    small = [
+        f"{task.name} ({task.selected:,}, by its records {share:,.0f})"
+        for task in _included(chosen)
+        if (task.budget_before_rounding or 0) < SMALL_SHARE * (share := _budget(chosen) * task.records / records)
+    ]
+    if small:
+        yield f"budget below a fifth of the task's share of the records: {listed(small)} (docs/selection.md, Budgets)"
+
+
+def _most_common(reasons: Mapping[int, str]) -> str:
+    """The three reasons that most records have, with their counts."""
+    common = Counter(reasons.values()).most_common(4)
+    return ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
+
+
+def print_checkpoints(checkpoints: Sequence[CheckpointFeatures], weights: np.ndarray) -> None:
+    """Print the checkpoints' table."""
+    rows: list[tuple[str, ...]] = [("checkpoint", "step", "gradient", "weight")]
+    for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
+        step = checkpoint.match.checkpoint
+        rows.append(
+            (checkpoint.train_path, "" if step is None else str(step), checkpoint.match.gradient, f"{weight:.4f}")
+        )
+    print_table(rows)
+    print()
+    if len(checkpoints) == 1:
+        print("warning: one checkpoint only; LESS adds up several, which tell more than the last one alone")
+
+
+def print_target_warnings(repeated: Sequence[int], target_left_out: Mapping[int, str]) -> None:
+    """Warn of target records that the mixture holds too, and of those without a gradient."""
+    if repeated:
+        print(
+            f"warning: {len(repeated):,} target records are also records of the mixture (the first: target record "
+            f"{repeated[0]}); they rank high by themselves, and what is measured on them later is not held out"
+        )
+    if target_left_out:
+        row, reason = min(target_left_out.items())
+        print(
+            f"warning: {len(target_left_out):,} target records have no gradient and count in no mean (the first: "
+            f"target record {row}, {reason})"
+        )
+
+
+def print_target_choice(chosen: Chosen, subtasks: Sequence[Subtask]) -> None:
+    """Print the tables of tasks and of subtasks, the subtasks that no selected record serves best, and what was left
+    out."""
+    rows: list[tuple[str, ...]] = [("task", "records", "selected", "share of the task")]
+    for task in chosen.tasks:
+        rows.append((task.name, f"{task.records:,}", f"{task.selected:,}", f"{task.selected / task.records:.1%}"))
+    selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
+    rows.append(("total", f"{records:,}", f"{selected:,}", f"{selected / records:.1%}"))
+    print_table(rows)
+    print()
+    rows = [("subtask", "target records", "mean score", "mean score of the selected", "best served by it")]
+    for subtask in subtasks:
+        means = (f"{subtask.mean_score:.4f}", f"{subtask.mean_score_of_selected:.4f}")
+        rows.append((subtask.name, f"{subtask.records:,}", *means, f"{subtask.selected:,}"))
+    print_table(rows)
+    print()
+    if without := [subtask.name for subtask in subtasks if not subtask.selected]:
+        print(
+            f"{len(without):,} of {len(subtasks):,} subtasks have no selected record that serves them best: "
+            f"{listed(without)} (docs/less.md, Over the subtasks)"
+        )
+    if chosen.reasons:
+        print(
+            f"left out: {len(chosen.reasons):,} records that have no score and are never selected "
+            f"({_most_common(chosen.reasons)})"
+        )
