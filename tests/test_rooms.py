@@ -22,7 +22,7 @@ ROOMS = {
     "gradient_pass": (("method", "models", "data", "features", "util"), set()),
     "selection": (("method", "features", "data", "util"), set()),
     "training": (
-        ("data", "util"),
+        ("models", "data", "util"),
         {"argparse", "llava", "transformers", "peft", "accelerate", "deepspeed", "safetensors"},
     ),
     "evaluation": (("models", "data", "util"), set()),
@@ -73,7 +73,7 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
 
 
 FLAG = re.compile(r"(?<![\w-])(?<!var\()--[A-Za-z]")  # a style sheet's variable is none
-WHOLE_COMMAND = re.compile(r"`python scripts/[^`]*`")
+WHOLE_COMMAND = re.compile(r"`python [^`]*`")
 # The trainer's own arguments are flags.
 ROOMS_WITH_FLAGS = ("training",)
 

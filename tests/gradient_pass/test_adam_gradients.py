@@ -21,6 +21,7 @@ from tive.method.gradients import gradient_features
 from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
 from tive.models import Encoded, llava
 from tive.models.common import target_modules
+from tive.models.optimizer_state import AdamState
 
 DATA = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("data", "target")}
 FORMS = {"sgd": None, "adam": "adam", "release": "release"}
@@ -174,7 +175,12 @@ def test_the_correction_is_that_of_the_next_step(monkeypatch: pytest.MonkeyPatch
 
     golden, path = golden_of(10), CHECKPOINTS[10]
     real = optimizer.adam_state
-    monkeypatch.setattr(optimizer, "adam_state", lambda *given: replace(real(*given), t=real(*given).t - 1))
+
+    def of_the_step_before(*given: object) -> AdamState:
+        state = real(*given)
+        return replace(state, constants=replace(state.constants, t=state.constants.t - 1))
+
+    monkeypatch.setattr(optimizer, "adam_state", of_the_step_before)
     reference = load_less(path)
     matrices = target_modules(reference)
     transform = transform_of(gradient_kind(str(path), "adam"), reference, matrices, str(path))

@@ -81,7 +81,15 @@ def train(output: Path, stage: int, bfloat16: bool) -> Path:
 
 def copy_state(checkpoint: Path, target: Path) -> None:
     """The adapter and the optimizer's state, without what only a resumed training needs."""
-    kept = ("adapter_*", "trainer_state.json", "latest", "global_step*", "non_lora_trainables.bin", "config.json")
+    kept = (
+        "adapter_*",
+        "adam_moments.safetensors",
+        "trainer_state.json",
+        "latest",
+        "global_step*",
+        "non_lora_trainables.bin",
+        "config.json",
+    )
     for pattern in kept:
         for found in checkpoint.glob(pattern):
             if found.is_dir():

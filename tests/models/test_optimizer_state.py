@@ -1,8 +1,9 @@
-"""Adam's state of a checkpoint: found, read from every form, mapped to the right matrices, or refused in one line."""
+"""Adam's state of a checkpoint: read from every form, mapped to the right matrices, or refused in one line."""
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,21 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.helpers.golden_model import Finished
 from tests.helpers.less import CHECKPOINTS, DEEPSPEED, load_less, run_less
 from tive.models import Reference
 from tive.models.common import target_modules
-from tive.models.optimizer_state import (
-    NAMES_FILE,
-    AdamState,
-    adam_state,
-    find_optimizer_state,
-    plain_name,
-    read_optimizer_state,
-)
-from tive.models.trainer_state import read_trainer_state
+from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
+from tive.models.optimizer_state import AdamState, adam_state, find_optimizer_state, read_trainer_state
 from tive.util.errors import UserError
 
 STEP = 10
@@ -60,34 +53,10 @@ def assert_equal(first: AdamState, second: AdamState) -> None:
     assert first.m.keys() == second.m.keys()
     assert all(torch.equal(first.m[name], second.m[name]) for name in first.m)
     assert all(torch.equal(first.v[name], second.v[name]) for name in first.v)
-    assert (first.t, first.b1, first.b2, first.eps) == (second.t, second.b1, second.b2, second.eps)
+    assert first.constants == second.constants
 
 
-def written_names(reference: Reference) -> list[list[str]]:
-    """The names file that the trainer writes, for the golden's groups."""
-    names = [f"base_model.model.{name}" for name, _ in reference.model.named_parameters()]
-    projector = [name for name in names if "mm_projector" in name]
-    ends = (".weight", ".bias")
-    return [[name for name in names if ".lora_" in name], *([n for n in projector if n.endswith(end)] for end in ends)]
-
-
-# optimizer.pt: what the rule gives is in the golden numbers of tests/gradient_pass/test_adam_gradients.py.
-
-
-def test_the_names_beside_the_state_give_what_the_rule_gives(checkpoint: Path, reference: Reference) -> None:
-    by_rule = moments(GOLDEN, reference)
-    (checkpoint / NAMES_FILE).write_text(json.dumps(written_names(reference)))
-    assert_equal(moments(checkpoint, reference), by_rule)
-
-
-def test_the_names_win_over_the_rule(checkpoint: Path, reference: Reference) -> None:
-    names = written_names(reference)
-    first, second = (names[0].index(f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.default.weight")
-                     for layer in (2, 10))  # fmt: skip
-    names[0][first], names[0][second] = names[0][second], names[0][first]
-    (checkpoint / NAMES_FILE).write_text(json.dumps(names))
-    swapped, by_rule = moments(checkpoint, reference), moments(GOLDEN, reference)
-    assert torch.equal(swapped.m["layers.2.self_attn.q_proj.A"], by_rule.m["layers.10.self_attn.q_proj.A"])
+# optimizer.pt: what the order gives is in the golden numbers of tests/gradient_pass/test_adam_gradients.py.
 
 
 @pytest.mark.parametrize("form", ["projector with the adapter", "empty group", "adapter alone"])
@@ -117,57 +86,87 @@ def test_a_projector_that_was_never_stepped_is_no_fault(
     assert_equal(moments(checkpoint, reference), moments(GOLDEN, reference))
 
 
-# DeepSpeed's checkpoints are real ones: tests/helpers/make_deepspeed_states.py.
+def test_moments_by_name_are_those_by_number(checkpoint: Path, state: dict[str, Any], reference: Reference) -> None:
+    """FSDP writes its state whole, as optimizer.bin, with names for numbers."""
+    names = [f"base_model.model.{name}" for name, _ in reference.model.named_parameters()]
+    projector = [name for name in names if "mm_projector" in name]
+    flat = [name for name in names if ".lora_" in name]
+    flat += [name for end in (".weight", ".bias") for name in projector if name.endswith(end)]
+    for group in state["param_groups"]:
+        group["params"] = [flat[number] for number in group["params"]]
+    named = {flat[number]: of for number, of in state["state"].items()}
+    torch.save(state | {"state": named}, checkpoint / "optimizer.bin")
+    (checkpoint / "optimizer.pt").unlink()
+    assert_equal(moments(checkpoint, reference), moments(GOLDEN, reference))
+
+
+def test_moments_that_bitsandbytes_keeps_in_full_are_adams(
+    checkpoint: Path, state: dict[str, Any], reference: Reference
+) -> None:
+    """paged_adamw_32bit: other names for the same two moments, and a number where torch has a tensor."""
+    for of in state["state"].values():
+        of |= {"state1": of.pop("exp_avg"), "state2": of.pop("exp_avg_sq"), "step": int(of["step"])}
+    for group in state["param_groups"]:
+        for option in set(group) - {"params", "lr", "betas", "eps", "weight_decay"}:
+            del group[option]
+        group |= {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
+    torch.save(state, checkpoint / "optimizer.pt")
+    assert_equal(moments(checkpoint, reference), moments(GOLDEN, reference))
+
+
+# DeepSpeed's checkpoints are real ones, of this project's trainer: tests/helpers/make_deepspeed_states.py.
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint as another trainer under DeepSpeed leaves it: without the moments by name."""
+
+    def of(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("with space") / "checkpoint-2"
+        shutil.copytree(DEEPSPEED / kind, folder)
+        (folder / MOMENTS_FILE).unlink()
+        for rank in range(1, 3 if kind == "zero3" else 0):  # they differ in nothing that is read
+            name = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+            shutil.copy(folder / "global_step2" / name.format(0), folder / "global_step2" / name.format(rank))
+        return folder
+
+    return of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deepspeeds_master_weights_are_the_adapters(kind: str) -> None:
-    folder = DEEPSPEED / kind
-    stored = read_optimizer_state(find_optimizer_state(str(folder)), DEEPSPEED_STEP)
-    adapter = {plain_name(name): weight for name, weight in load_file(folder / "adapter_model.safetensors").items()}
-    masters = {
-        plain_name(p.name or ""): p.master for group in stored.groups for p in group if "lora_" in (p.name or "")
-    }
-    assert masters.keys() == adapter.keys() and len(adapter) == 11 * 14
-    for name, master in masters.items():
-        assert master is not None
-        rounded = master.bfloat16().float() if kind.endswith("bfloat16") else master
-        torch.testing.assert_close(rounded, adapter[name].float(), rtol=0, atol=0, msg=name)
-
-
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
-def test_deepspeeds_own_converter_finds_the_same_moments(kind: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(DEEPSPEED / kind, tmp_path / kind) / "global_step2"
-    for rank in range(1, 3 if kind == "zero3" else 0):  # they differ in nothing that is read
-        name = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-        shutil.copy(folder / name.format(0), folder / name.format(rank))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder)]
-    command += ["--output_folder", str(tmp_path / "universal"), "--inject_missing_state"]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    stored = read_optimizer_state(folder, DEEPSPEED_STEP)
-    for parameter in (parameter for group in stored.groups for parameter in group):
-        converted = tmp_path / "universal" / "zero" / str(parameter.name)
-        for part, name in ((parameter.m, "exp_avg"), (parameter.v, "exp_avg_sq"), (parameter.master, "fp32")):
-            content = torch.load(converted / f"{name}.pt", weights_only=False)  # the project's own test file
-            whole = content["param"] if isinstance(content, dict) else content
-            assert part is not None and torch.equal(part, whole.view_as(part)), (parameter.name, name)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_deepspeeds_moments_are_mapped_to_the_matrices(kind: str) -> None:
+def test_the_moments_gathered_in_training_are_those_that_deepspeeds_tool_makes_of_its_parts(
+    kind: str, foreign: Callable[[str], Path]
+) -> None:
+    """And the command that the refusal of the parts names is the remedy."""
+    folder = foreign(kind)
     reference = load_less(DEEPSPEED / kind)
-    found = moments(DEEPSPEED / kind, reference, DEEPSPEED_STEP)
+    with pytest.raises(UserError) as refusal:
+        moments(folder, reference, DEEPSPEED_STEP)
+    (command,) = re.findall("`(python [^`]*)`", str(refusal.value))
+    ended = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd="/", capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    converted = moments(folder, reference, DEEPSPEED_STEP)
+    gathered = moments(DEEPSPEED / kind, reference, DEEPSPEED_STEP)
+    assert_equal(gathered, converted)
+    assert gathered.stored_dtype == torch.float32 and gathered.constants.t == DEEPSPEED_STEP
     shapes = {name: matrix.weight.shape for name, matrix in target_modules(reference, "all").items()}
-    assert {name: m.shape for name, m in found.m.items()} == shapes
-    assert all(m.any() and (found.v[name] >= 0).all() for name, m in found.m.items())
+    assert {name: m.shape for name, m in gathered.m.items()} == shapes
+    assert all(m.any() and gathered.v[name].any() for name, m in gathered.m.items())
 
 
-def test_master_weights_of_another_adapter_are_refused() -> None:
+def test_moments_of_another_adapter_are_refused() -> None:
     reference = load_less(DEEPSPEED / "zero2")
-    with pytest.raises(UserError, match="are not the adapter's"):
+    with pytest.raises(UserError, match="the weights are not the adapter's"):
         moments(DEEPSPEED / "zero3", reference, DEEPSPEED_STEP)
+
+
+def test_fsdps_shards_are_named_as_what_they_are(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer_0").mkdir()
+    (checkpoint / "optimizer_0" / ".metadata").touch()
+    with pytest.raises(UserError, match="FSDP") as refusal:
+        find_optimizer_state(str(checkpoint))
+    assert str(checkpoint) in str(refusal.value)
 
 
 # What is refused. Everything before the model is loaded is in the first table.
@@ -198,103 +197,49 @@ def eight_bit(state: dict[str, Any]) -> None:
     state.update(state1=state.pop("exp_avg").byte(), state2=state.pop("exp_avg_sq").byte(), qmap1=torch.zeros(256))
 
 
+# What is done to the checkpoint, and the words of the refusal that say what is wrong.
 UNREADABLE: dict[str, tuple[Change, str]] = {
-    "no state": (lambda folder: (folder / "optimizer.pt").unlink(), "holds no optimizer's state (optimizer.pt, or"),
-    "two states": (
-        lambda folder: (folder / "latest").write_text(".\n"),
-        "holds two optimizer's states",
-    ),
+    "no state": (lambda folder: (folder / "optimizer.pt").unlink(), MOMENTS_FILE),
     "not a state": (lambda folder: (folder / "optimizer.pt").write_bytes(b"half a file"), "cannot read"),
     "a pickle that runs": (lambda folder: torch.save({"state": Path}, folder / "optimizer.pt"), "cannot read"),
-    "another file": (lambda folder: torch.save({"a": 1}, folder / "optimizer.pt"), "is not an optimizer's state"),
-    "SGD": (changed(lambda content: [g.pop("betas") for g in content["param_groups"]]), "is not Adam's state"),
-    "Adafactor": (of_every_state(lambda state: state.pop("exp_avg_sq")), "the state of another optimizer"),
-    "8-bit": (of_every_state(eight_bit), "the state of 8-bit optimizer"),
-    "amsgrad": (of_the_second_group(amsgrad=True), "Adam with amsgrad"),
-    "betas": (of_the_second_group(betas=(0.9, 0.95)), "disagree on betas ((0.9, 0.95), (0.9, 0.999))"),
-    "eps": (of_the_second_group(eps=1e-6), "disagree on eps"),
-    "steps": (
-        changed(lambda content: content["state"][3].update(step=torch.tensor(9.0))),
-        "disagree on step (10.0, 9.0)",
-    ),
-    "step": (
-        of_every_state(lambda state: state.update(step=torch.tensor(9.0))),
-        "after step 9, the checkpoint is of step 10",
-    ),
-    "numbers": (
-        changed(lambda content: content["param_groups"][0]["params"].reverse()),
-        "numbers do not count through",
-    ),
-    "no trainer's state": (lambda folder: (folder / "trainer_state.json").unlink(), "holds no trainer_state.json"),
-    "trainer's state": (
-        lambda folder: (folder / "trainer_state.json").write_text("[]"),
-        "no step (global_step)",
-    ),
+    "another file": (lambda folder: torch.save({"a": 1}, folder / "optimizer.pt"), "param_groups"),
+    "SGD": (changed(lambda content: [g.pop("betas") for g in content["param_groups"]]), "not Adam's"),
+    "RAdam": (changed(lambda content: [g.pop("amsgrad") for g in content["param_groups"]]), "not Adam's"),
+    "Adafactor": (of_every_state(lambda state: state.pop("exp_avg_sq")), "another optimizer"),
+    "one key more": (of_every_state(lambda state: state.update(kahan=torch.zeros(1))), "another optimizer"),
+    "one option more": (of_the_second_group(momentum_decay=0.004), "momentum_decay"),
+    "8-bit": (of_every_state(eight_bit), "8-bit"),
+    "amsgrad": (of_the_second_group(amsgrad=True), "amsgrad"),
+    "no correction": (of_the_second_group(bias_correction=False), "bias_correction"),
+    "betas": (of_the_second_group(betas=(0.9, 0.95)), "betas"),
+    "eps": (of_the_second_group(eps=1e-6), "eps"),
+    "steps": (changed(lambda content: content["state"][3].update(step=torch.tensor(9.0))), "step"),
+    "step": (of_every_state(lambda state: state.update(step=torch.tensor(9.0))), "step 10"),
+    "numbers": (changed(lambda content: content["param_groups"][0]["params"].reverse()), "numbers"),
+    "no trainer's state": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json"),
+    "trainer's state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "global_step"),
+    "another moments file": (lambda folder: (folder / MOMENTS_FILE).write_bytes(b"half a file"), MOMENTS_FILE),
 }
 UNFITTING: dict[str, tuple[Change, str]] = {
-    "counts": (changed(lambda content: content["param_groups"][0]["params"].pop()), "numbers do not count through"),
-    "one more": (
+    "one parameter less": (changed(lambda content: content["param_groups"][0]["params"].pop()), "numbers"),
+    "one parameter more": (
         changed(
             lambda content: (
-                content["param_groups"][2]["params"].append(158),
-                content["state"].update({158: content["state"][157]}),
+                content["param_groups"][0]["params"].append(154),
+                content["param_groups"][1]["params"].remove(154),
             )
         ),
-        "holds groups of [154, 2, 3] parameters",
+        "155 parameters",
     ),
-    "shapes": (
-        changed(lambda content: content["state"][0].update(exp_avg=torch.zeros(8, 64))),
-        "the moments have shape [8, 64], not [4, 64]",
-    ),
+    "shapes": (changed(lambda content: content["state"][0].update(exp_avg=torch.zeros(8, 64))), "[8, 64]"),
     "second moment's shape": (
         changed(lambda content: content["state"][0].update(exp_avg_sq=torch.zeros(8, 64))),
-        "the moments of layers.0.self_attn.q_proj.A have shape",
+        "layers.0.self_attn.q_proj.A",
     ),
-    "never stepped": (changed(lambda content: content["state"].pop(5)), "was never stepped"),
-    "not finite": (
-        changed(lambda content: content["state"][1]["exp_avg"].fill_(float("nan"))),
-        "layers.0.self_attn.q_proj.B are not finite",
-    ),
-    "below zero": (
-        changed(lambda content: content["state"][1]["exp_avg_sq"].neg_()),
-        "second moments of layers.0.self_attn.q_proj.B are below zero",
-    ),
-    "names": (lambda folder: (folder / NAMES_FILE).write_text('[["a"]]'), f"{NAMES_FILE} names [1]"),
-    "no names": (lambda folder: (folder / NAMES_FILE).write_text("{}"), "not a list of each group's"),
+    "never stepped": (changed(lambda content: content["state"].pop(5)), "never stepped"),
+    "not finite": (changed(lambda content: content["state"][1]["exp_avg"].fill_(float("nan"))), "q_proj.B"),
+    "below zero": (changed(lambda content: content["state"][1]["exp_avg_sq"].neg_()), "q_proj.B"),
 }
-INCOMPLETE: dict[str, tuple[str, Change, str]] = {
-    "latest": ("zero2", lambda folder: (folder / "latest").write_text("global_step9"), "latest names global_step9"),
-    "first part": ("zero2", lambda folder: remove(folder, "zero_pp_rank_0_*optim*"), "lacks the part of rank 0 of 3"),
-    "last part": ("zero3", lambda folder: remove(folder, "zero_pp_rank_2_*optim*"), "lacks the part of rank 2 of 3"),
-    "model states": ("zero3", lambda folder: remove(folder, "*model_states.pt"), "which name the parameters"),
-    "a part of another run": (
-        "zero2",
-        lambda folder: shutil.copy(
-            DEEPSPEED / "zero3" / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", folder / "global_step2"
-        ),
-        "holds other ones",
-    ),
-    "fewer ranks": ("zero3", lambda folder: fewer_ranks(folder), "numbers where its parameters have"),
-    "global": ("zero2", lambda folder: unsafe_part(folder), "cannot read"),
-}  # fmt: skip
-
-
-def remove(folder: Path, pattern: str) -> None:
-    for file in (folder / "global_step2").glob(pattern):
-        file.unlink()
-
-
-def fewer_ranks(folder: Path) -> None:
-    """Parts that say that there are two ranks, where three were cut."""
-    remove(folder, "zero_pp_rank_2_*")
-    for file in (folder / "global_step2").glob("*optim_states.pt"):
-        content = torch.load(file, weights_only=False)  # the project's own test file
-        content["optimizer_state_dict"]["partition_count"] = 2
-        torch.save(content, file)
-
-
-def unsafe_part(folder: Path) -> None:
-    torch.save({"optimizer_state_dict": Path("x")}, next((folder / "global_step2").glob("*rank_1_*optim_states.pt")))
 
 
 def refused(done: Finished, reason: str) -> None:
@@ -320,16 +265,6 @@ def test_a_state_that_does_not_fit_the_adapter_is_refused(case: str, checkpoint:
     with pytest.raises(UserError) as refusal:
         moments(checkpoint, reference)
     assert reason in str(refusal.value) and str(checkpoint) in str(refusal.value)
-
-
-@pytest.mark.parametrize("case", INCOMPLETE)
-def test_a_deepspeed_state_that_is_not_whole_is_refused(case: str, tmp_path: Path) -> None:
-    kind, change, reason = INCOMPLETE[case]
-    folder = shutil.copytree(DEEPSPEED / kind, tmp_path / kind)
-    change(folder)
-    with pytest.raises(UserError) as refusal:
-        read_optimizer_state(find_optimizer_state(str(folder)), DEEPSPEED_STEP)
-    assert reason in str(refusal.value) and str(folder) in str(refusal.value)
 
 
 def test_a_state_elsewhere_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import llava
 import pytest
@@ -29,6 +28,9 @@ from tests.helpers.training import (
 )
 from tive.models import ModelFiles
 from tive.models import llava as llava_family
+from tive.models.common import target_modules
+from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
+from tive.models.optimizer_state import adam_state, find_optimizer_state
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +80,22 @@ def test_a_reference_model_has_adapter_and_projector(lora_run: Path, parts: Path
     assert not torch.equal(weights[name], before["model.mm_projector.0.weight"])
 
 
-def names_and_state(checkpoint: Path) -> tuple[list[list[str]], dict[str, Any]]:
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    return json.loads((checkpoint / "optimizer_names.json").read_text()), state
-
-
-def test_every_moment_of_the_optimizer_has_the_name_of_its_parameter(lora_run: Path) -> None:
-    names, state = names_and_state(lora_run / "checkpoint-2")
-    assert [len(group) for group in names] == [len(group["params"]) for group in state["param_groups"]]
-    weights = load_file(lora_run / "checkpoint-2" / "adapter_model.safetensors")
-    weights |= torch.load(lora_run / "checkpoint-2" / "non_lora_trainables.bin", weights_only=True)
-    flat = [name for group in names for name in group]
-    assert sorted(name.replace(".default", "") for name in flat) == sorted(weights)
-    for index, name in enumerate(flat):
-        assert state["state"][index]["exp_avg"].shape == weights[name.replace(".default", "")].shape, name
-    assert all("mm_projector" in name for name in names[-1])  # they have a learning rate of their own
+def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_number(
+    lora_run: Path, parts: Path, tmp_path: Path
+) -> None:
+    checkpoint = lora_run / "checkpoint-2"
+    reference = llava_family.load(
+        ModelFiles(str(checkpoint), str(parts / "model" / "vicuna")), torch.device("cpu"), torch.float32
+    )
+    matrices = target_modules(reference, "all")
+    by_name, by_number = (
+        adam_state(read_optimizer_state(checkpoint / name, 2), reference.model, matrices, str(checkpoint))
+        for name in (MOMENTS_FILE, "optimizer.pt")
+    )
+    assert by_name.constants == by_number.constants and len(by_name.m) == 2 * 7 * 2
+    for name, m in by_name.m.items():
+        assert m.any() and torch.equal(m, by_number.m[name]) and torch.equal(by_name.v[name], by_number.v[name])
+    assert find_optimizer_state(str(checkpoint)).name == MOMENTS_FILE
 
 
 def test_a_reference_model_loads_from_any_folder(settings: dict[str, str], parts: Path, lora_run: Path) -> None:
@@ -190,8 +193,8 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
     assert_same_weights(whole, trained_weights(tmp_path / "stopped"))
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert trained_weights(checkpoint).keys() == whole.keys()
-    names = json.loads((checkpoint / "optimizer_names.json").read_text())
-    assert {name.replace(".default", "") for group in names for name in group} == whole.keys()
+    held = {name.rpartition(".")[0].replace(".default", "") for name in load_file(checkpoint / MOMENTS_FILE)}
+    assert held == {name for name in whole if "lora_" in name}
 
 
 def test_the_quickstart_data_are_the_same_for_the_same_seed(parts: Path, tmp_path: Path) -> None:

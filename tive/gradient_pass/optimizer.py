@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,13 +11,14 @@ from torch import nn
 from tive.method.adam import adam_step, release_step
 from tive.method.gradients import Transform
 from tive.models import Reference
+from tive.models.optimizer_files import StoredState, read_optimizer_state
 from tive.models.optimizer_state import (
+    TrainerState,
     adam_state,
     find_optimizer_state,
     optimizer_state_identity,
-    read_optimizer_state,
+    read_trainer_state,
 )
-from tive.models.trainer_state import TrainerState, read_trainer_state
 from tive.util.errors import UserError
 
 # The names that feature files give to what the gradient is.
@@ -32,12 +32,12 @@ class GradientKind:
     Attributes:
         name: `sgd`, `adam` or `adam_release`.
         trainer: the checkpoint's step and learning rates, None for a model without a trainer's state.
-        state_path: where Adam's state is, None for `sgd`; `state_sha256` tells it from another one.
+        state: Adam's as it is on disk, None for `sgd`; `state_sha256` tells it from another one.
     """
 
     name: str
     trainer: TrainerState | None
-    state_path: Path | None = None
+    state: StoredState | None = None
     state_sha256: str | None = None
 
     @property
@@ -69,8 +69,7 @@ def gradient_kind(model_path: str, form: str | None = None, optimizer_state: str
             f"{model_path} holds no trainer_state.json, so the step that {path} belongs to is not known; take a "
             "checkpoint-N folder as the model, whole"
         )
-    read_optimizer_state(path, trainer.step)
-    return GradientKind(FORMS[form], trainer, path, optimizer_state_identity(path))
+    return GradientKind(FORMS[form], trainer, read_optimizer_state(path, trainer.step), optimizer_state_identity(path))
 
 
 def transform_of(
@@ -83,21 +82,18 @@ def transform_of(
     Raises:
         UserError: the state does not fit the model.
     """
-    if kind.state_path is None or kind.step is None:
+    if kind.state is None:
         return None
-    stored = read_optimizer_state(kind.state_path, kind.step)
-    state = adam_state(stored, reference.model, matrices, model_path)
-    print(
-        f"optimizer's state {kind.state_path}: Adam after step {state.t}, betas {state.b1:g} and {state.b2:g}, "
-        f"eps {state.eps:g}"
-    )
+    state = adam_state(kind.state, reference.model, matrices, model_path)
+    t, b1, b2, eps = state.constants.t, state.constants.b1, state.constants.b2, state.constants.eps
+    print(f"optimizer's state {kind.state.path}: Adam after step {t}, betas {b1:g} and {b2:g}, eps {eps:g}")
     if state.stored_dtype != torch.float32:
         print(
             f"warning: Adam's moments were kept in {str(state.stored_dtype).removeprefix('torch.')}, in which v "
-            f"cannot decay with b2 = {state.b2:g} and stays too large; DeepSpeed keeps them in float32"
+            f"cannot decay with b2 = {b2:g} and stays too large; DeepSpeed keeps them in float32"
         )
     m = {name: moment.to(reference.device) for name, moment in state.m.items()}
     v = {name: moment.to(reference.device) for name, moment in state.v.items()}
     if kind.name == "adam_release":
         return lambda name, g: release_step(g, m[name], v[name])
-    return lambda name, g: adam_step(g, m[name], v[name], state.t, state.b1, state.b2, state.eps)
+    return lambda name, g: adam_step(g, m[name], v[name], t, b1, b2, eps)

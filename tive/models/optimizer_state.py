@@ -1,47 +1,27 @@
-"""Adam's moments of a checkpoint, for the LoRA matrices whose gradients are taken.
-
-Two kinds of state are read, both with `weights_only=True`: `optimizer.pt`, as transformers' trainers write it, and
-DeepSpeed's `global_stepN` folder (`tive.models.deepspeed_state`). DeepSpeed keeps the parameters' names. `optimizer.pt`
-keeps an index, which counts through the groups in order, and inside a group through the model's `named_parameters()`
-at training time; tive's trainer writes the names beside it, and for older states they follow from the trainers' rule.
-"""
+"""Adam's moments of a checkpoint, for the LoRA matrices whose gradients are taken."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tive.models.adapter import adapter_file, read_tensors
-from tive.models.deepspeed_state import read_deepspeed
-from tive.models.stored_optimizer import StoredParameter, read_optimizer_file
+from tive.models.optimizer_files import MOMENTS_FILE, AdamConstants, Moments, StoredState
 from tive.util.errors import UserError
 from tive.util.files import read_json, sha256_of
 
-NAMES_FILE = "optimizer_names.json"
-# bfloat16 keeps 8 bits, and the adapter is saved in the training's precision: the master weights are not rounded.
+# Where DeepSpeed's tool is told to write, and where its result is looked for.
+_CONVERTED = "universal"
+# bfloat16 keeps 8 bits, and the adapter is saved in the training's precision: float32 weights are not rounded.
 _RELATIVE, _ABSOLUTE = 2.0**-8, 1e-7
 _DROPPED = {"base_model", "module", "model", "language_model", "text_model", "modules_to_save", "default"}
-_HOW_TO_KEEP = (
-    "an output folder after training and a checkpoint with save_only_model have none; take a checkpoint-N folder as "
-    "the model (save_strategy epoch and save_total_limit N keep them), or name the place of its state"
-)
-
-
-@dataclass(frozen=True)
-class StoredState:
-    """An optimizer's state as it is on disk: its groups that are not empty, in order, and Adam's constants."""
-
-    path: Path
-    groups: list[list[StoredParameter]]
-    t: int
-    b1: float
-    b2: float
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -53,116 +33,101 @@ class AdamState:
 
     m: dict[str, Tensor]
     v: dict[str, Tensor]
-    t: int
-    b1: float
-    b2: float
-    eps: float
+    constants: AdamConstants
     stored_dtype: torch.dtype
 
 
 def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
-    """Where the optimizer's state is: an `optimizer.pt`, or a DeepSpeed `global_stepN` folder.
+    """Where the optimizer's state is.
 
     Args:
         given: the file, or a folder that holds it; without it the state is looked for beside the model.
 
     Raises:
-        UserError: there is none, or there are two.
+        UserError: there is none, or only one that has to be converted first.
     """
     place = Path(given or model_path)
-    if place.is_file():
+    if place.is_file() or (place / "zero").is_dir():
         return place
     if not place.is_dir():
         raise UserError(f"the optimizer's state {place} is not there; name an optimizer.pt or a checkpoint's folder")
-    if any(place.glob("*_optim_states.pt")):
-        return place
-    found = [place / "optimizer.pt"] if (place / "optimizer.pt").is_file() else []
-    if (place / "latest").is_file():
-        try:
-            folder = place / (place / "latest").read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {place}/latest ({error}); copy the checkpoint again") from error
-        if not folder.is_dir():
-            raise UserError(f"{place}/latest names {folder.name}, which is not there; copy the whole checkpoint")
-        found.append(folder)
-    if not found:
-        raise UserError(f"{place} holds no optimizer's state (optimizer.pt, or DeepSpeed's latest): {_HOW_TO_KEEP}")
-    if len(found) > 1:
-        raise UserError(f"{place} holds two optimizer's states, optimizer.pt and {found[1].name}; name one of them")
-    return found[0]
+    for name in (MOMENTS_FILE, "optimizer.pt", _CONVERTED, "optimizer.bin"):
+        if (place / name).exists():
+            return place / name
+    parts = sorted(place.glob("*_optim_states.pt")) or sorted(place.glob("global_step*/*_optim_states.pt"))
+    if parts:
+        command = ["python", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(parts[-1].parent.resolve())]
+        command += ["--output_folder", str(place.resolve() / _CONVERTED)]
+        raise UserError(
+            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it with `"
+            f"{shlex.join(command)}` in the environment of the training, then run this again"
+        )
+    if any(place.glob("optimizer_*/.metadata")):
+        raise UserError(
+            f"{place} holds the optimizer's state in FSDP's shards, which are not read; train the reference model "
+            "without FSDP, or with fsdp_state_dict_type FULL_STATE_DICT"
+        )
+    raise UserError(
+        f"{place} holds no optimizer's state ({MOMENTS_FILE} or optimizer.pt): an output folder after training and a "
+        "checkpoint with save_only_model have none; take a checkpoint-N folder as the model (save_strategy epoch and "
+        "save_total_limit N keep them), or name the place of its state"
+    )
 
 
 def optimizer_state_identity(path: Path) -> str:
-    """SHA-256 of the file, or over the files of a DeepSpeed folder that are read."""
+    """SHA-256 of the file, or over the moments' files of a converted DeepSpeed state."""
     if path.is_file():
         return sha256_of(path)
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*_optim_states.pt")):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    for file in sorted(path.glob("zero/*lora_*/exp_avg*.pt")):
+        digest.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
-def read_optimizer_state(path: Path, step: int) -> StoredState:
-    """Read a state and check all that can be checked without the model.
-
-    Args:
-        path: as `find_optimizer_state` returns it.
-        step: the checkpoint's, as its trainer counts.
-
-    Raises:
-        UserError: it is not Adam's, is damaged or incomplete, or belongs to another step.
-    """
-    if path.is_dir():
-        groups, constants, skipped = read_deepspeed(path)
-    else:
-        groups, constants = read_optimizer_file(path)
-        skipped = 0
-    if constants["step"] + skipped != step:
-        taken = f"{constants['step']}" + (f" (and {skipped} skipped)" if skipped else "")
-        raise UserError(
-            f"{path} is the state after step {taken}, the checkpoint is of step {step}; name the state of this "
-            "checkpoint"
-        )
-    b1, b2 = constants["betas"]
-    return StoredState(path, groups, constants["step"], b1, b2, constants["eps"])
-
-
 def adam_state(state: StoredState, model: nn.Module, matrices: Mapping[str, nn.Linear], model_path: str) -> AdamState:
-    """The moments of `matrices` (canonical name -> LoRA matrix of `model`), found by name or by the trainers' rule.
+    """The moments of `matrices` (canonical name -> LoRA matrix of `model`), by name or by the trainers' order.
 
     Raises:
         UserError: names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
-            below zero), or DeepSpeed's master weights are not the adapter's.
+            below zero), or the state's weights are not the adapter's.
     """
-    groups = state.groups
-    if any(parameter.name is None for group in groups for parameter in group):
-        groups = _named(state, model, Path(model_path))
-    stored = {plain_name(parameter.name or ""): parameter for group in groups for parameter in group}
+    named = state.by_name or _named(state, model, Path(model_path))
+    stored = {plain_name(name): moments for name, moments in named.items()}
     names = {id(weight): plain_name(name) for name, weight in model.named_parameters()}
     m: dict[str, Tensor] = {}
     v: dict[str, Tensor] = {}
     dtype = torch.float32
     for canonical, matrix in matrices.items():
-        parameter = stored.get(names[id(matrix.weight)])
-        if parameter is None:
+        moments = stored.get(names[id(matrix.weight)])
+        if moments is None:
             raise UserError(
-                f"{state.path} has no state of {canonical}; it belongs to another adapter than {model_path}"
+                f"{state.path} has no moments of {canonical}: it belongs to another adapter than {model_path}, or the "
+                "matrix was never stepped; name the state of this adapter"
             )
-        if parameter.m is None or parameter.v is None:
-            raise UserError(f"{state.path}: {canonical} was never stepped; train the model for some steps more")
-        if parameter.m.shape != matrix.weight.shape or parameter.v.shape != matrix.weight.shape:
-            raise UserError(
-                f"{state.path}: the moments of {canonical} have shape {list(parameter.m.shape)}, the adapter in "
-                f"{model_path} {list(matrix.weight.shape)}; name the state of this adapter"
-            )
-        _check_master(state.path, canonical, parameter.master, matrix.weight)
-        dtype = parameter.m.dtype
-        m[canonical], v[canonical] = parameter.m.float().clone(), parameter.v.float().clone()
-        if not (torch.isfinite(m[canonical]).all() and torch.isfinite(v[canonical]).all()):
-            raise UserError(f"{state.path}: the moments of {canonical} are not finite; training diverged, train again")
-        if (v[canonical] < 0).any():
-            raise UserError(f"{state.path}: the second moments of {canonical} are below zero; the file is damaged")
-    return AdamState(m, v, state.t, state.b1, state.b2, state.eps, dtype)
+        wrong = _problem_of(moments, matrix.weight.detach().float().cpu())
+        if wrong:
+            raise UserError(f"{state.path}: of {canonical}, {wrong}; name the state of the adapter in {model_path}")
+        dtype = moments.m.dtype
+        shape = matrix.weight.shape
+        m[canonical], v[canonical] = (moment.float().reshape(shape).clone() for moment in (moments.m, moments.v))
+    return AdamState(m, v, state.constants, dtype)
+
+
+def _problem_of(moments: Moments, weight: Tensor) -> str | None:
+    """Why moments cannot be those of a matrix, in a few words. DeepSpeed's tool flattens some."""
+    for part in (moments.m, moments.v, moments.weight):
+        if part is not None and part.shape not in (weight.shape, (weight.numel(),)):
+            return f"the moments have shape {list(part.shape)}, the matrix {list(weight.shape)}"
+    if not (torch.isfinite(moments.m).all() and torch.isfinite(moments.v).all()):
+        return "the moments are not finite: the training diverged or the file is damaged"
+    if (moments.v < 0).any():
+        return "second moments are below zero: the file is damaged"
+    if moments.weight is not None:
+        kept = moments.weight.detach().float().reshape(weight.shape)
+        if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
+            return "the weights are not the adapter's, so the moments are not either"
+    return None
 
 
 def plain_name(name: str) -> str:
@@ -170,72 +135,74 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _DROPPED)
 
 
-def _named(state: StoredState, model: nn.Module, model_path: Path) -> list[list[StoredParameter]]:
-    """The groups of an `optimizer.pt` with each parameter's name, from the file beside it or by the trainers' rule."""
-    names_path = state.path.with_name(NAMES_FILE)
-    if names_path.is_file():
-        layouts = [_names_beside(names_path)]
-        source = f"{names_path} names"
+def _named(state: StoredState, model: nn.Module, model_path: Path) -> dict[str, Moments]:
+    """The first group of an `optimizer.pt` with its parameters' names.
+
+    Trainers put the parameters with weight decay first, in the model's order; the adapter's matrices are among them.
+    LLaVA's projector is trained beside them, or in groups of its own that follow.
+    """
+    files = [adapter_file(model_path), model_path / "non_lora_trainables.bin"]
+    trained = {plain_name(name) for file in files if file and file.is_file() for name in read_tensors(file)}
+    decayed = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if plain_name(name) in trained and "bias" not in name and "norm" not in name
+    ]
+    for order in (decayed, [(name, parameter) for name, parameter in decayed if "mm_projector" not in name]):
+        if len(order) == len(state.in_order):
+            break
     else:
-        layouts = _layouts(model, model_path)
-        source = f"the adapter in {model_path} and what was trained beside it give"
-    shapes = {plain_name(name): parameter.shape for name, parameter in model.named_parameters()}
-    sizes = [len(group) for group in state.groups]
-    for layout in layouts:
-        if [len(names) for names in layout] == sizes:
-            named = [
-                [replace(parameter, name=name) for parameter, name in zip(group, names, strict=True)]
-                for group, names in zip(state.groups, layout, strict=True)
-            ]
-            for parameter in (parameter for group in named for parameter in group):
-                expected = shapes.get(plain_name(parameter.name or ""))
-                if parameter.m is not None and expected is not None and parameter.m.shape != expected:
-                    raise UserError(
-                        f"{state.path}: where {parameter.name} should be, the moments have shape "
-                        f"{list(parameter.m.shape)}, not {list(expected)}; name the state of this adapter"
-                    )
-            return named
-    counts = " or ".join(str([len(names) for names in layout]) for layout in layouts)
-    raise UserError(
-        f"{state.path} holds groups of {sizes} parameters, {source} {counts}; name the state of this adapter, or train "
-        f"it with finetune_lora.sh, which writes the names ({NAMES_FILE}) beside the state"
-    )
-
-
-def _names_beside(path: Path) -> list[list[str]]:
-    groups = read_json(path)
-    if not isinstance(groups, list) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in groups
-    ):
-        raise UserError(f"{path} is not a list of each group's parameter names; copy the checkpoint again")
-    return [names for names in groups if names]
-
-
-def _layouts(model: nn.Module, model_path: Path) -> list[list[list[str]]]:
-    """The groups that the trainers' rule gives: with and without decay, LLaVA's projector by itself or not."""
-    # LLaVA's and Bunny's models hold what is trained beside the adapter after the layers.
-    files = (adapter_file(model_path), model_path / "non_lora_trainables.bin")
-    decayed: list[str] = []
-    undecayed: list[str] = []
-    for file in files:
-        trained = {plain_name(name) for name in read_tensors(file)} if file and file.is_file() else set()
-        for name, parameter in model.named_parameters():
-            if plain_name(name) in trained:
-                (decayed if parameter.ndim > 1 else undecayed).append(name)
-
-    def split(names: list[str], projector: bool) -> list[str]:
-        return [name for name in names if ("mm_projector" in name) == projector]
-
-    by_itself = [split(names, projector) for projector in (False, True) for names in (decayed, undecayed)]
-    return [[names for names in layout if names] for layout in ([decayed, undecayed], by_itself)]
-
-
-def _check_master(path: Path, name: str, master: Tensor | None, weight: Tensor) -> None:
-    if master is None:
-        return
-    weight = weight.detach().float().cpu()
-    if master.shape != weight.shape or not torch.allclose(master.float(), weight, rtol=_RELATIVE, atol=_ABSOLUTE):
         raise UserError(
-            f"{path}: the float32 weights of {name} are not the adapter's, so its moments are not either; name the "
-            "state of this checkpoint"
+            f"{state.path} begins with a group of {len(state.in_order)} parameters, and {len(decayed)} are trained "
+            f"with weight decay in {model_path}; name the state of this adapter, or train with this project's scripts, "
+            f"which keep the moments by name ({MOMENTS_FILE})"
         )
+    named = {}
+    for (name, parameter), moments in zip(order, state.in_order, strict=True):
+        if moments is not None and moments.m.shape != parameter.shape:
+            raise UserError(
+                f"{state.path}: where {name} should be, the moments have shape {list(moments.m.shape)}, not "
+                f"{list(parameter.shape)}; name the state of this adapter"
+            )
+        if moments is not None:
+            named[name] = moments
+    return named
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """A checkpoint's place in its training run.
+
+    Attributes:
+        step: optimizer steps taken.
+        logged: learning rates that were logged up to that step.
+        learning_rate_sum: their sum. With the same two numbers of an earlier checkpoint they give the mean since then.
+    """
+
+    step: int
+    logged: int
+    learning_rate_sum: float
+
+
+def read_trainer_state(model_path: str) -> TrainerState | None:
+    """The trainer's state in a model's folder, or None where no trainer left one.
+
+    Raises:
+        UserError: the file is not what a trainer writes.
+    """
+    path = Path(model_path) / "trainer_state.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    step = content.get("global_step") if isinstance(content, dict) else None
+    history = content.get("log_history", []) if isinstance(content, dict) else None
+    if type(step) is not int or step < 0 or not isinstance(history, list):
+        raise UserError(f"{path} holds no step (global_step) or no log (log_history); copy the checkpoint again")
+    rates = []
+    for entry in history:
+        rate = entry.get("learning_rate") if isinstance(entry, dict) else None
+        if rate is not None and entry.get("step", 0) <= step:
+            if not isinstance(rate, (int, float)) or not (rate >= 0 and math.isfinite(rate)):
+                raise UserError(f"{path} holds the learning rate {rate!r}, which is none; copy the checkpoint again")
+            rates.append(float(rate))
+    return TrainerState(step, len(rates), math.fsum(rates))

@@ -25,14 +25,13 @@ from tive.data.training_record import (
     read_record,
     write_record,
 )
+from tive.training.moments import save_moments
 from tive.training.settings import LLAVA_DISTRIBUTIONS, base_config, has_projector
 from tive.util.errors import UserError
-from tive.util.files import sha256_of, write_json
+from tive.util.files import sha256_of
 from tive.util.packages import package_in_use
 
 PROJECTOR_FILE = "non_lora_trainables.bin"
-# Beside the optimizer's state in a checkpoint: the parameter names of each of its groups, in the order of the state.
-OPTIMIZER_NAMES_FILE = "optimizer_names.json"
 
 
 class ReferenceTrainer(LLaVATrainer):
@@ -58,20 +57,20 @@ class ReferenceTrainer(LLaVATrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self) -> torch.optim.Optimizer:
-        """LLaVA's optimizer without its empty parameter groups, and the names of what is in the others."""
+        """LLaVA's optimizer without its empty parameter groups."""
         optimizer = super().create_optimizer()
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self.optimizer_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_moments(self, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        if folder != Path(self.args.output_dir):  # a checkpoint, whose folder gets its name when it is complete
-            write_json(folder / OPTIMIZER_NAMES_FILE, self.optimizer_names)
-            if self.record is not None:
-                write_record(folder, self.record)
+        if self.record is not None and folder != Path(self.args.output_dir):
+            write_record(folder, self.record)
         if self.args.lora_enable:
             # Under DeepSpeed `state_dict` holds the gathered weights, and the model only this process's share.
             weights = self.model.state_dict() if state_dict is None else state_dict
