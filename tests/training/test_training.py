@@ -94,7 +94,8 @@ def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_numb
     )
     assert by_name.constants == by_number.constants and len(by_name.m) == 2 * 7 * 2
     for name, m in by_name.m.items():
-        assert m.any() and torch.equal(m, by_number.m[name]) and torch.equal(by_name.v[name], by_number.v[name])
+        assert m.any() or name.endswith(".A")  # B was 0, so A had no gradient yet
+        assert torch.equal(m, by_number.m[name]) and torch.equal(by_name.v[name], by_number.v[name])
     assert find_optimizer_state(str(checkpoint)).name == MOMENTS_FILE
 
 
