@@ -56,12 +56,11 @@ def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
             return place / name
     parts = sorted(place.glob("*_optim_states.pt")) or sorted(place.glob("global_step*/*_optim_states.pt"))
     if parts:
-        command = ["python", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(parts[-1].parent.resolve())]
-        command += ["--output_folder", str(place.resolve() / _CONVERTED)]
+        source, target = (shlex.quote(str(path.resolve())) for path in (parts[-1].parent, place / _CONVERTED))
         raise UserError(
-            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it with `"
-            f"{shlex.join(command)}` in the environment of the training, then run this again"
+            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it in the environment of the "
+            "training, then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+            f"--input_folder {source} --output_folder {target}`"
         )
     if any(place.glob("optimizer_*/.metadata")):
         raise UserError(

@@ -13,7 +13,7 @@ flash-attn, and for `llava.train.train`, to keep these from costing anybody a ru
   not: a new torch stops at the first step, an old one gives the groups each other's learning rate.
 - transformers sets the seed after LLaVA has drawn the adapter: the same command gave another reference model each time.
 - A relative path of the base or the vision tower is written into the model, which then loads from one folder only.
-- The optimizer's state in a checkpoint has no names, or is cut by DeepSpeed: Adam's moments are saved by name beside it.
+- The optimizer's state in a checkpoint has no names, or is cut by DeepSpeed: Adam's moments are saved by name too.
 - Nothing in a model tells its template, its base or its vision tower: `tive_training.json` does, and the gradient step
   computes what stands there. A setting that it could not follow is refused before anything is loaded.
 - A base that is a LLaVA model lost its trained projector to the pre-trained one: it is kept unless another is named.
