@@ -76,7 +76,6 @@ def main() -> None:
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
     from tive.evaluation.partial import partial_results
-    from tive.evaluation.printed import print_evaluation
     from tive.evaluation.results import (
         EVALUATION_FILE,
         Evaluation,
@@ -85,14 +84,15 @@ def main() -> None:
         differing,
         read_model,
         task_results,
-        write_evaluation,
-        write_model,
+        write_result,
     )
     from tive.evaluation.run import Options, evaluate, report_left_out
+    from tive.evaluation.tables import INTERVAL, tables
     from tive.models import ModelFiles, family_of
     from tive.models.batches import BatchLimits
     from tive.models.common import base_folder
     from tive.util.device import device_name, device_of, dtype_of
+    from tive.util.text import print_table
 
     device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
@@ -152,14 +152,16 @@ def main() -> None:
             result = ModelResult(
                 name, path, base, match, device_name(device), seconds, tasks, records, family.versions()
             )
-            write_model(target, result)
+            write_result(target, result)
             unfinished.unlink()
         return result
 
     models = [result_of(*model) for model in arguments.model]
     evaluation = Evaluation(arguments.input_file, models)
-    write_evaluation(arguments.save_path / EVALUATION_FILE, evaluation)
-    print_evaluation(evaluation)
+    write_result(arguments.save_path / EVALUATION_FILE, evaluation)
+    for title, rows in tables(evaluation).items():
+        print(f"{title}; {INTERVAL}")
+        print_table(rows)
     print(f"written: {arguments.save_path / EVALUATION_FILE}")
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tive.evaluation.results import read_evaluation
-from tive.report import contents, tables, target
-from tive.report.choice import choice_of
-from tive.report.evaluation import evaluation
-from tive.report.page import page
-from tive.report.samples import Sample, extremes, open_checked, read_samples
-from tive.report.sections import Pictures
+from tive.report.page import Pictures, render
+from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
+from tive.report.sections import evaluations, tive_sections
+from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
 from tive.selection.files import SUMMARY_END, Selection, find_summary, read_selection
 from tive.util.errors import UserError, run
 from tive.util.files import whole_file
+from tive.util.text import percent, plural, shown
 
 EXAMPLE = """\
 example:
@@ -28,28 +29,37 @@ def main() -> None:
     arguments = parse_arguments()
     summary = find_summary(arguments.out, arguments.name)
     selection = read_selection(summary)
-    evaluations = [read_evaluation(path) for path in arguments.evaluation]
+    target = target_of(selection)
+    results = [read_evaluation(path) for path in arguments.evaluation]
 
-    of_target = target.target_of(selection)
-    ends = (
-        target.extremes(selection, of_target, arguments.samples)
-        if of_target
-        else extremes(selection, arguments.samples)
-    )
-    samples, trouble = samples_of(selection, [row for end in ends for row in end.rows], arguments)
-    records = tables.records(selection, ends, samples, trouble)
-
+    groups = groups_of_subtasks(selection, target) if target else groups_of_tasks(selection)
+    cards = records(selection, groups, arguments.samples, *reader(selection, arguments))
     pictures = Pictures()
-    choice = None if of_target else choice_of(selection)
-    if of_target:
-        sections = contents.of_less(selection, of_target, records, pictures)
+    if target:
+        sections = less_sections(selection, target, cards, pictures)
     else:
-        sections = contents.of_tive(selection, choice, records, pictures)
-    if evaluations:
-        sections.insert(0, evaluation(evaluations))
-    html = page(selection, choice, sections)
+        sections = tive_sections(selection, cards, pictures)
+    if results:
+        sections.insert(0, evaluations(results))
+    write_page(arguments.output or default_output(summary), render(*header_of(selection), sections), pictures)
+
+
+def header_of(selection: Selection) -> tuple[str, str, list[tuple[str, str]]]:
+    """The page's heading, what the selection was made from, and its numbers."""
+    selected, total = sum(task.selected for task in selection.tasks), len(selection.ids)
+    tiles = [
+        (f"{selected:,}", f"records selected of {total:,}"),
+        (percent(selected / max(1, total)), "of the data"),
+        (f"{len(selection.tasks):,}", "tasks" if len(selection.tasks) > 1 else "task"),
+        (f"{len(selection.summary.left_out):,}", "left out"),
+    ]
+    file = Path(selection.summary.inputs.data_path).name
+    about = f"{selection.stem}, from {shown(file, 80)}, {plural(total, 'record')}"
+    return f"What {selection.summary.method} selected", about, tiles
+
+
+def write_page(output: Path, html: bytes, pictures: Pictures) -> None:
     pictures.bar.close()
-    output = arguments.output or default_output(summary)
     plots = output.with_name(f"{output.stem}_plots")
     for name, content in pictures.files.items():
         with whole_file(plots / name) as file:
@@ -65,18 +75,19 @@ def default_output(summary: Path) -> Path:
     return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}_report.html" if several else "report.html")
 
 
-def samples_of(selection: Selection, rows: list[int], arguments: argparse.Namespace) -> tuple[dict[int, Sample], str]:
-    """What to show of the records of `rows`, and why none could be read."""
-    if not rows:
-        return {}, ""
-    try:
-        records = open_checked(selection, arguments.data_path)
-    except UserError as error:
-        if arguments.data_path:
-            raise
-        print(f"without images and conversations: {error}", file=sys.stderr)
-        return {}, str(error)
-    return read_samples(records, rows, arguments.image_folder or selection.summary.inputs.image_folder), ""
+def reader(selection: Selection, arguments: argparse.Namespace) -> tuple[Callable[[int], Sample], str]:
+    """What reads a record for the page, and why none can be read."""
+    trouble = ""
+    if arguments.samples:
+        try:
+            file = open_checked(selection, arguments.data_path)
+            return partial(read_sample, file, arguments.image_folder or selection.summary.inputs.image_folder), ""
+        except UserError as error:
+            if arguments.data_path:
+                raise
+            trouble = str(error)
+            print(f"without images and conversations: {error}", file=sys.stderr)
+    return lambda row: Sample(None, "not read"), trouble
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from scripts.experiment.plan import KNOWN, NEW
-from tive.evaluation.results import ModelResult, mean_exact_share, mean_loss
+from tive.evaluation.results import ModelResult, mean_over_tasks
 from tive.util.errors import UserError
 
 MEASURES = ("mean", "known", "new", "geometric", "weighted", "worst", "exact")
@@ -22,7 +22,7 @@ def measures(result: ModelResult, sizes: Mapping[str, int]) -> dict[str, float]:
         UserError: a task has no loss.
     """
     losses = {task.name: task.loss for task in result.tasks if task.loss is not None}
-    mean = mean_loss(result)
+    mean = mean_over_tasks(result, "loss")
     if mean is None or set(losses) != set(sizes):
         raise UserError(f"{result.name}: not every task has a held-out loss; remove its result and run again")
 
@@ -36,7 +36,7 @@ def measures(result: ModelResult, sizes: Mapping[str, int]) -> dict[str, float]:
         "geometric": math.exp(float(np.mean([math.log(max(loss, 1e-12)) for loss in losses.values()]))),
         "weighted": sum(losses[task] * size for task, size in sizes.items()) / sum(sizes.values()),
         "worst": max(losses.values()),
-        "exact": mean_exact_share(result) or 0.0,
+        "exact": mean_over_tasks(result, "exact_share") or 0.0,
     }
 
 
@@ -47,5 +47,5 @@ def base_answers_tell(base: ModelResult) -> bool:
 
 def exact_answers_tell(base: ModelResult, whole: Sequence[ModelResult]) -> bool:
     """The protocol's gate: the base produces 80% of vqa's answers, and `all_epochs` 30% over the tasks."""
-    shares = [mean_exact_share(result) or 0.0 for result in whole]
+    shares = [mean_over_tasks(result, "exact_share") or 0.0 for result in whole]
     return base_answers_tell(base) and bool(shares) and float(np.mean(shares)) >= 0.3

@@ -32,7 +32,7 @@ from scripts.experiment.plan import (
 from scripts.experiment.results import evaluation_of, first_selection, read_result, step_results
 from scripts.experiment.tables import write_results
 from scripts.experiment.warm import served
-from tive.report.choice import choice_of
+from tive.report.sections import choice_curves, q_where
 from tive.selection.files import SUMMARY_END, find_summary
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
@@ -101,8 +101,8 @@ def select(paths: Paths, variant: str, run: Run) -> Path:
 @functools.cache
 def q_at_half(paths: Paths, variant: str, reference: int) -> float:
     """The q where the effective sample size of influence is half of the records."""
-    choice = choice_of(first_selection(paths.folder, variant, reference))
-    q = None if choice is None else choice.q_where(0.5)
+    _, sizes, curves = choice_curves(first_selection(paths.folder, variant, reference))
+    q = q_where(sizes @ curves / sizes.sum(), 0.5)
     if q is None:
         raise UserError(f"{variant}: no q halves the effective sample size with reference {reference}")
     return q

@@ -17,7 +17,6 @@ from scripts import evaluate
 from tests.helpers.golden_model import GOLDEN, RECORDS, Finished
 from tests.helpers.reference import CPU, encode_golden, load_golden
 from tive.evaluation import run as evaluation_run
-from tive.evaluation.answers import normalised
 from tive.evaluation.results import read_evaluation
 from tive.models import ModelFiles, llava
 from tive.models.common import IGNORE
@@ -129,7 +128,7 @@ def test_an_answer_that_the_model_itself_gives_is_exact(golden, tmp_path):
         encoded = llava.encode(golden.processor, record, str(GOLDEN / "images"))
         first = llava.answers(golden.processor, encoded)[0]
         (text,) = llava.generate(golden, [first.prompt], 4)
-        if record["conversations"][0]["from"] == "human" and normalised(text):
+        if record["conversations"][0]["from"] == "human" and any(map(str.isalnum, text)):
             records.append({**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": text}]})
         if len(records) == 3:
             break

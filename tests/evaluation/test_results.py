@@ -24,23 +24,23 @@ SOME = model("some", RecordResult(0, 1.0, 2, 1), *(RecordResult(row, left_out="m
 
 
 def test_every_task_counts_the_same_whatever_its_size():
-    assert results.mean_loss(ALL) == 3.0
-    assert results.mean_exact_share(ALL) == 0.75
+    assert results.mean_over_tasks(ALL, "loss") == 3.0
+    assert results.mean_over_tasks(ALL, "exact_share") == 0.75
 
 
 def test_a_mean_over_tasks_is_not_taken_where_a_task_is_without_a_loss():
-    assert results.mean_loss(SOME) is None and SOME.tasks[1].left_out == 1
+    assert results.mean_over_tasks(SOME, "loss") is None and SOME.tasks[1].left_out == 1
 
 
 def test_relative_values_are_of_the_tasks_that_both_have():
-    assert results.relative_loss(ALL, ALL) == 1.0
-    assert results.relative_loss(SOME, ALL) == 0.5
-    assert results.relative_exact_share(ALL, ALL) == 1.0
+    assert results.relative(ALL, ALL, "loss") == 1.0
+    assert results.relative(SOME, ALL, "loss") == 0.5
+    assert results.relative(ALL, ALL, "exact_share") == 1.0
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     evaluation = Evaluation("held_out.json", [ALL, SOME])
-    results.write_evaluation(tmp_path / results.EVALUATION_FILE, evaluation)
+    results.write_result(tmp_path / results.EVALUATION_FILE, evaluation)
     assert results.read_evaluation(tmp_path) == evaluation
 
 

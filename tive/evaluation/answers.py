@@ -1,27 +1,41 @@
-"""When an answer counts as produced: two texts that are the same after VQA's normalisation."""
+"""When an answer counts as produced: two texts that are the same once both are normalised.
+
+After VQA's evaluation, without its list of contractions. Its rule was made for words, so this one departs from it where
+signs carry meaning: `<`, `+`, `%`, emoji and the like stay, and so does a minus before a number; an answer of nothing
+but an article or punctuation keeps it; an empty answer equals nothing.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _SEPARATOR_IN_NUMBER = re.compile(r"(?<=\d),(?=\d{3})")
-# Apostrophes belong to words; a full stop between digits belongs to a number.
-_PUNCTUATION = re.compile(r"(?!')[^\w\s.]|_|(?<!\d)\.|\.(?!\d)")
+# What is no part of a word or number. `0.5`, `.5`, `10:30`, `1/2` and `-5` are numbers, `it's` is a word.
+_SIGN = re.compile(r"\.(?!\d)|(?<!\d)[:/]|[:/](?!\d)|(?<=\w)-|-(?!\.?\d)|[^\w\s.:/'-]|_")
+_PUNCTUATION_THAT_COUNTS = "%&#@*"
 
 
 def normalised(text: str) -> str:
-    """An answer without what VQA's evaluation does not look at: case, punctuation, articles, numbers as words.
-
-    An answer that is nothing but an article keeps it: `A` is an option's letter.
-    """
-    words = _PUNCTUATION.sub(" ", _SEPARATOR_IN_NUMBER.sub("", text.lower())).split()
+    """An answer without what is not looked at: case, punctuation, articles, numbers as words."""
+    text = " ".join(text.lower().split())
+    words = _SIGN.sub(_apart, _SEPARATOR_IN_NUMBER.sub("", text)).split()
     kept = [word for word in words if word not in _ARTICLES] or words
-    return " ".join(_DIGITS.get(word, word) for word in kept)
+    return " ".join(_DIGITS.get(word, word) for word in kept) or text
+
+
+def _apart(sign: re.Match[str]) -> str:
+    """Punctuation, and what could not be decoded, parts words; a mark on a letter stays; a symbol is a word."""
+    kind = unicodedata.category(sign[0])[0]
+    if kind == "M":
+        return sign[0]
+    parts = kind in "PC" and sign[0] not in _PUNCTUATION_THAT_COUNTS
+    return " " if parts or sign[0] == "\ufffd" else f" {sign[0]} "
 
 
 def is_exact(produced: str, expected: str) -> bool:
     """Whether an answer was produced exactly."""
-    return normalised(produced) == normalised(expected)
+    return bool(produced.strip()) and normalised(produced) == normalised(expected)

@@ -7,11 +7,12 @@ what is in the files is read here, so that a page can be made without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from tive.util.errors import UserError
@@ -66,6 +67,7 @@ class TaskResult(Struct, frozen=True, rename={"name": "task"}):
         records: of the held-out file; `left_out` of them have no loss.
         loss: mean over its records; None where none has one.
         exact_share: of its answers; None where none was generated.
+        loss_error, exact_share_error: standard errors over the records; None where fewer than two say something.
     """
 
     name: str
@@ -74,6 +76,8 @@ class TaskResult(Struct, frozen=True, rename={"name": "task"}):
     loss: Loss | None
     answers: Count
     exact: Count
+    loss_error: Loss | None = None
+    exact_share_error: Loss | None = None
 
     @property
     def exact_share(self) -> float | None:
@@ -105,13 +109,13 @@ class Evaluation(Struct, frozen=True):
     """Several models on one held-out file; the first is what the others are relative to."""
 
     data_path: str
-    models: list[ModelResult]
+    models: Annotated[list[ModelResult], Meta(min_length=1)]
     format: int = FORMAT
 
 
-def differing(found: Match, wanted: Match) -> str:
-    """In a few words, what a result that was found depends on that is not as wanted; empty when all is."""
-    names = [name for name in Match.__struct_fields__ if getattr(found, name) != getattr(wanted, name)]
+def differing(stored: Match, wanted: Match) -> str:
+    """In a few words, in what a stored result differs from what is wanted; empty where it does not."""
+    names = [name for name in Match.__struct_fields__ if getattr(stored, name) != getattr(wanted, name)]
     return "another " + " and another ".join(name.replace("_", " ") for name in names) if names else ""
 
 
@@ -122,57 +126,64 @@ def task_results(tasks: Sequence[str], records: Sequence[RecordResult]) -> list[
         tasks: the task of every record of the file.
         records: by row.
     """
-    found = []
-    for name in dict.fromkeys(tasks):
-        own = [record for record, task in zip(records, tasks, strict=True) if task == name]
-        losses = [record.loss for record in own if record.loss is not None]
-        found.append(
+    by_task: dict[str, list[RecordResult]] = {}
+    for record, task in zip(records, tasks, strict=True):
+        by_task.setdefault(task, []).append(record)
+    results = []
+    for name, members in by_task.items():
+        losses = np.array([record.loss for record in members if record.loss is not None])
+        answers, exact = (np.array([getattr(record, key) for record in members]) for key in ("answers", "exact"))
+        asked = answers > 0
+        share = exact.sum() / answers.sum() if asked.any() else 0.0
+        # Several answers of a record are alike, so the error of their share is that of a ratio over the records.
+        residuals = (exact - share * answers)[asked] / answers.sum() * asked.sum() if asked.any() else np.zeros(0)
+        results.append(
             TaskResult(
                 name,
-                len(own),
-                sum(record.left_out is not None for record in own),
-                _mean(losses),
-                sum(record.answers for record in own),
-                sum(record.exact for record in own),
+                len(members),
+                sum(record.left_out is not None for record in members),
+                float(losses.mean()) if len(losses) else None,
+                int(answers.sum()),
+                int(exact.sum()),
+                _standard_error(losses),
+                _standard_error(residuals),
             )
         )
-    return found
+    return results
 
 
-def mean_loss(model: ModelResult) -> float | None:
-    """Mean over tasks of the held-out loss; every task counts the same, whatever its size. None where one has none."""
-    return _mean_of_all(model, lambda task: task.loss)
+def _standard_error(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
-def mean_exact_share(model: ModelResult) -> float | None:
-    """Mean over tasks of the share of answers produced exactly; None where none was generated."""
-    return _mean_of_all(model, lambda task: task.exact_share)
+Measure = Literal["loss", "exact_share"]
 
 
-def relative_exact_share(model: ModelResult, to: ModelResult) -> float | None:
-    """Mean over tasks of this model's exact share as a part of the other's (the paper's last column).
+def mean_over_tasks(model: ModelResult, measure: Measure) -> float | None:
+    """Mean over tasks; every task counts the same, whatever its size. None where a task has no value."""
+    values = [getattr(task, measure) for task in model.tasks]
+    return sum(values) / len(values) if values and None not in values else None
 
-    A task in which the other produces none counts in no mean; None where that is so of all.
+
+def error_over_tasks(model: ModelResult, measure: Measure) -> float | None:
+    """Standard error of `mean_over_tasks` over the records; None where that of a task is not known."""
+    errors = [getattr(task, f"{measure}_error") for task in model.tasks]
+    return math.hypot(*errors) / len(errors) if errors and None not in errors else None
+
+
+def relative(model: ModelResult, first: ModelResult, measure: Measure) -> float | None:
+    """Mean over tasks of this model's value as a part of the first's (the last column of the paper's tables).
+
+    A task counts where both have a value and the first's is not 0; None where that is so of no task.
     """
-    ratios = []
-    for own, other in _pairs(model, to):
-        if own.exact_share is not None and other.exact_share:
-            ratios.append(own.exact_share / other.exact_share)
-    return _mean(ratios)
+    others = {task.name: getattr(task, measure) for task in first.tasks}
+    values = [(getattr(task, measure), others.get(task.name)) for task in model.tasks]
+    ratios = [value / other for value, other in values if value is not None and other]
+    return sum(ratios) / len(ratios) if ratios else None
 
 
-def relative_loss(model: ModelResult, to: ModelResult) -> float | None:
-    """Mean over tasks of this model's held-out loss as a part of the other's; below 1 is better."""
-    pairs = _pairs(model, to)
-    return _mean([own.loss / other.loss for own, other in pairs if own.loss is not None and other.loss])
-
-
-def write_model(path: Path, result: ModelResult) -> None:
+def write_result(path: Path, result: ModelResult | Evaluation) -> None:
     write_json(path, msgspec.to_builtins(result), indent=None)
-
-
-def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    write_json(path, msgspec.to_builtins(evaluation), indent=None)
 
 
 def read_model(path: Path) -> ModelResult:
@@ -185,15 +196,12 @@ def read_model(path: Path) -> ModelResult:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The results of `scripts/evaluate.py`; a folder stands for the file in it.
+    """The results of `python scripts/evaluate.py`; a folder stands for the file in it.
 
     Raises:
         UserError: the file cannot be read, was not written by this version, or holds no model.
     """
-    evaluation = _read(path / EVALUATION_FILE if path.is_dir() else path, Evaluation)
-    if not evaluation.models:
-        raise UserError(f"{path} holds no model; write it again with scripts/evaluate.py")
-    return evaluation
+    return _read(path / EVALUATION_FILE if path.is_dir() else path, Evaluation)
 
 
 _Form = TypeVar("_Form", ModelResult, Evaluation)
@@ -207,19 +215,5 @@ def _read(path: Path, form: type[_Form]) -> _Form:
     except msgspec.MsgspecError as error:
         raise UserError(f"{path} is no result of scripts/evaluate.py ({error}); write it again") from error
     if content.format != FORMAT:
-        raise UserError(f"{path} is of format {content.format}, this version reads {FORMAT}; write it again")
+        raise UserError(f"{path} is of another version (format {content.format}); write it again")
     return content
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _mean_of_all(model: ModelResult, value: Callable[[TaskResult], float | None]) -> float | None:
-    values = [found for task in model.tasks if (found := value(task)) is not None]
-    return _mean(values) if len(values) == len(model.tasks) else None
-
-
-def _pairs(model: ModelResult, to: ModelResult) -> list[tuple[TaskResult, TaskResult]]:
-    others = {task.name: task for task in to.tasks}
-    return [(task, others[task.name]) for task in model.tasks if task.name in others]

@@ -1,1 +1,1 @@
-"""The page that shows what a selection took, and why: read, compute, draw, write."""
+"""The page about a selection: what was drawn, and why."""

@@ -1,10 +1,10 @@
-"""The most and the least influential records of each task: which they are, their images and their conversations."""
+"""The records at the two ends of a score: their scores, images and conversations."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,62 +15,63 @@ from tive.data.conversations import form_problem, to_llava
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import image_of
 from tive.data.records import Records, open_records
-from tive.report.numbers import plural
+from tive.report.page import Block, Card, Cards, Section, name
 from tive.selection.files import Selection
 from tive.util.errors import UserError
+from tive.util.text import LABEL_LIMIT, plural, short, shown
 
 THUMBNAIL = 192
 MAX_TURN = 1500
 MAX_TURNS = 12
+OPEN = 10  # of the tasks
+# What a card says of a record, where the scores file has it.
+SCORES = {
+    "influence": "influence",
+    "score": "score",
+    "norm": "norm",
+    "weight": "weight",
+    "loss": "loss",
+    "el2n": "EL2N",
+}
+COUNTS = {"rank": "rank", "supervised_tokens": "supervised tokens"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record as the page shows it. `image` is a data URI, or None with the reason in `no_image`."""
+    """A record as the page shows it. `image` is a data URI, or None for the reason in `no_image`."""
 
     image: str | None
     no_image: str
-    turns: list[tuple[str, str]]
+    turns: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The records at the two ends of a score, int64 rows each: the highest, best first, the lowest, worst first.
-
-    Attributes:
-        name: of the task, or of the target's subtask, whose records they are.
-        column: the score, as the scores file calls it.
-    """
+class Group:
+    """The records of a task, or all of them for a subtask of a target: int64 rows, and the score that orders them."""
 
     name: str
     about: str
     column: str
-    most: np.ndarray
-    least: np.ndarray
-
-    @property
-    def rows(self) -> list[int]:
-        return [*self.most.tolist(), *self.least.tolist()]
+    rows: np.ndarray
 
 
-def extremes(selection: Selection, count: int) -> list[Ends]:
-    """For each task, its `count` most and its `count` least influential records."""
+def groups_of_tasks(selection: Selection) -> list[Group]:
+    """Each task's records, by influence."""
     return [
-        ends(selection, task.name, plural(task.records, "record"), "influence", selection.rows_of(index), count)
+        Group(task.name, plural(task.records, "record"), "influence", selection.rows_of(index))
         for index, task in enumerate(selection.tasks)
     ]
 
 
-def ends(selection: Selection, name: str, about: str, column: str, rows: np.ndarray, count: int) -> Ends:
-    """Of some rows, the `count` with the highest score and the `count` with the lowest.
+def both_ends(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of some rows, the `count` with the highest values, best first, and the `count` with the lowest, worst first.
 
     Fewer than `2 * count` are shared between the two; no record is in both.
     """
-    values = selection.column(column)
     rows = rows[np.isfinite(values[rows])]
     rows = rows[np.argsort(values[rows], kind="stable")]
     least = min(count, len(rows) // 2)
-    return Ends(name, about, column, rows[::-1][: min(count, len(rows) - least)], rows[:least])
+    return rows[::-1][: min(count, len(rows) - least)], rows[:least]
 
 
 def open_checked(selection: Selection, data_path: str | None) -> Records:
@@ -93,22 +94,14 @@ def open_checked(selection: Selection, data_path: str | None) -> Records:
     return records
 
 
-def read_samples(records: Records, rows: Iterable[int], image_folder: str | None) -> dict[int, Sample]:
-    """What the page shows of the records of `rows`."""
-    samples, thumbnails = {}, {}
-    for row in tqdm(sorted(rows), desc="Reading sample records", unit=" records", delay=2):
-        record = records[row]
-        problem = form_problem(record)
-        if problem:
-            samples[row] = Sample(None, f"the record {problem}", [])
-            continue
-        if "messages" in record:
-            record = to_llava(record)
-        name = image_of(record)
-        if name not in thumbnails:
-            thumbnails[name] = thumbnail(image_folder, name) if name else (None, "no image: text only")
-        samples[row] = Sample(*thumbnails[name], _turns(record))
-    return samples
+def read_sample(records: Records, image_folder: str | None, row: int) -> Sample:
+    """What the page shows of a record."""
+    record = records[row]
+    if problem := form_problem(record):
+        return Sample(None, f"the record {problem}")
+    record = to_llava(record) if "messages" in record else record
+    image = image_of(record)
+    return Sample(*(_thumbnail(image_folder, image) if image else (None, "no image")), _turns(record))
 
 
 def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,7 +116,7 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     return turns
 
 
-def thumbnail(image_folder: str | None, name: str) -> tuple[str | None, str]:
+def _thumbnail(image_folder: str | None, name: str) -> tuple[str | None, str]:
     """A small JPEG of an image, as the gradient step reads it, in a data URI; or None and the reason in a few words."""
     if image_folder is None:
         return None, "image folder not known (image_folder)"
@@ -135,3 +128,39 @@ def thumbnail(image_folder: str | None, name: str) -> tuple[str | None, str]:
     content = io.BytesIO()
     image.save(content, "JPEG", quality=72)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}", ""
+
+
+def records(
+    selection: Selection, groups: Sequence[Group], count: int, read: Callable[[int], Sample], trouble: str
+) -> Section:
+    """The `count` records at each end of every group's score.
+
+    Args:
+        trouble: why no record can be read.
+    """
+    title, titles = "Most and least influential records", ("Most influential", "Least influential")
+    if selection.summary.method == "LESS":
+        title, titles = "Best and worst records of each subtask", ("Serve it best", "Serve it least")
+    blocks: list[Block] = [f"Made without images and conversations: {trouble}."] if trouble else []
+    for group in tqdm(groups, desc="Reading sample records", delay=2):
+        columns = [
+            (which, [_card(selection, row, group.column, read(row)) for row in rows.tolist()])
+            for which, rows in zip(titles, both_ends(selection.column(group.column), group.rows, count), strict=True)
+            if len(rows)
+        ]
+        if columns:
+            blocks.append(Cards(name(group.name), group.about, columns, len(blocks) < OPEN))
+    return Section("records", title, blocks or ["None is shown."])
+
+
+def _card(selection: Selection, row: int, column: str, sample: Sample) -> Card:
+    """A record with its scores: the one that it is shown for, then the others."""
+    titles = {} if column in SCORES else {column: f"for {shown(column.removeprefix('score_'), LABEL_LIMIT)}"}
+    titles |= SCORES | COUNTS
+    values = {key: float(selection.column(key)[row]) for key in titles if key in selection.numbers}
+    scores = [
+        f"{titles[key]} {value:,.0f}" if key in COUNTS and np.isfinite(value) else f"{titles[key]} {short(value)}"
+        for key, value in values.items()
+    ]
+    times = int(selection.times_selected[row])
+    return Card(row, name(selection.ids[row]), times, " · ".join(scores), sample.image, sample.no_image, sample.turns)
