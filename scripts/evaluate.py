@@ -78,8 +78,8 @@ def main() -> None:
     from tive.evaluation.partial import partial_results
     from tive.evaluation.results import (
         EVALUATION_FILE,
+        Conditions,
         Evaluation,
-        Match,
         ModelResult,
         differing,
         read_model,
@@ -119,7 +119,7 @@ def main() -> None:
         )
         family = family_of(files)
         family.check_files(files)
-        match = Match(
+        conditions = Conditions(
             data_sha256=data.fingerprint,
             data_records=len(data),
             model=family.identity(files),
@@ -129,11 +129,11 @@ def main() -> None:
         )
         target, begun = arguments.save_path / f"model_{name}.json", time.perf_counter()
         if target.exists() and not arguments.overwrite:
-            found = read_model(target)
-            if differs := differing(found.match, match):
+            stored = read_model(target)
+            if differs := differing(stored.conditions, conditions):
                 raise UserError(f"{target} has {differs}; take another name for the model, or --overwrite")
             print(f"{name}: {target} is there")
-            return found
+            return stored
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
         if checked.reasons and not options.skip_bad:
@@ -142,7 +142,7 @@ def main() -> None:
                 "or leave such records out (on_bad_record skip)"
             )
         unfinished = arguments.save_path / f".model_{name}.unfinished"
-        with partial_results(unfinished, match) as partial:
+        with partial_results(unfinished, conditions) as partial:
             print(f"{name}: {path}")
             reference = family.load(files, device, dtype)
             records = evaluate(family, reference, scan, checked, options, partial)
@@ -150,7 +150,7 @@ def main() -> None:
             tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
             result = ModelResult(
-                name, path, base, match, device_name(device), seconds, tasks, records, family.versions()
+                name, path, base, conditions, device_name(device), seconds, tasks, records, family.versions()
             )
             write_result(target, result)
             unfinished.unlink()

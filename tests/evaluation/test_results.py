@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 
 from tive.evaluation import results
-from tive.evaluation.results import Evaluation, Match, ModelResult, RecordResult
+from tive.evaluation.results import Conditions, Evaluation, HeldOutResult, ModelResult
 from tive.util.errors import UserError
 
-MATCH = Match("sha", 4, "identity", "float32", 8, "dataset")
+MATCH = Conditions("sha", 4, "identity", "float32", 8, "dataset")
 TASKS = ["vqa", "vqa", "vqa", "chat"]
 
 
-def model(name: str, *records: RecordResult) -> ModelResult:
+def model(name: str, *records: HeldOutResult) -> ModelResult:
     tasks = results.task_results(TASKS, records)
     return ModelResult(name, "folder", None, MATCH, "CPU", 1.0, tasks, list(records), {"torch": "2"})
 
 
 ALL = model(
-    "all", *(RecordResult(row, loss, 2, 1) for row, loss in enumerate((1.0, 2.0, 3.0))), RecordResult(3, 4.0, 1, 1)
+    "all", *(HeldOutResult(row, loss, 2, 1) for row, loss in enumerate((1.0, 2.0, 3.0))), HeldOutResult(3, 4.0, 1, 1)
 )
-SOME = model("some", RecordResult(0, 1.0, 2, 1), *(RecordResult(row, left_out="missing image") for row in (1, 2, 3)))
+SOME = model("some", HeldOutResult(0, 1.0, 2, 1), *(HeldOutResult(row, left_out="missing image") for row in (1, 2, 3)))
 
 
 def test_every_task_counts_the_same_whatever_its_size():

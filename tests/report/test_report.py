@@ -23,7 +23,7 @@ from PIL import Image
 from setuptools import Distribution
 
 from tests.helpers.feature_files import random_features, record, write_features
-from tive.evaluation.results import Evaluation, Match, ModelResult, TaskResult, write_result
+from tive.evaluation.results import Conditions, Evaluation, ModelResult, TaskResult, write_result
 from tive.report import plots, sections
 from tive.report.sections import Q_GRID, effective_shares
 
@@ -575,7 +575,7 @@ def evaluation_of(folder: Path, models: dict[str, tuple[float | None, int]]) -> 
     results = []
     for name, (loss, exact) in models.items():
         tasks = [TaskResult("<i>vqa</i>", 4, 0, 2.0, 4, 3), TaskResult("chat", 4, 4 * (loss is None), loss, 4, exact)]
-        match = Match("ab" * 32, 8, f"model of {name}", "float32", 16, "dataset")
+        match = Conditions("ab" * 32, 8, f"model of {name}", "float32", 16, "dataset")
         results.append(ModelResult(name, f"out/{name}", None, match, "cpu", 1.0, tasks, [], {}))
     write_result(folder / "evaluation.json", Evaluation("held_out.json", results))
     return folder

@@ -14,7 +14,7 @@ from scripts.experiment.datamodel import half_of
 from scripts.experiment.measures import measures
 from scripts.experiment.plan import FULL, SMALL, Run, runs
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
-from tive.evaluation.results import Match, ModelResult, TaskResult
+from tive.evaluation.results import Conditions, ModelResult, TaskResult
 
 
 # Tables of Student's t, two-sided.
@@ -114,7 +114,7 @@ def test_a_noisy_mixture_is_the_clean_one_with_answers_of_other_records_of_the_t
 
 def result(name: str, losses: dict[str, float]) -> ModelResult:
     tasks = [TaskResult(task, 2, 0, loss, 2, 1) for task, loss in losses.items()]
-    return ModelResult(name, "", None, Match("", 2, "", "float32", 4, "dataset"), "CPU", 1.0, tasks, [], {})
+    return ModelResult(name, "", None, Conditions("", 2, "", "float32", 4, "dataset"), "CPU", 1.0, tasks, [], {})
 
 
 def test_measures_are_the_means_that_they_are_named_for():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from tive.evaluation.results import Match, RecordResult, differing
+from tive.evaluation.results import Conditions, HeldOutResult, differing
 from tive.util.errors import UserError
 from tive.util.files import take_lock
 
@@ -19,12 +19,12 @@ from tive.util.files import take_lock
 class Partial:
     """The results that are on disk, of the first rows, and what writes the next."""
 
-    done: list[RecordResult]
-    add: Callable[[Sequence[RecordResult]], None]
+    done: list[HeldOutResult]
+    add: Callable[[Sequence[HeldOutResult]], None]
 
 
 @contextlib.contextmanager
-def partial_results(path: Path, match: Match) -> Iterator[Partial]:
+def partial_results(path: Path, conditions: Conditions) -> Iterator[Partial]:
     """Open the file of a model's results so far, a line a record behind a line of what they depend on.
 
     Results of something else are dropped with a word. Held while the block runs; the caller removes the file when the
@@ -43,33 +43,33 @@ def partial_results(path: Path, match: Match) -> Iterator[Partial]:
             if not locked:
                 print(f"{path} is on a file system without locks: see that no other process writes it")
             file.seek(0)
-            done = _read(file.read(), path, match)
+            done = _read(file.read(), path, conditions)
             # Anew, without the line that a kill cut in two.
             file.truncate(0)
-            _write(file.fileno(), [match, *done])
+            _write(file.fileno(), [conditions, *done])
             yield Partial(done, lambda results: _write(file.fileno(), results))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or name another folder") from error
 
 
-def _read(content: bytes, path: Path, match: Match) -> list[RecordResult]:
+def _read(content: bytes, path: Path, conditions: Conditions) -> list[HeldOutResult]:
     lines = content.split(b"\n")[:-1]
     try:
-        found = msgspec.json.decode(lines[0], type=Match) if lines else None
-        done = [msgspec.json.decode(line, type=RecordResult) for line in lines[1:]]
+        found = msgspec.json.decode(lines[0], type=Conditions) if lines else None
+        done = [msgspec.json.decode(line, type=HeldOutResult) for line in lines[1:]]
     except msgspec.MsgspecError as error:
         raise UserError(f"{path} is damaged ({error}); remove it") from error
     if found is None:
         return []
-    if differs := differing(found, match):
+    if differs := differing(found, conditions):
         print(f"{path} holds {len(done)} results with {differs}: begun anew")
         return []
-    if [result.row for result in done] != list(range(len(done))) or len(done) > match.data_records:
+    if [result.row for result in done] != list(range(len(done))) or len(done) > conditions.data_records:
         raise UserError(f"{path} is damaged (rows are missing); remove it")
     return done
 
 
-def _write(descriptor: int, entries: Sequence[Match | RecordResult]) -> None:
+def _write(descriptor: int, entries: Sequence[Conditions | HeldOutResult]) -> None:
     content = b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries)
     while content:
         content = content[os.write(descriptor, content) :]

@@ -18,14 +18,14 @@ from msgspec import Meta, Struct
 from tive.util.errors import UserError
 from tive.util.files import write_json
 
-FORMAT = 1
+FORMAT = 2
 EVALUATION_FILE = "evaluation.json"
 Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Loss = Annotated[float, Meta(ge=0, lt=1e300)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class Match(Struct, frozen=True):
+class Conditions(Struct, frozen=True):
     """What the numbers of a model depend on; a result with another one is another result.
 
     Attributes:
@@ -42,7 +42,7 @@ class Match(Struct, frozen=True):
     task_key: str
 
 
-class RecordResult(Struct, frozen=True):
+class HeldOutResult(Struct, frozen=True):
     """One held-out record: its loss and its answers, or why it has none.
 
     Attributes:
@@ -96,11 +96,11 @@ class ModelResult(Struct, frozen=True):
     name: str
     path: str
     base: str | None
-    match: Match
+    conditions: Conditions
     device: str
     seconds: float
     tasks: list[TaskResult]
-    records: list[RecordResult]
+    records: list[HeldOutResult]
     versions: dict[str, str]
     format: int = FORMAT
 
@@ -113,20 +113,20 @@ class Evaluation(Struct, frozen=True):
     format: int = FORMAT
 
 
-def differing(stored: Match, wanted: Match) -> str:
+def differing(stored: Conditions, wanted: Conditions) -> str:
     """In a few words, in what a stored result differs from what is wanted; empty where it does not."""
-    names = [name for name in Match.__struct_fields__ if getattr(stored, name) != getattr(wanted, name)]
+    names = [name for name in Conditions.__struct_fields__ if getattr(stored, name) != getattr(wanted, name)]
     return "another " + " and another ".join(name.replace("_", " ") for name in names) if names else ""
 
 
-def task_results(tasks: Sequence[str], records: Sequence[RecordResult]) -> list[TaskResult]:
+def task_results(tasks: Sequence[str], records: Sequence[HeldOutResult]) -> list[TaskResult]:
     """The results of each task, in order of the tasks' first records.
 
     Args:
         tasks: the task of every record of the file.
         records: by row.
     """
-    by_task: dict[str, list[RecordResult]] = {}
+    by_task: dict[str, list[HeldOutResult]] = {}
     for record, task in zip(records, tasks, strict=True):
         by_task.setdefault(task, []).append(record)
     results = []

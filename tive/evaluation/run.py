@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
 from tive.evaluation.partial import Partial
-from tive.evaluation.results import RecordResult
+from tive.evaluation.results import HeldOutResult
 from tive.models import NOT_FINITE, UNSUPERVISED, Encoded, Family, Reference
 from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.loading import EncodedRecords, encoded_windows
@@ -35,7 +35,7 @@ class Options:
 
 def evaluate(
     family: Family, reference: Reference, scan: Scan, checked: Checked, options: Options, partial: Partial
-) -> list[RecordResult]:
+) -> list[HeldOutResult]:
     """The results of all records, by row; those of each window are on disk when it is done.
 
     Raises:
@@ -67,7 +67,7 @@ def _window(
     window: list[int],
     limits: BatchLimits,
     done: Callable[[int], object],
-) -> tuple[list[RecordResult], BatchLimits]:
+) -> tuple[list[HeldOutResult], BatchLimits]:
     """The results of one window, by row, and the batch limits that went well."""
     reasons = {row: checked.reasons[row] for row in window if row in checked.reasons}
     reasons |= {row: item for row, item in encoded.items() if isinstance(item, str)}
@@ -103,14 +103,14 @@ def _window(
     results = []
     for row in window:
         if row in reasons:
-            results.append(RecordResult(row, left_out=reasons[row]))
+            results.append(HeldOutResult(row, left_out=reasons[row]))
             continue
         not_asked = max(0, scan.answers[row] - answers[row]) if options.max_new_tokens else 0
-        results.append(RecordResult(row, computed.results[row], answers[row], exact[row], not_asked))
+        results.append(HeldOutResult(row, computed.results[row], answers[row], exact[row], not_asked))
     return results, texts.limits
 
 
-def report_left_out(name: str, records: list[RecordResult]) -> None:
+def report_left_out(name: str, records: list[HeldOutResult]) -> None:
     """Say how many records of a model have no loss and why, and how many answers it was not asked for.
 
     Raises:

@@ -59,7 +59,7 @@ def evaluations(results: Sequence[Evaluation]) -> Section:
     blocks: list[Block] = []
     for evaluation in results:
         file = name(Path(evaluation.data_path).name)
-        records = plural(evaluation.models[0].match.data_records, "record")
+        records = plural(evaluation.models[0].conditions.data_records, "record")
         blocks.append(Markup("{} in {}. Every task counts the same in a mean; {}.").format(records, file, INTERVAL))
         for model in evaluation.models:
             if count := sum(task.left_out for task in model.tasks):
