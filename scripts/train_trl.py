@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Before transformers and TRL: it makes a torchvision importable that does not fit the installed torch.
-from tive.models.native_processor import prepare_torchvision
+from tive.models.common import prepare_torchvision
 from tive.util.errors import UserError, run
 
 prepare_torchvision()

@@ -18,8 +18,7 @@ NEEDED = {
     "native": (
         "tive.models.native",
         "tests.helpers.tiny_native",
-        "tive.models.native_adapter",
-        "tive.models.native_labels",
+        "tive.models.answer_spans",
     ),
 }
 NEEDED["llava"] += (

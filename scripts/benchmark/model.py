@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from tive.models import Encoded, Reference
-from tive.models.common import IGNORE, freeze
-from tive.models.llava import Inputs
+from tive.models.common import freeze
+from tive.models.losses import IGNORE
+from tive.models.spliced import IMAGE_ID, splice, spliced_record
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,9 @@ def random_records(count: int, shape: Shape, seed: int = 0) -> list[Encoded]:
         size = int(np.clip(generator.lognormal(5.0, 0.6), 40, 1000))
         tokens = generator.integers(3, shape.vocabulary, size)
         labels = np.where(np.arange(size) < size // 2, IGNORE, tokens)
-        pixels, length = None, size
+        pixels = None
         if number % 16 != 15:
-            tokens[35], labels[35] = -200, IGNORE
+            tokens[35], labels[35] = IMAGE_ID, IGNORE
             pixels = generator.standard_normal((3, shape.image_size, shape.image_size), dtype=np.float32)
-            length = size - 1 + patches
-        supervised = int((labels[1:] != IGNORE).sum())
-        records.append(
-            Encoded(length, supervised, "text" if pixels is None else "image", Inputs(tokens, labels, pixels))
-        )
+        records.append(spliced_record(*splice(tokens, labels, patches, size + patches), pixels))
     return records

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tive.models import Encoded, RecordLosses, Reference
-from tive.models.common import IGNORE, losses_at_supervised
+from tive.models.losses import IGNORE, losses_at_supervised, supervised_tokens
 
 VOCABULARY = 4096
 LORA_RANK = 8
@@ -51,8 +51,9 @@ def random_texts(count: int, tokens: int) -> list[Encoded]:
 
 def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
     """Losses of records of one length."""
-    tokens = torch.from_numpy(np.stack([record.inputs for record in records])).to(reference.device)
-    labels = tokens.clone()
+    tokens = np.stack([record.inputs for record in records])
+    labels = tokens.copy()
     labels[:, : tokens.shape[1] - records[0].supervised] = IGNORE
-    hidden = reference.model.model(tokens, use_cache=False).last_hidden_state
-    return losses_at_supervised(hidden, reference.model.lm_head, labels, el2n)
+    supervised = supervised_tokens(list(labels), tokens.shape[1]).to(reference.device)
+    hidden = reference.model.model(torch.from_numpy(tokens).to(reference.device), use_cache=False).last_hidden_state
+    return losses_at_supervised(hidden, reference.model.lm_head, supervised, el2n)

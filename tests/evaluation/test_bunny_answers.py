@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tive.models import Encoded, ModelFiles, Reference, bunny
+from tive.models import Encoded, ModelFiles, Reference, bunny, spliced
 from tive.util.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bunny"
@@ -29,7 +29,8 @@ def plain_answer(reference: Reference, prompt: Encoded, max_new_tokens: int) -> 
     (end,) = text.tokenizer.encode(text.end, add_special_tokens=False).ids
     for _ in range(max_new_tokens):
         longer = np.concatenate([inputs.ids, ids]).astype(np.int64)
-        embeddings, _ = bunny._embed(reference, [replace(inputs, ids=longer, labels=longer)])
+        record = Encoded(len(longer), 0, prompt.group, replace(inputs, ids=longer, labels=longer))
+        embeddings = spliced.embed(reference, [record])
         with torch.no_grad():
             ids.append(int(reference.model.language_model(inputs_embeds=embeddings).logits[0, -1].argmax()))
         if ids[-1] == end:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from tive.method.gradients import GradientFeatures, gradient_features
 from tive.method.projection import Projector
 from tive.models import Encoded, ModelFiles, Reference, llava
 from tive.models.common import target_modules
+from tive.models.spliced import IMAGE_ID, SplicedRecord
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 CPU = torch.device("cpu")
@@ -95,12 +97,20 @@ def in_batches(step: GradientStep, records: list[Encoded], size: int) -> SimpleN
     return SimpleNamespace(features=features, norms=norms, losses=losses, cosines=unit @ unit.T)
 
 
+def llavas_inputs(inputs: SplicedRecord) -> dict[str, Tensor | None]:
+    """A record as LLaVA's own forward pass takes it: an image stands as one token."""
+    image = inputs.ids == IMAGE_ID
+    kept = ~image | np.concatenate([[True], ~image[:-1]])
+    return {
+        "input_ids": torch.from_numpy(inputs.ids[kept])[None],
+        "labels": torch.from_numpy(inputs.labels[kept])[None],
+        "images": None if inputs.pixels is None else torch.from_numpy(inputs.pixels)[None],
+    }
+
+
 def own_loss(reference: Reference, record: Encoded) -> Tensor:
     """The loss of one record as LLaVA's own forward pass gives it."""
-    inputs = record.inputs
-    images = None if inputs.pixels is None else torch.from_numpy(inputs.pixels)[None]
-    input_ids, labels = torch.from_numpy(inputs.input_ids)[None], torch.from_numpy(inputs.labels)[None]
-    loss: Tensor = reference.model(input_ids, images=images, labels=labels).loss
+    loss: Tensor = reference.model(**llavas_inputs(record.inputs)).loss
     return loss
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import tokenizers
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from tive.models import ModelFiles, bunny
+from tive.models import ModelFiles, bunny  # before transformers and peft: it makes torchvision importable
 from tive.models.bunny_encoding import SYSTEM
+
+from peft import LoraConfig, get_peft_model  # isort: skip
+from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel  # isort: skip
 
 END = "<|endoftext|>"
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tive.models import ModelFiles
-from tive.models.native_processor import prepare_torchvision
+from tive.models.common import prepare_torchvision
 
 prepare_torchvision()  # before transformers and peft are imported
 library = importlib.import_module("transformers")

@@ -81,14 +81,13 @@ def test_half_precision_keeps_cosines_and_norms_within_one_percent(encoded, dtyp
 def test_padding_does_not_change_a_records_gradient(encoded, dtype, tolerance):
     reference = load_golden(dtype)
     step = step_of(reference)
-    by_length = sorted((record for record in encoded if record.group == "image"), key=lambda r: r.length)
+    by_length = sorted((record for record in encoded if record.inputs.pixels is not None), key=lambda r: r.length)
     short = by_length[0]
     words = reference.processor.tokenizer("a very long answer " * 300).input_ids
     inputs = by_length[-1].inputs
-    input_ids = np.concatenate([inputs.input_ids, np.array(words)])[:1000]
+    ids = np.concatenate([inputs.ids, np.array(words)])[:1000]
     labels = np.concatenate([inputs.labels, np.array(words)])[:1000]
-    inputs = replace(inputs, input_ids=input_ids, labels=labels)
-    long = replace(by_length[-1], inputs=inputs, length=len(input_ids) + 15)
+    long = replace(by_length[-1], inputs=replace(inputs, ids=ids, labels=labels), length=len(ids))
     assert long.length > 6 * short.length
     alone = gradients_of(step, [short]).features
     beside = gradients_of(step, [short, long]).features

@@ -166,15 +166,14 @@ def compute_window(
         return [left_out_entry(row, checked.records[row], reason) for row, reason in sorted(reasons.items())]
 
     reasons = found | {row: checked.reasons[row] for row in rows if row in checked.reasons}
-    hints = step.family.HINTS
     refuse_many(
         earlier + left_out(reasons),
         UNSUPERVISED,
         checked,
         tolerance,
         listed,
-        f"the tokenizer or the template is not the reference model's ({hints.template}), so name the base model that "
-        "it was trained from; or these records have no answer within the model's length, so remove them from the data "
+        "the tokenizer or the template is not the reference model's, so name the base model that it was trained from, "
+        "or its chat template; or these records have no answer within the model's length, so remove them from the data "
         "file",
     )
     features = np.zeros((len(rows), step.projector.proj_dim), np.float16)

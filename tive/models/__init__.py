@@ -97,18 +97,8 @@ class Reference:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What messages say of a family: the template it encodes with, and what trains such a reference model."""
-
-    template: str
-    trainer: str
-
-
 class Family(Protocol):
     """What a module in this folder offers; `models/llava.py` is one."""
-
-    HINTS: Hints
 
     def check_files(self, files: ModelFiles) -> None:
         """What can be known without loading, in milliseconds; a `UserError` names what is missing or does not fit."""

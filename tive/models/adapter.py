@@ -1,11 +1,16 @@
-"""Load a LoRA adapter and other trained tensors into a model, and prove that each found its place.
+"""Load a LoRA adapter, and other trained tensors, into any model; each tensor finds its one place.
 
-Tensors are read from safetensors, or with `weights_only=True`: a file can hold numbers and nothing that runs.
+Releases of transformers nest a model's parts differently, trainers write prefixes, and peft's own loader leaves out
+tensors that it finds no name for. So tensors and parameters are matched by canonical path: the names that come and go
+are dropped. LoRA layers stand where the file has matrices, with the rank and scale of the training. Tensors are read
+from safetensors, or with `weights_only=True`: a file can hold numbers and nothing that runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +20,46 @@ from torch import Tensor, nn
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
+CONFIG_FILE = "adapter_config.json"
+# Names that come and go between releases and trainers.
+_DROPPED = frozenset(
+    ("base_model", "model", "language_model", "text_model", "vision_model", "modules_to_save", "default", "base_layer")
+)
+# Every release of peft adds keys to adapter_config.json. These are read here:
+_KNOWN_KEYS = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "modules_to_save"}
+_KNOWN_KEYS |= {"target_modules", "exclude_modules", "layers_to_transform"}
+# These are seen in the tensors themselves, or say how the training went:
+_KNOWN_KEYS |= {"r", "rank_pattern", "layers_pattern", "bias", "lora_bias", "lora_dropout", "fan_in_fan_out"}
+_KNOWN_KEYS |= {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"}
+_KNOWN_KEYS |= {"eva_config", "qalora_group_size", "megatron_core", "megatron_config", "runtime_config"}
+_KNOWN_KEYS |= {"ensure_weight_tying"}
+# Every other key says nothing by one of these values.
+_NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "", "none")
 # What a LoRA may start from without changing the base's weights.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Every release of peft adds keys to adapter_config.json. Those that LoRA is computed from:
-_READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "init_lora_weights"}
-_READ |= {"layers_to_transform", "layers_pattern"}
-# Those that say how it was made, or matter only together with one that is refused:
-_WITHOUT_EFFECT = {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type"}
-_WITHOUT_EFFECT |= {"auto_mapping", "lora_dropout", "fan_in_fan_out", "eva_config", "qalora_group_size"}
-_WITHOUT_EFFECT |= {"megatron_core", "runtime_config"}
-# And every other key says nothing by one of these values.
-_NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "", "none")
-_UNSUPPORTED = {
-    "use_dora": ("DoRA (use_dora)", "train with plain LoRA"),
-    "use_rslora": ("rank-stabilised LoRA (use_rslora, of peft 0.8 and later)", "train with plain LoRA"),
-    "use_qalora": ("QA-LoRA (use_qalora)", "train with plain LoRA on a base in full precision"),
-    "loftq_config": ("LoftQ (loftq_config), which is for a quantized base", "train with plain LoRA"),
-    "modules_to_save": ("modules_to_save", "train without it: LoRA and the projector alone"),
-    "lora_bias": ("a bias in its matrices (lora_bias)", "train without it"),
-    "bias": ("the base's biases (bias)", "train with bias none"),
-}
 
 
-def adapter_file(folder: Path) -> Path | None:
-    """The weights of the adapter in a folder, or None."""
-    files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-    return next((file for file in files if file.is_file()), None)
+def adapter_file(folder: Path) -> Path:
+    """The file with the adapter's tensors.
+
+    Raises:
+        UserError: the folder lacks it, or the adapter's configuration.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file() and (folder / CONFIG_FILE).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder} holds no LoRA adapter ({CONFIG_FILE} and adapter_model.safetensors or .bin); name the folder or the "
+        "checkpoint-N that the trainer wrote, before any merging, or train one with finetune_lora.sh"
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a torch file that is allowed to hold nothing else."""
+    """The tensors of a safetensors file, or of a torch file that is allowed to hold nothing else.
+
+    Raises:
+        UserError: the file is damaged, or holds anything else.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -59,25 +74,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_names(path: Path) -> list[str]:
-    """The names in a file of tensors, without reading them."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a file, without reading the numbers where the format allows it."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
 
+        try:
             with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception:  # in torch's old format, or damaged, which `read_tensors` says
-        return list(read_tensors(path))
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            pass  # `read_tensors` says what is wrong
+    return {name: tuple(value.shape) for name, value in read_tensors(path).items()}
 
 
-def read_lora(path: Path) -> dict[str, Any]:
-    """peft's configuration of an adapter: of LoRA, on the base as it is.
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration, of LoRA on the base as it is, with no key that would be passed over in silence.
 
     Raises:
-        UserError: it cannot be read, or is of another kind of adapter.
+        UserError: a file is missing or damaged, or names or holds what is not supported.
     """
+    path, weights = folder / CONFIG_FILE, adapter_file(folder)
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object; train the reference model again")
@@ -88,106 +104,201 @@ def read_lora(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base's weights, which the adapter "
             "does not hold; train with init_lora_weights true"
         )
-    return config
-
-
-def check_adapter(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, of LoRA on linear maps with nothing in it that would be passed over in silence.
-
-    Raises:
-        UserError: the configuration cannot be read, or names what is not supported; with the remedy.
-    """
-    path = folder / "adapter_config.json"
-    config = read_lora(path)
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise UserError(f"{path}: r {config.get('r')!r} is not a rank; train the reference model again")
     for key, value in config.items():
-        if key not in _READ and key not in _WITHOUT_EFFECT and value not in _NEUTRAL:
-            name, remedy = _UNSUPPORTED.get(key, (f"{key} {value!r}", f"leave {key} out"))
-            raise UserError(f"{path}: the adapter was trained with {name}, which is not supported; {remedy}")
-    embedding = next((name for name in tensor_names(require_adapter_file(folder)) if ".lora_embedding_" in name), None)
-    if embedding:
+        if key not in _KNOWN_KEYS and value not in _NEUTRAL:
+            name = "DoRA (use_dora)" if key == "use_dora" else f"{key} {value!r}"
+            raise UserError(f"{path}: {name} is not supported; train with plain LoRA (rsLoRA is supported)")
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{path}: lora_alpha {config.get('lora_alpha')!r} is not a number; train the adapter again")
+    shapes = tensor_shapes(weights)
+    embedded = next((name for name in shapes if ".lora_embedding_" in name), None)
+    if embedded:
+        raise UserError(f"{weights}: {embedded}: LoRA on an embedding is not supported; train without embed_tokens")
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
         raise UserError(
-            f"{folder}: the adapter has LoRA on an embedding ({embedding}), which is not supported; train without "
-            "embed_tokens among the target modules"
+            f"{weights} holds {len(empty)} empty tensors, {empty[0]} among them, as ZeRO-3 writes where nothing is "
+            "gathered; save the adapter again with stage3_gather_16bit_weights_on_model_save true"
         )
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    if not ranks:
+        raise UserError(f"{weights} holds no LoRA matrices; train the reference model with LoRA")
+    said = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    if not ranks <= said:
+        raise UserError(f"{path}: r {config.get('r')!r} is not the rank of {weights.name}; train the adapter again")
     return config
 
 
-def refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
-    """Raise a `UserError` when a model's config.json says that its weights are, or were in training, quantized."""
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{folder}/config.json: quantization_config: gradients on a quantized base (QLoRA) are not supported; name "
-            "the base in full precision, and train the reference model on it without bits"
-        )
+def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:
+    """Put LoRA layers into the model where the adapter's file has matrices, and every tensor in its place.
 
-
-def require_adapter_file(folder: Path) -> Path:
-    """The weights of the adapter in a folder; a `UserError` where there are none."""
-    path = adapter_file(folder)
-    if path is None:
-        raise UserError(f"{folder} holds no adapter_model.safetensors or .bin; train the reference model again")
-    return path
-
-
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put the LoRA adapter of a folder into the model.
+    Args:
+        layers: the language model's decoder layers.
+        dtype: of the LoRA matrices; what was trained whole (`modules_to_save`, biases) gets its parameter's.
 
     Raises:
-        UserError: it does not fit the model, or was never trained.
+        UserError: a tensor has no place in the model, or more than one; the configuration names a module that has no
+            tensor; a shape differs; a number is not finite; every B matrix is zero.
     """
-    from peft import LoraConfig, get_peft_model
-
-    path, config = require_adapter_file(folder), check_adapter(folder)
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    # What it starts from is overwritten; keys that this peft does not know have no effect, as was checked.
-    options = {key: value for key, value in config.items() if key in known and key != "peft_type"}
-    options |= {"init_lora_weights": True, "inference_mode": True}
-    try:
-        wrapped = get_peft_model(model, LoraConfig(**options))
-    except (TypeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}/adapter_config.json: {str(error).splitlines()[0]}") from error
-    tensors = {}
-    for key, value in read_tensors(path).items():
-        for half in (".lora_A.", ".lora_B."):
-            key = key.replace(half + "weight", half + "default.weight")
-        tensors[key] = value
-    adapted = {name for name, _ in wrapped.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-    absent = sorted(adapted - set(tensors))
-    if absent:
-        raise UserError(f"{path} lacks {len(absent)} of the adapter's matrices, {absent[0]} among them")
-    copy_into(wrapped, tensors, path)
-    refuse_untrained(tensors, path)
-
-
-def refuse_untrained(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise a `UserError` when an adapter still is as it was drawn: every B matrix is zero."""
+    config, path = check_adapter(folder), adapter_file(folder)
+    tensors = read_tensors(path)
+    _refuse_split_experts(model, tensors, path)
+    modules = _Places(name for name, module in model.named_modules() if hasattr(module, "weight"))
+    trained = {}
+    for key in tensors:
+        name, is_matrix, _ = key.partition(".lora_A.")
+        if is_matrix:
+            trained[modules.of(name, path)] = name
+    missing = _named_without_tensor(model, config, set(trained), layers)
+    if missing:
+        raise UserError(f"{path} lacks the LoRA matrices of {missing}, which {CONFIG_FILE} names")
+    for name in config.get("modules_to_save") or []:
+        if not any(f".{name}." in key for key in tensors):
+            raise UserError(f"{path} lacks the weights of {name}, which {CONFIG_FILE} lists in modules_to_save")
     if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
         raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
+    _inject(model, list(trained), bool(config.get("lora_bias")))
+    filled = place_tensors(model, tensors, path, dtype)
+    unfilled = [name for name, _ in model.named_parameters() if ".lora_" in name and name not in filled]
+    if unfilled:
+        raise UserError(f"{path} lacks {len(unfilled)} of the adapter's matrices, {unfilled[0]} among them")
+    for name, key in trained.items():
+        layer: Any = model.get_submodule(name)
+        first, second = layer.lora_A["default"], layer.lora_B["default"]
+        rank = len(first.weight)
+        if second.weight.shape[1] != rank:
+            raise UserError(f"{path}: the two matrices of {key} have different ranks; train the adapter again")
+        first.out_features, second.in_features, layer.r["default"] = rank, rank, rank
+        layer.scaling["default"] = _alpha(config, key) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def refuse_not_finite(key: str, value: Tensor, path: Path) -> None:
-    """Raise a `UserError` when a trained tensor holds numbers that are not finite."""
-    if not torch.isfinite(value).all():
-        raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
+def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora_dtype: torch.dtype) -> set[str]:
+    """Make each tensor the parameter of its canonical path; returns the names of these parameters.
 
+    Args:
+        path: the tensors' file, for errors.
+        lora_dtype: of LoRA matrices, which may have another rank than the parameter; others get the parameter's dtype.
 
-def copy_into(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors to the parameters of the same names; each must find its place, in shape and in value."""
-    parameters = dict(model.named_parameters())
+    Raises:
+        UserError: a tensor has no place in the model or more than one, a shape differs, or a number is not finite.
+    """
+    # Parameters that are tied stand under both names: what was trained apart has to get a place of its own.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places, filled = _Places(parameters), set()
     for key, value in tensors.items():
-        if key not in parameters:
-            raise UserError(f"{path}: {key} has no place in the model; base, adapter and projector do not match")
-        if parameters[key].shape != value.shape:
+        name = places.of(key, path)
+        parameter, wanted = parameters[name], list(parameters[name].shape)
+        if ".lora_" in name and value.ndim > 1:
+            wanted[".lora_B." in name] = value.shape[".lora_B." in name]
+        if list(value.shape) != wanted:
             raise UserError(
-                f"{path}: {key} has shape {list(value.shape)}, the model wants {list(parameters[key].shape)}; "
-                "base, adapter and projector do not match"
+                f"{path}: {key} has shape {list(value.shape)}, the model wants {wanted}; name the base that the "
+                "adapter was trained on"
             )
-        refuse_not_finite(key, value, path)
-        if parameters[key].is_meta:  # the base has no projector: transformers leaves a placeholder without memory
-            owner, _, name = key.rpartition(".")
-            setattr(model.get_submodule(owner), name, nn.Parameter(value.to(parameters[key].dtype)))
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
+        owner, _, attribute = name.rpartition(".")
+        kind = lora_dtype if ".lora_" in name else parameter.dtype
+        device = "cpu" if parameter.is_meta else parameter.device
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(value.to(device, kind), requires_grad=False))
+        filled.add(name)
+    return filled
+
+
+def _inject(model: nn.Module, names: list[str], lora_bias: bool) -> None:
+    """Make the modules LoRA layers of rank 1; the matrices of the training take their place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    # A pattern, since a name in a list also means all that end with it.
+    options: dict[str, Any] = {"target_modules": "|".join(map(re.escape, names))}
+    if lora_bias:  # of peft 0.14 and later
+        options["lora_bias"] = True
+    try:
+        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, **options), model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"LoRA on a module of the adapter is not supported: {str(error).splitlines()[0]}") from error
+
+
+def _named_without_tensor(
+    model: nn.Module, config: dict[str, Any], trained: set[str], layers: nn.ModuleList
+) -> str | None:
+    """A linear map that `target_modules` names and that has no tensor in the adapter's file; None where there is none.
+
+    The patterns that trainers write name modules as another release nests them, and then the vision tower too. So
+    outside of the language model a part of which no map was trained was not meant. Not looked for where the
+    configuration leaves out layers or modules again.
+    """
+    wanted = config.get("target_modules") or []
+    whole = set(config.get("modules_to_save") or [])
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules") or wanted == "all-linear":
+        return None
+    inside = next(name for name, module in model.named_modules() if module is layers) + "."
+    parts = {_part(name, inside) for name in trained}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name in trained or whole & set(name.split(".")):
+            continue
+        if isinstance(wanted, str):
+            named = re.fullmatch(wanted, name) is not None
         else:
-            with torch.no_grad():
-                parameters[key].copy_(value)
+            named = any(name == end or name.endswith(f".{end}") for end in wanted)
+        if named and (name.startswith(inside) or name == "lm_head" or _part(name, inside) in parts):
+            return name
+    return None
+
+
+def _part(name: str, inside: str) -> str:
+    """What a module belongs to (the vision tower, the projector): its path to where it leaves the language model's."""
+    steps = zip(name.split("."), inside.split("."), strict=False)
+    common = next((count for count, (one, other) in enumerate(steps) if one != other), 0)
+    return ".".join(name.split(".")[: common + 1])
+
+
+def _refuse_split_experts(model: nn.Module, tensors: Iterable[str], path: Path) -> None:
+    fused = any(re.search(r"\.experts\.\w+$", name) for name, _ in model.named_parameters())
+    split = next((key for key in tensors if re.search(r"\.experts\.\d+\.", key)), None)
+    if fused and split:
+        raise UserError(
+            f"{path}: {split} belongs to one expert, and in this release of transformers the experts of a layer are "
+            "one tensor; take transformers 4.57 for this adapter, or train one with target_modules of the attention"
+        )
+
+
+def _alpha(config: dict[str, Any], trained: str) -> float:
+    """The scale's numerator of one module: that of the pattern that its name in training ends with, or of all."""
+    name = trained.removeprefix("base_model.model.")
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(alpha)
+    return float(config["lora_alpha"])
+
+
+class _Places:
+    """Names of a model's modules or parameters, looked up by what trainers call them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.by_path: dict[str, list[str]] = {}
+        for name in names:
+            self.by_path.setdefault(_canonical(name), []).append(name)
+
+    def of(self, key: str, path: Path) -> str:
+        """The one name of this model that a tensor of `path` is for."""
+        names = self.by_path.get(_canonical(key), [])
+        # Where shortened names meet, the exact one decides, else the one whose end agrees longest.
+        exact = [name for name in names if name == key.removeprefix("base_model.model.")]
+        agreed = {name: _common_end(name, key) for name in names}
+        names = exact or [name for name in names if agreed[name] == max(agreed.values())]
+        if len(names) == 1:
+            return names[0]
+        if names:
+            raise UserError(f"{path}: {key} has {len(names)} places in the model, {names[0]} and {names[1]} among them")
+        raise UserError(f"{path}: {key} has no place in the model; name the base that the adapter was trained on")
+
+
+def _canonical(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _DROPPED)
+
+
+def _common_end(first: str, second: str) -> int:
+    """How many parts the ends of two dotted names share."""
+    pairs = zip(reversed(first.split(".")), reversed(second.split(".")), strict=False)
+    return next((count for count, (a, b) in enumerate(pairs) if a != b), min(first.count("."), second.count(".")) + 1)

@@ -6,38 +6,40 @@ the SigLIP tower, an `nn.Sequential` is the projector. `bunny_encoding.py` holds
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
-from tive.data.conversations import problem_of
+from tive.data.conversations import problem_of as record_problem
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import image_of
-from tive.models import Answer, Encoded, Hints, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import copy_into, load_adapter, read_tensors
-from tive.models.bunny_encoding import IMAGE_ID, encode_text, pixels_of, splice
-from tive.models.bunny_files import (
-    TRAIN_IN_ONE_GO,
-    Processor,
-    check_files,
-    identity,
-    projector_depth,
-    read_processor,
-    tower_folder,
+from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
+from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
+from tive.models.bunny_encoding import ImageRules, TextRules, encode_text, pixels_of, read_image_rules, read_text_rules
+from tive.models.common import (
+    base_folder,
+    base_of,
+    decoder_layers,
+    fingerprint,
+    freeze,
+    library_versions,
+    load_pretrained,
+    loading,
+    read_config,
+    refuse_options,
+    refuse_other_shape,
 )
-from tive.models.common import IGNORE, base_of, freeze, library_versions, loading, losses_at_supervised
-from tive.models.generation import generate_ids, supervised_runs
+from tive.models.spliced import record_losses
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
 __all__ = [
-    "HINTS",
     "answers",
     "check_files",
     "encode",
@@ -50,43 +52,179 @@ __all__ = [
     "versions",
 ]
 
-HINTS = Hints(template="Bunny's", trainer="Bunny's finetune_lora.sh (docs/bunny.md)")
+TRAINED_FILE = "non_lora_trainables.bin"
+TRAIN_IN_ONE_GO = (
+    "Bunny writes it only when training ends, and going on from a checkpoint-N starts the projector afresh: train the "
+    "reference model in one go (save_strategy no) and name its output_dir"
+)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A record's arrays.
+class BunnyKind:
+    """A language model that Bunny trains.
 
     Attributes:
-        ids: int64 `[t]`; an image's features stand as one `IMAGE_ID` each.
-        labels: int64 `[t]`; -100 where nothing is supervised.
-        pixels: float32 `[3, side, side]`, or None where no `IMAGE_ID` stands.
+        base: the `model_type` of the base's config.
+        end: what ends an answer in the template of this model type, which is stored nowhere.
+        since: the first release of transformers that has it; None where none has.
+        pads_with_end: whether Bunny makes `end` the padding, whatever the tokenizer says.
     """
 
-    ids: np.ndarray
-    labels: np.ndarray
-    pixels: np.ndarray | None
+    base: str
+    end: str
+    since: str | None
+    pads_with_end: bool = False
+
+
+KINDS = {
+    "bunny-phi": BunnyKind("phi", "<|endoftext|>", "4.37.0"),
+    "bunny-qwen2": BunnyKind("qwen2", "<|endoftext|>", "4.37.0"),
+    "bunny-qwen": BunnyKind("qwen2", "<|endoftext|>", "4.37.0"),
+    "bunny-llama": BunnyKind("llama", "<|end_of_text|>", "4.37.0", pads_with_end=True),
+    "bunny-stablelm": BunnyKind("stablelm", "<|endoftext|>", "4.38.0"),
+    "bunny-phi3": BunnyKind("phi3", "<|endoftext|>", "4.41.0"),
+    "bunny-minicpm": BunnyKind("minicpm", "</s>", None),
+}
+
+
+@dataclass(frozen=True)
+class BunnyProcessor:
+    """What a loader's worker needs to encode records; holds no weights."""
+
+    text: TextRules
+    image: ImageRules
 
 
 class Bunny(nn.Module):
-    """The three parts of a Bunny model; of the tower only what computes its features."""
+    """The parts of a Bunny model, by the names that Bunny's trainer gives them in its files."""
 
-    def __init__(self, language_model: Any, tower: Any, projector: nn.Module) -> None:
+    def __init__(self, language_model: Any, tower: nn.Module, projector: nn.Module) -> None:
         super().__init__()
-        self.language_model, self.projector = language_model, projector
-        # `hidden_states[-2]`: neither the last layer nor the head is needed.
-        self.patches, self.vision = tower.embeddings, tower.encoder
-        del self.vision.layers[-1]
+        self.language_model, self.mm_projector = language_model, projector
+        self.vision_tower = nn.ModuleDict({"vision_tower": tower})
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Features `[B, patches, hidden]` of images `[B, 3, side, side]`."""
-        features: Tensor = self.projector(self.vision(inputs_embeds=self.patches(pixels)).last_hidden_state)
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Features `[B, patches, hidden]` of images `[B, 3, side, side]`: all patches of the last but one layer."""
+        vision = _vision_of(self.vision_tower["vision_tower"])
+        features: Tensor = self.mm_projector(vision.encoder(inputs_embeds=vision.embeddings(pixels)).last_hidden_state)
         return features
+
+
+def _vision_of(tower: Any) -> Any:
+    """What computes a tower's features; transformers 5 has no model inside the model."""
+    return getattr(tower, "vision_model", tower)
+
+
+def check_files(files: ModelFiles) -> None:
+    """What can be known about the model without loading it, and would not show when it is loaded.
+
+    Raises:
+        UserError: a file is missing or cannot serve, or adapter, base and tower do not fit together.
+    """
+    refuse_options(files, "chat_template", "max_length", "max_pixels")
+    folder, base = Path(files.model_path), base_of(files)
+    if files.model_base is None:
+        raise UserError(f"{folder}: a whole Bunny model cannot be read, only an adapter; name its base with it")
+    for name in ("config.json", TRAINED_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}: {TRAIN_IN_ONE_GO}")
+    check_adapter(folder)
+    config = read_config(folder)
+    if config.get("use_s2"):
+        raise UserError(f"{folder}/config.json: use_s2 is not supported; train the reference model without use_s2")
+    kind = _kind_of(folder, config)
+    of_base = read_config(base)
+    if "mm_vision_tower" in of_base or of_base.get("model_type") != kind.base:
+        raise UserError(
+            f"the base model {base} is of type {of_base.get('model_type')}, the adapter in {folder} "
+            f"({config['model_type']}) was trained on a {kind.base}; name the language model that Bunny's trainer "
+            "started from (an adapter that was trained on a Bunny model is not supported)"
+        )
+    refuse_other_shape(folder, base)
+    read_processor(files)
+
+
+def _kind_of(folder: Path, config: dict[str, Any]) -> BunnyKind:
+    """The language model of a Bunny's config, which the installed transformers has."""
+    model_type = config.get("model_type")
+    kind = KINDS.get(str(model_type))
+    if kind is None:
+        raise UserError(f"{folder}/config.json: the model type {model_type!r} is none of {', '.join(KINDS)}")
+    if kind.since is None:
+        raise UserError(
+            f"{folder}/config.json: {model_type} cannot be computed, no release of transformers has the language model "
+            f"{kind.base}; train a reference model on another base"
+        )
+    installed = library_versions("transformers")["transformers"]
+    if Version(installed) < Version(kind.since):
+        raise UserError(
+            f"{folder}/config.json: {model_type} needs transformers {kind.since} or later, this is {installed}; use an "
+            "environment that has it (bash scripts/setup.sh native)"
+        )
+    return kind
+
+
+def tower_folder(files: ModelFiles) -> Path:
+    """The folder of the SigLIP tower; its config says what a tower is, not its folder's name."""
+    name = str(files.vision_tower or read_config(Path(files.model_path)).get("mm_vision_tower"))
+    kind = None
+    if not Path(name).is_file():  # EVA's towers are files
+        try:
+            tower = Path(base_folder(name))
+        except UserError as error:
+            raise UserError(f"the vision tower {name} is not there; name its folder as vision_tower") from error
+        kind = read_config(tower).get("model_type")
+    if kind not in ("siglip", "siglip_vision_model"):
+        raise UserError(
+            f"the vision tower {name} is {kind or 'a file'}; only SigLIP towers are supported: train the reference "
+            "model with one"
+        )
+    return tower
+
+
+def read_processor(files: ModelFiles) -> BunnyProcessor:
+    """Template and pixels as the files of the reference model, its base and its tower set them.
+
+    Raises:
+        UserError: a file is missing, or says what is not computed here.
+    """
+    from transformers import SiglipVisionConfig
+
+    folder = Path(files.model_path)
+    config = read_config(folder)
+    maximum = config.get("tokenizer_model_max_length")
+    if not isinstance(maximum, int) or maximum < 1:
+        raise UserError(
+            f"{folder}/config.json: tokenizer_model_max_length is {maximum}; Bunny's trainer writes the "
+            "model_max_length that it cut records at: put it there"
+        )
+    kind = _kind_of(folder, config)
+    tower = tower_folder(files)
+    with loading(f"{tower}/config.json"):
+        vision = SiglipVisionConfig.from_pretrained(str(tower))
+    return BunnyProcessor(
+        read_text_rules(base_of(files), kind.end, kind.pads_with_end, maximum),
+        read_image_rules(tower, pads_images(files), vision.image_size, vision.patch_size),
+    )
 
 
 def pads_images(files: ModelFiles) -> bool:
     """Whether images are padded to a square."""
     return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
+
+
+def identity(files: ModelFiles) -> str:
+    """SHA-256 over what a reference model is: adapter, projector, tokenizer, settings, the files of base and tower."""
+    folder, base, tower = Path(files.model_path), base_of(files), tower_folder(files)
+    config = read_config(folder)
+    hashed = (
+        *(adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE),
+        *(base / "config.json", base / "tokenizer.json", base / "tokenizer_config.json"),
+        *base.glob("special_tokens_map.json"),
+        *(tower / "config.json", tower / "preprocessor_config.json"),
+    )
+    named = ("model_type", "image_aspect_ratio", "mm_projector_type", "tokenizer_model_max_length")
+    return fingerprint(hashed, (base, tower), json.dumps({key: config.get(key) for key in named}))
 
 
 def versions() -> dict[str, str]:
@@ -103,99 +241,55 @@ def load(
         UserError: a part is missing or does not fit the others; the file is named.
     """
     check_files(files)
+    from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
+
     folder, base = Path(files.model_path), base_of(files)
-    config = read_json(folder / "config.json")
-    language_model = _load_language_model(base, dtype)
-    load_adapter(language_model, folder)
-    from transformers import SiglipVisionModel
-
-    siglip = _from_pretrained(SiglipVisionModel, tower_folder(files, config), "the vision tower", dtype)
-    tower = getattr(siglip, "vision_model", siglip)  # transformers 5 has no model inside the model
-    projector = _projector(config, language_model.config.hidden_size, dtype)
-    _load_trained(folder / "non_lora_trainables.bin", projector, tower, bool(config.get("unfreeze_vision_tower")))
-
-    for parameter in language_model.parameters():  # newer peft keeps the adapter in float32
-        parameter.data = parameter.data.to(dtype)
-    # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
-    model = Bunny(language_model, tower, projector).to(device)
-    model.requires_grad_(False).eval()
-    freeze(language_model, gradient_checkpointing)
-    return Reference(model, language_model.model.layers, read_processor(files, config), device, dtype)
-
-
-def _load_language_model(base: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with loading(f"the config of the base model {base}"):
+    with loading(str(base)):
         config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
     # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
     config.attention_dropout = 0.0
     config.use_cache = False
-    model = _from_pretrained(
-        AutoModelForCausalLM, base, "the base model", dtype, config=config, trust_remote_code=False
-    )
-    if model.lm_head.bias is not None:
-        model.lm_head.bias = None  # Bunny's Phi has none
-    return model
+    language_model = load_pretrained(AutoModelForCausalLM, base, dtype, (), config=config, trust_remote_code=False)
+    if language_model.lm_head.bias is not None:
+        language_model.lm_head.bias = None  # Bunny's Phi has none
+    # A whole SigLIP has a text model beside the tower.
+    tower = load_pretrained(SiglipVisionModel, tower_folder(files), dtype, ("text_model.", "logit_"))
+    projector = _projector(folder, tower.config.hidden_size, config.hidden_size, dtype)
+    model = Bunny(language_model, tower, projector)
+    filled = place_tensors(model, read_tensors(folder / TRAINED_FILE), folder / TRAINED_FILE, dtype)
+    trained = ("mm_projector.", *(["vision_tower."] if read_config(folder).get("unfreeze_vision_tower") else []))
+    absent = [name for name, _ in model.named_parameters() if name.startswith(trained) and name not in filled]
+    if absent:
+        raise UserError(
+            f"{folder / TRAINED_FILE} lacks {len(absent)} weights, {absent[0]} among them: {TRAIN_IN_ONE_GO}"
+        )
+    del _vision_of(tower).encoder.layers[-1]  # features are the last but one's
+    layers = decoder_layers(language_model)
+    attach_adapter(model, folder, layers, dtype)
+
+    # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
+    model.to(device).requires_grad_(False).eval()
+    freeze(language_model, gradient_checkpointing)
+    return Reference(model, layers, read_processor(files), device, dtype)
 
 
-def _from_pretrained(kind: Any, folder: Path, what: str, dtype: torch.dtype, **options: Any) -> Any:
-    """A model of transformers in `dtype`, every weight of which is in the folder."""
-    with _quiet(), loading(f"{what} {folder}"):
-        model, found = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if found[problem]:
-            raise UserError(
-                f"{what} {folder} lacks {len(found[problem])} weights, {min(map(str, found[problem]))} among them; "
-                "download it again"
-            )
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings of weights that are not used: a whole SigLIP has a text model beside the tower."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _projector(config: dict[str, Any], hidden: int, dtype: torch.dtype) -> nn.Module:
-    kind, width = config.get("mm_projector_type", "mlp2x_gelu"), config["mm_hidden_size"]
+def _projector(folder: Path, width: int, hidden: int, dtype: torch.dtype) -> nn.Module:
+    """The projector that the config names, without numbers."""
+    kind = read_config(folder).get("mm_projector_type", "mlp2x_gelu")
+    maps = [nn.Linear(width, hidden, dtype=dtype, device="meta")]
     if kind == "linear":
-        return nn.Linear(width, hidden, dtype=dtype)
-    layers: list[nn.Module] = [nn.Linear(width, hidden, dtype=dtype)]
-    for _ in range((projector_depth(kind) or 1) - 1):
-        layers += [nn.GELU(), nn.Linear(hidden, hidden, dtype=dtype)]
-    return nn.Sequential(*layers)
+        return maps[0]
+    depth = str(kind).removeprefix("mlp").removesuffix("x_gelu")
+    if not depth.isdecimal() or int(depth) < 1 or kind != f"mlp{depth}x_gelu":
+        raise UserError(
+            f"{folder}/config.json: the projector {kind} is not supported (supported: mlpNx_gelu and linear); train "
+            "the reference model with mm_projector_type mlp2x_gelu"
+        )
+    maps += [nn.Linear(hidden, hidden, dtype=dtype, device="meta") for _ in range(int(depth) - 1)]
+    return nn.Sequential(*[part for layer in maps for part in (nn.GELU(), layer)][1:])
 
 
-def _load_trained(path: Path, projector: nn.Module, tower: nn.Module, has_tower: bool) -> None:
-    """Copy what Bunny trained beside the adapter: the projector, and the tower where it was not frozen."""
-    parts: dict[str, dict[str, Tensor]] = {"mm_projector.": {}, "vision_tower.vision_tower.vision_model.": {}}
-    for key, value in read_tensors(path).items():
-        part = next((part for part in parts if part in key), None)
-        if part is None:
-            raise UserError(f"{path}: {key} is neither the projector's nor the vision tower's; it is not supported")
-        parts[part][key.partition(part)[2]] = value
-    for (part, tensors), module, wanted in zip(parts.items(), (projector, tower), (True, has_tower), strict=True):
-        absent = sorted({name for name, _ in module.named_parameters()} - tensors.keys()) if wanted else []
-        if absent:
-            raise UserError(f"{path} lacks {len(absent)} weights, {part}{absent[0]} among them: {TRAIN_IN_ONE_GO}")
-        copy_into(module, tensors, path)
-
-
-def record_problem(record: Any) -> str | None:
-    """What keeps Bunny from training on a record; None when nothing does."""
-    return problem_of(record)
-
-
-def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
+def encode(processor: BunnyProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
     """Encode one record as Bunny's trainer does.
 
     Raises:
@@ -211,65 +305,20 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
         if height in (1, 3):
             raise LeftOut(f"unreadable image: {height} pixels high, which Bunny's image processor takes for channels")
     ids, labels = encode_text(processor.text, record["conversations"], has_image=picture is not None)
-    ids, labels = splice(ids, labels, processor.image.patches, processor.text.maximum)
-    supervised = int(np.count_nonzero(labels[1:] != IGNORE))
-    if not supervised:
-        raise LeftOut("no supervised token")
-    pixels = pixels_of(processor.image, picture) if picture is not None and IMAGE_ID in ids else None
-    # A batch may hold records with an image and records without: one group.
-    return Encoded(len(ids), supervised, "records", Inputs(ids, labels, pixels))
+    ids, labels = spliced.splice(ids, labels, processor.image.patches, processor.text.maximum)
+    return spliced.spliced_record(ids, labels, None if picture is None else pixels_of(processor.image, picture))
 
 
-def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
-    """Mean cross-entropy of each record over its supervised tokens, and EL2N if asked for.
-
-    The records are padded on the right and attention is causal, so no position of a record sees the padding and no
-    mask is needed.
-    """
-    language_model = reference.model.language_model
-    embeddings, labels = _embed(reference, [record.inputs for record in records])
-    hidden = language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return losses_at_supervised(hidden, language_model.lm_head, labels, el2n)
-
-
-@torch.no_grad()
-def _embed(reference: Reference, records: Sequence[Inputs]) -> tuple[Tensor, Tensor]:
-    """Input embeddings `[B, T, hidden]` with image features in place, and labels `[B, T]`."""
-    width = max(len(record.ids) for record in records)
-    ids = torch.zeros(len(records), width, dtype=torch.long)
-    labels = torch.full((len(records), width), IGNORE)
-    for row, record in enumerate(records):
-        ids[row, : len(record.ids)] = torch.from_numpy(record.ids)
-        labels[row, : len(record.ids)] = torch.from_numpy(record.labels)
-    places = [(ids[row] == IMAGE_ID).nonzero()[:, 0] for row in range(len(records))]
-    model, device = reference.model, reference.device
-    embeddings = model.language_model.model.embed_tokens(ids.clamp(min=0).to(device))
-    pictures = {row: record.pixels for row, record in enumerate(records) if record.pixels is not None}
-    if pictures:
-        pixels = torch.from_numpy(np.stack(list(pictures.values()))).to(device, reference.dtype)
-        for row, features in zip(pictures, model.image_features(pixels), strict=True):
-            place = places[row].to(device)
-            embeddings[row, place] = features[: len(place)]
-    return embeddings, labels.to(device)
-
-
-def answers(processor: Processor, record: Encoded) -> list[Answer]:
+def answers(processor: BunnyProcessor, record: Encoded) -> list[Answer]:
     """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
-    inputs, found = record.inputs, []
-    for start, stop in supervised_runs(inputs.labels):
-        if stop == processor.text.maximum:
-            continue
-        before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
-        expected = processor.text.tokenizer.decode(inputs.ids[start:stop].tolist()).strip()
-        found.append(Answer(Encoded(start, 0, record.group, before), expected))
-    return found
+    tokenizer = processor.text.tokenizer
+    return spliced.answers_of(
+        record, processor.text.maximum, lambda ids: tokenizer.decode(ids).strip(), lambda _, start: start
+    )
 
 
 def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    """What the model answers to prompts, which may have an image or none."""
+    """What the model answers to prompts, with an image or without."""
     text = reference.processor.text
     ends = text.tokenizer.encode(text.end, add_special_tokens=False).ids[:1]
-    embeddings, _ = _embed(reference, [prompt.inputs for prompt in prompts])
-    lengths = [prompt.length for prompt in prompts]
-    found = generate_ids(reference.model.language_model, embeddings, lengths, ends, max_new_tokens)
-    return [text.tokenizer.decode(ids).strip() for ids in found]
+    return [text.tokenizer.decode(ids).strip() for ids in spliced.generate(reference, prompts, ends, max_new_tokens)]

@@ -17,11 +17,11 @@ from PIL import Image
 
 from tive.data.images import resize_padded
 from tive.data.media import IMAGE_TAG
-from tive.models.common import IGNORE
+from tive.models.losses import IGNORE
+from tive.models.spliced import IMAGE_ID
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-IMAGE_ID = -200
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -223,12 +223,6 @@ def _labels(rules: TextRules, prompt: str, ids: np.ndarray, has_image: bool) -> 
     if walked < rules.maximum and walked != np.count_nonzero(ids != rules.pad):
         labels[:] = IGNORE
     return labels
-
-
-def splice(ids: np.ndarray, labels: np.ndarray, patches: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels as the language model sees them: the image's id once a patch, cut at the maximum."""
-    repeats = np.where(ids == IMAGE_ID, patches, 1)
-    return np.repeat(ids, repeats)[:maximum], np.repeat(labels, repeats)[:maximum]
 
 
 def read_image_rules(tower: Path, pad: bool, image_size: int, patch_size: int) -> ImageRules:

@@ -1,10 +1,14 @@
-"""What every model family needs, once: loading, freezing, target modules, identity, losses at supervised positions."""
+"""What every family needs of a checkpoint: load it whole, freeze it, name its target modules, tell it from others."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
+import importlib.util
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -12,14 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tive.models import ModelFiles, RecordLosses, Reference
+from tive.models import ModelFiles, Reference
 from tive.util.errors import UserError
-from tive.util.files import sampled_sha256, sha256_of
+from tive.util.files import read_json, sampled_sha256, sha256_of
 
-IGNORE = -100
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# What stands beside quantised weights in a file, in the names of the common libraries.
+_SCALES = re.compile(
+    r"(weight_scale|scale_inv|input_scale|scales|zero_point|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB)\b"
+)
+
+
+def prepare_torchvision() -> None:
+    """Make torchvision importable where its operators do not fit the installed torch.
+
+    PyPI's torchvision beside a CPU build of torch (and any other mismatch) fails on an operator that image processors
+    never call; declaring it is enough for them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, ImportError, OSError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            _DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+# Before transformers and peft are imported, also in a loader's worker that is not forked.
+prepare_torchvision()
 
 
 @contextlib.contextmanager
@@ -34,8 +65,14 @@ def loading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers, sentencepiece and safetensors raise many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"cannot load {what}: {reason}; it is incomplete or damaged: download it again") from error
+        raise UserError(
+            f"cannot load {what}: {first_line(error)}; it is incomplete or damaged: download it again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it has no text."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def base_folder(model_base: str) -> str:
@@ -52,8 +89,8 @@ def base_folder(model_base: str) -> str:
         return snapshot_download(model_base, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the base model {model_base} is neither a folder nor a downloaded model; name the base that "
-            "finetune_lora.sh used, or download it with `huggingface-cli download`"
+            f"the model {model_base} is neither a folder nor a downloaded model; name its folder, or download it with "
+            "`huggingface-cli download`"
         ) from error
 
 
@@ -73,6 +110,117 @@ def refuse_options(files: ModelFiles, *names: str) -> None:
             raise UserError(
                 f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
             )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json, of weights that are not quantised.
+
+    Raises:
+        UserError: there is none, it is no JSON object, or it or a file of weights says that weights are quantised.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder (no config.json); name the model's folder")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; make or download it again")
+    said = f"{path}: quantization_config" if _says_quantized(config) else _quantized_weight(folder)
+    if said:
+        raise UserError(
+            f"{said}: gradients on quantised weights are not supported; name the same model in full precision, and a "
+            "reference model that was trained on it"
+        )
+    return config
+
+
+def _says_quantized(config: dict[str, Any]) -> bool:
+    """Whether a config, or one of a part inside it, has a `quantization_config` that is not empty."""
+    if config.get("quantization_config"):
+        return True
+    return any(_says_quantized(part) for part in config.values() if isinstance(part, dict))
+
+
+def _quantized_weight(folder: Path) -> str | None:
+    """File and name of a weight that is stored in eight bits or fewer; None where there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    kind = file.get_slice(name).get_dtype()
+                    if "weight" in name and kind.startswith(("F8", "F6", "F4", "I8", "U8")):
+                        return f"{path}: {name} is stored as {kind}"
+        except (SafetensorError, OSError):
+            continue  # loading says what is wrong with it
+    return None
+
+
+def refuse_other_shape(folder: Path, base: Path) -> None:
+    """Compare the sizes that the config beside an adapter names with those of the base.
+
+    Raises:
+        UserError: one differs.
+    """
+    config, of_base = read_config(folder), read_config(base)
+    for key in _SHAPE_KEYS:
+        if key in of_base and key in config and of_base[key] != config[key]:
+            raise UserError(
+                f"the base model {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
+                f"{config[key]}; name the base that it was trained on"
+            )
+
+
+def load_pretrained(kind: Any, folder: str | Path, dtype: torch.dtype, apart: tuple[str, ...], **options: Any) -> Any:
+    """A model of one of transformers' classes: each of its weights is in the folder's files.
+
+    Weights in the files that the model has no parameter for are printed.
+
+    Args:
+        apart: prefixes of weights that come from another place, or that the class leaves out on purpose.
+
+    Raises:
+        UserError: it cannot be loaded, lacks weights, or has what belongs to quantised ones.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is looked at below
+    try:
+        with loading(str(folder)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*do_sample.*")  # of a generation config that is not used here
+            model, report = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(level)
+    missing = {str(key) for part in ("missing_keys", "mismatched_keys") for key in report[part]}
+    missing = {key for key in missing if not key.startswith(apart)}
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} weights, {min(missing)} among them; download it again")
+    unused = sorted(key for key in map(str, report["unexpected_keys"]) if not key.startswith(apart))
+    scales = [key for key in unused if _SCALES.search(key)]
+    if scales:
+        raise UserError(
+            f"{folder} holds {scales[0]}, which belongs to quantised weights and has no place in the model; name the "
+            "same model in full precision"
+        )
+    if unused:
+        print(f"{folder}: {len(unused)} weights have no place in the model and are not used, {unused[0]} among them")
+    return model
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The language model's layers: they stand beside its input embeddings.
+
+    Raises:
+        UserError: this model keeps them elsewhere.
+    """
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if any(child is embedding for child in module.children()):
+            layers = getattr(module, "layers", None)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+    raise UserError(f"{type(model).__name__} keeps its language model's layers in a way that is not supported")
 
 
 def freeze(model: Any, gradient_checkpointing: bool) -> None:
@@ -118,8 +266,8 @@ def target_modules(
     return matrices
 
 
-def fingerprint(hashed: Iterable[Path], listed: Iterable[Path]) -> str:
-    """SHA-256 over the content of files, and over names, sizes and sampled content of the weight files in folders.
+def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> str:
+    """SHA-256 over files' content, over names, sizes and sampled content of the weight files in folders, and texts.
 
     Two bases of one shape differ in nothing but the content; hashing 14 GB of it at each start would cost minutes.
     """
@@ -129,49 +277,16 @@ def fingerprint(hashed: Iterable[Path], listed: Iterable[Path]) -> str:
     for folder in listed:
         for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
             digest.update(f"{file.name} {file.stat().st_size} {sampled_sha256(file)}\n".encode())
+    digest.update("\n".join(texts).encode())
     return digest.hexdigest()
-
-
-def losses_at_supervised(hidden: Tensor, head: nn.Module, labels: Tensor, el2n: bool = False) -> RecordLosses:
-    """Mean cross-entropy of each record over its supervised tokens; logits are computed at those positions alone.
-
-    Args:
-        hidden: the last hidden states `[B, T, H]`.
-        head: the map to the vocabulary's logits.
-        labels: `[B, T]`, `IGNORE` where nothing is supervised; position t is predicted from hidden state t - 1.
-    """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE
-    logits = head(hidden[:, :-1][supervised]).float()
-    return losses_of_logits(logits, targets[supervised], supervised.sum(dim=1), el2n)
-
-
-def losses_of_logits(logits: Tensor, targets: Tensor, counts: Tensor, el2n: bool = False) -> RecordLosses:
-    """`losses_at_supervised` from the logits `[S, V]` (float32) and targets `[S]` of all supervised tokens.
-
-    Args:
-        counts: `[B]`, how many of the S tokens each record has, record by record.
-    """
-    owner = torch.repeat_interleave(counts)
-
-    def mean_by_record(values: Tensor) -> Tensor:
-        return torch.zeros(len(counts), device=values.device).index_add(0, owner, values) / counts
-
-    losses = mean_by_record(nn.functional.cross_entropy(logits, targets, reduction="none"))
-    if not el2n:
-        return RecordLosses(losses, None)
-    with torch.no_grad():
-        difference = logits.softmax(dim=1)
-        difference[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return RecordLosses(losses, mean_by_record(difference.norm(dim=1)))
 
 
 def library_versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages, `unknown` for one that has none."""
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            versions[package] = "unknown"
+    return versions

@@ -6,18 +6,8 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from tive.models.common import IGNORE
-
-
-def supervised_runs(labels: np.ndarray) -> list[tuple[int, int]]:
-    """First position and end of each answer: the runs of supervised labels `[t]`, between which something is asked."""
-    supervised = np.concatenate([[False], labels != IGNORE, [False]])
-    edges = np.flatnonzero(supervised[1:] != supervised[:-1]).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ place, and a batch gives what its records give alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,21 +20,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
-from tive.models import Encoded, Hints, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import adapter_file, read_tensors
+from tive.models import Encoded, ModelFiles, RecordLosses, Reference
+from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.common import (
-    IGNORE,
     base_of,
+    decoder_layers,
     fingerprint,
+    first_line,
     freeze,
     library_versions,
-    loading,
-    losses_of_logits,
+    load_pretrained,
+    read_config,
     refuse_options,
 )
 from tive.models.generation import greedy, until_end
-from tive.models.native_adapter import attach_adapter, check_adapter
-from tive.models.native_processor import (
+from tive.models.losses import losses_of_logits, supervised_tokens
+from tive.models.native_encoding import (
     answers,
     encode,
     encode_turns,
@@ -43,10 +44,8 @@ from tive.models.native_processor import (
     record_problem,
 )
 from tive.util.errors import UserError
-from tive.util.files import read_json
 
 __all__ = [
-    "HINTS",
     "answers",
     "check_files",
     "encode",
@@ -59,9 +58,12 @@ __all__ = [
     "versions",
 ]
 
-HINTS = Hints(template="the processor's chat template", trainer="TRL, ms-swift or LLaMA-Factory")
 OLDEST = (4, 57)
 _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# Files beside an adapter that hold no weights of its training, or hold the frozen base once more (FSDP).
+_NO_TRAINED_WEIGHTS = re.compile(
+    r"adapter_model\.(safetensors|bin)|(training_args|optimizer|scheduler)(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin"
+)
 # Largest relative difference between a loss in a batch and alone.
 _BATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -76,37 +78,26 @@ def check_files(files: ModelFiles) -> None:
     refuse_options(files, "vision_tower")
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is not None:
-        _check_adapter_alone(folder)
-    config = read_json(base / "config.json")
-    if "quantization_config" in config:
-        raise UserError(f"{base} is quantised; name the same model without quantisation")
+        check_adapter(folder)
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            if not _NO_TRAINED_WEIGHTS.fullmatch(file.name):
+                raise UserError(
+                    f"{file}: trained weights beside the adapter are not supported; train with LoRA alone (in ms-swift "
+                    "with freeze_vit true), or with modules_to_save, which the adapter's file holds"
+                )
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    model_type = read_config(base).get("model_type")
     try:
-        loaded = AutoConfig.from_pretrained(base)
+        loaded = AutoConfig.from_pretrained(base, trust_remote_code=False)
         known = type(loaded) in AutoModelForImageTextToText._model_mapping
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{base}/config.json: {next(iter(str(error).splitlines()), error)}") from error
+        raise UserError(f"{base}/config.json: {first_line(error)}") from error
     if not known:
-        raise UserError(f"{base}/config.json: {config.get('model_type')!r} is no vision-language model of transformers")
+        raise UserError(f"{base}/config.json: {model_type!r} is no vision-language model of transformers")
     if files.chat_template is not None and not Path(files.chat_template).is_file():
         raise UserError(f"the chat template {files.chat_template} is not a file")
     load_processor(files)
-
-
-def _check_adapter_alone(folder: Path) -> None:
-    check_adapter(folder)
-    beside = [
-        file.name
-        for pattern in ("*.safetensors", "*.bin")
-        for file in sorted(folder.glob(pattern))
-        if file.name not in ("adapter_model.safetensors", "adapter_model.bin", "training_args.bin")
-    ]
-    if beside:
-        raise UserError(
-            f"{folder / beside[0]}: trained weights beside the adapter are not supported; train with LoRA alone "
-            "(in ms-swift with freeze_vit true), or with modules_to_save, which the adapter's file holds"
-        )
 
 
 def _check_library() -> None:
@@ -132,26 +123,22 @@ def identity(files: ModelFiles) -> str:
 
     Image processors of two backends, and of two releases, resize differently: their class and the versions count.
     """
-    folder, base = Path(files.model_path), base_of(files)
-    source = processor_folder(files)
+    folder, base, source = Path(files.model_path), base_of(files), processor_folder(files)
     processor = load_processor(files).library
-    adapter = adapter_file(folder) if files.model_base is not None else None
-    read = [
-        *([] if adapter is None else [adapter, folder / "adapter_config.json"]),
-        base / "config.json",
-        *(source / name for name in _PROCESSOR_FILES),
-    ]
-    parts = [
-        fingerprint([file for file in read if file.is_file()], [base]),
+    adapter = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE]
+    read = [*adapter, base / "config.json", *(source / name for name in _PROCESSOR_FILES)]
+    return fingerprint(
+        [file for file in read if file.is_file()],
+        [base],
         processor.chat_template,
         type(processor).__name__,
         type(processor.image_processor).__name__,
         json.dumps([files.max_length, files.max_pixels, versions()], sort_keys=True),
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    )
 
 
 def versions() -> dict[str, str]:
+    """Versions of the libraries that the numbers depend on."""
     return library_versions("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
 
 
@@ -167,28 +154,18 @@ def load(
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     base = base_of(files)
-    with loading(str(base)):
-        config = AutoConfig.from_pretrained(base)
-        _turn_off_dropout(config)
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            base, config=config, dtype=dtype, output_loading_info=True
-        )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise UserError(f"{base} lacks {len(missing)} weights, {missing[0]} among them")
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    _turn_off_dropout(config)
+    model = load_pretrained(AutoModelForImageTextToText, base, dtype, (), config=config, trust_remote_code=False)
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
-    embedding = model.get_input_embeddings()
-    owner = next(module for module in model.modules() if any(child is embedding for child in module.children()))
-    if not isinstance(getattr(owner, "layers", None), nn.ModuleList):
-        raise UserError(f"{type(model).__name__} keeps its language model's layers in a way that is not supported")
-    path = adapter_file(Path(files.model_path)) if files.model_base is not None else None
-    if path is not None:
-        attach_adapter(model, Path(files.model_path), read_tensors(path), dtype)
+    layers = decoder_layers(model)
+    if files.model_base is not None:
+        attach_adapter(model, Path(files.model_path), layers, dtype)
     # Not to(dtype): that would round the rotary frequencies.
     model.to(device)
     freeze(model, gradient_checkpointing)
-    reference = Reference(model, owner.layers, load_processor(files), device, dtype)
+    reference = Reference(model, layers, load_processor(files), device, dtype)
     _prove_batches(reference)
     return reference
 
@@ -235,8 +212,7 @@ def _prove_batches(reference: Reference) -> None:
     except UserError:
         raise
     except Exception as error:  # processors and models raise many kinds
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"{what} is not supported: a made-up record cannot be computed: {reason}") from error
+        raise UserError(f"{what} is not supported: a made-up record cannot be computed: {first_line(error)}") from error
 
 
 def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
@@ -245,19 +221,19 @@ def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool =
     The whole model runs, so what it does to its logits is done; a hook keeps the supervised positions before the
     output embeddings.
     """
-    inputs, labels = _collate(reference, records)
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE
+    inputs = collate(reference, records)
+    labels = [record.inputs.labels for record in records]
+    supervised = supervised_tokens(labels, max(record.length for record in records)).to(reference.device)
 
     def keep_supervised(_head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0][:, :-1][supervised], *arguments[1:])
+        return (arguments[0].flatten(0, 1)[supervised.positions], *arguments[1:])
 
     hook = reference.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
     try:
         logits = reference.model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    return losses_of_logits(logits.float(), targets[supervised], supervised.sum(dim=1), el2n)
+    return losses_of_logits(logits, supervised, el2n)
 
 
 @torch.no_grad()
@@ -268,24 +244,21 @@ def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: i
     ends = {number for part in known if part is not None for number in (part if isinstance(part, list) else [part])}
     texts = []
     for prompt in prompts:
-        inputs, _ = _collate(reference, [prompt])
         with greedy(model, ends, max_new_tokens):
-            ids = model.generate(**inputs, use_cache=True)[0, prompt.length :].tolist()
+            ids = model.generate(**collate(reference, [prompt]), use_cache=True)[0, prompt.length :].tolist()
         texts.append(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True).strip())
     return texts
 
 
-def _collate(reference: Reference, records: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs and the labels `[B, T]`, padded on the right.
+def collate(reference: Reference, records: Sequence[Encoded]) -> dict[str, Tensor]:
+    """The model's inputs, padded on the right.
 
     What has the shape of the ids is padded; anything else (images, their sizes) is padded with zeros in its trailing
     axes and concatenated. No key of the processor is dropped.
     """
     width = max(record.length for record in records)
-    labels = torch.full((len(records), width), IGNORE)
     by_name: dict[str, list[np.ndarray]] = {}
-    for row, record in enumerate(records):
-        labels[row, : record.length] = torch.from_numpy(record.inputs.labels)
+    for record in records:
         for name, array in record.inputs.arrays.items():
             per_token = array.shape == (1, record.length)
             by_name.setdefault(name, []).append(_padded(array, (width,)) if per_token else array)
@@ -294,7 +267,7 @@ def _collate(reference: Reference, records: Sequence[Encoded]) -> tuple[dict[str
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
         joined = torch.from_numpy(np.concatenate([_padded(array, shape) for array in arrays])).to(reference.device)
         inputs[name] = joined.to(reference.dtype) if joined.is_floating_point() else joined
-    return inputs, labels.to(reference.device)
+    return inputs
 
 
 def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from tive.data.conversations import to_llava
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
-from tive.models.common import IGNORE, base_of
-from tive.models.generation import supervised_runs
-from tive.models.native_labels import align, answer_spans, text_message, token_spans
+from tive.models.answer_spans import align, answer_spans, text_message, token_spans
+from tive.models.common import base_of, first_line
+from tive.models.losses import IGNORE, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
@@ -30,7 +26,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
-class Processor:
+class NativeProcessor:
     """What a loader's worker needs to encode records; holds no weights.
 
     Attributes:
@@ -49,38 +45,15 @@ class Processor:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ProcessedRecord:
     """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`."""
 
     arrays: dict[str, np.ndarray]
     labels: np.ndarray
 
 
-def prepare_torchvision() -> None:
-    """Make torchvision importable where its operators do not fit the installed torch.
-
-    PyPI's torchvision beside a CPU build of torch (and any other mismatch) fails on an operator that image processors
-    never call; declaring it is enough for them.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except (RuntimeError, ImportError, OSError):
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            _DECLARED.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
-
-
-_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
-# Here and not at the first use: a loader's worker that is not forked imports this file, then the pickled processor.
-prepare_torchvision()
-
-
 @functools.lru_cache(maxsize=1)
-def load_processor(files: ModelFiles) -> Processor:
+def load_processor(files: ModelFiles) -> NativeProcessor:
     """The processor of `model_path` where its files are there, else of the base; the template likewise.
 
     Raises:
@@ -91,13 +64,9 @@ def load_processor(files: ModelFiles) -> Processor:
     folder, base = Path(files.model_path), base_of(files)
     source = processor_folder(files)
     try:
-        processor = AutoProcessor.from_pretrained(source)
-    except ImportError as error:
-        needed = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise UserError(f"the processor of {source} needs a library that is not installed: {needed}") from error
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"cannot load the processor of {source}: {reason}") from error
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # among them that a library is not installed, which the text says
+        raise UserError(f"cannot load the processor of {source}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(f"{source} holds no processor of text and images ({type(processor).__name__})")
     if not getattr(processor.tokenizer, "is_fast", False):
@@ -113,7 +82,7 @@ def load_processor(files: ModelFiles) -> Processor:
     tokens = image_tokens(processor)
     added = processor.tokenizer.added_tokens_decoder.items()
     ends = {number for number, token in added if token.content.strip() and token.content not in tokens}
-    return Processor(processor, tokens, frozenset(ends), files.max_length, files.max_pixels)
+    return NativeProcessor(processor, tokens, frozenset(ends), files.max_length, files.max_pixels)
 
 
 def image_tokens(processor: Any) -> frozenset[str]:
@@ -126,8 +95,7 @@ def image_tokens(processor: Any) -> frozenset[str]:
     try:
         plain = processor.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # a template raises what it likes
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"the chat template refuses one question with its answer: {reason}") from error
+        raise UserError(f"the chat template refuses one question with its answer: {first_line(error)}") from error
     named = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
     return frozenset(token for token in named if token not in plain)
 
@@ -173,7 +141,7 @@ def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
     return converted.get("system"), turns, images
 
 
-def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> Encoded:
+def encode(processor: NativeProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
     """Encode one record with its processor and chat template; answers and the ends of their turns are supervised.
 
     Raises:
@@ -188,7 +156,7 @@ def encode(processor: Processor, record: dict[str, Any], image_folder: str) -> E
 
 
 def encode_turns(
-    processor: Processor, system: str | None, turns: list[dict[str, str]], images: list[Image.Image]
+    processor: NativeProcessor, system: str | None, turns: list[dict[str, str]], images: list[Image.Image]
 ) -> Encoded:
     """`encode` for a conversation whose images are open.
 
@@ -206,7 +174,7 @@ def encode_turns(
     except LeftOut:
         raise
     except Exception as error:  # a template raises what it likes
-        raise LeftOut(f"the chat template refuses it: {next(iter(str(error).splitlines()), '')}") from error
+        raise LeftOut(f"the chat template refuses it: {first_line(error)}") from error
     # A template that prints the first token itself would get it twice.
     add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
@@ -216,7 +184,7 @@ def encode_turns(
             text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=add_first
         )
     except Exception as error:  # an image of a shape that it does not take, for example
-        raise LeftOut(f"the processor refuses it: {next(iter(str(error).splitlines()), '')}") from error
+        raise LeftOut(f"the processor refuses it: {first_line(error)}") from error
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
     ids = arrays["input_ids"][0]
     if processor.max_length is not None and len(ids) > processor.max_length:
@@ -229,12 +197,12 @@ def encode_turns(
     supervised = int((labels[1:] != IGNORE).sum())
     if not supervised:
         raise LeftOut("no supervised token")
-    return Encoded(len(ids), supervised, "image" if images else "text", Inputs(arrays, labels))
+    return Encoded(len(ids), supervised, "image" if images else "text", ProcessedRecord(arrays, labels))
 
 
-def answers(processor: Processor, record: Encoded) -> list[Answer]:
+def answers(processor: NativeProcessor, record: Encoded) -> list[Answer]:
     """Each answer of a record, the true earlier turns before it, unless a later turn brings an image."""
-    inputs, found = record.inputs, []
+    inputs, asked = record.inputs, []
     tokenizer = processor.library.tokenizer
     ids = inputs.arrays["input_ids"][0]
     images = np.isin(ids, tokenizer.convert_tokens_to_ids(sorted(processor.image_tokens)))
@@ -243,9 +211,9 @@ def answers(processor: Processor, record: Encoded) -> list[Answer]:
             continue
         # What has the shape of the ids is cut; the images are all before the cut.
         cut = {name: a[:, :start] if a.shape == (1, len(ids)) else a for name, a in inputs.arrays.items()}
-        prompt = Encoded(start, 0, record.group, Inputs(cut, inputs.labels[:start]))
-        found.append(Answer(prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
-    return found
+        prompt = Encoded(start, 0, record.group, ProcessedRecord(cut, inputs.labels[:start]))
+        asked.append(Answer(prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
+    return asked
 
 
 def _message(turn: dict[str, str], has_images: bool) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""LLaVA's way with images, which Bunny shares: an image's features take their place among the text's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tive.models import Answer, Encoded, LeftOut, RecordLosses, Reference
+from tive.models.generation import generate_ids
+from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens
+
+IMAGE_ID = -200
+
+
+@dataclass(frozen=True)
+class SplicedRecord:
+    """A record's arrays.
+
+    Attributes:
+        ids: int64 `[t]`; `IMAGE_ID` where an image's features stand, once for each.
+        labels: int64 `[t]`; `IGNORE` where nothing is supervised.
+        pixels: float32 `[3, height, width]`, or None where no `IMAGE_ID` stands.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    pixels: np.ndarray | None
+
+
+def splice(ids: np.ndarray, labels: np.ndarray, features: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels as the language model sees them: an image's id once for each of its features, then the cut."""
+    repeats = np.where(ids == IMAGE_ID, features, 1)
+    return np.repeat(ids, repeats)[:maximum], np.repeat(labels, repeats)[:maximum]
+
+
+def spliced_record(ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray | None) -> Encoded:
+    """A record of spliced ids and labels, ready to be put in a batch with any others.
+
+    Raises:
+        LeftOut: nothing in it is supervised.
+    """
+    supervised = int(np.count_nonzero(labels[1:] != IGNORE))
+    if not supervised:
+        raise LeftOut("no supervised token")
+    inputs = SplicedRecord(ids, labels, pixels if IMAGE_ID in ids else None)
+    return Encoded(len(ids), supervised, "records", inputs)
+
+
+def language_model_of(reference: Reference) -> Any:
+    """The causal language model of transformers: LLaVA's class is one, other models have one."""
+    return getattr(reference.model, "language_model", reference.model)
+
+
+def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+    """The losses of a batch, records with an image and without.
+
+    They are padded on the right and attention is causal, so no position of a record sees the padding and no mask is
+    needed.
+    """
+    language_model = language_model_of(reference)
+    embeddings = embed(reference, records)
+    supervised = supervised_tokens([record.inputs.labels for record in records], embeddings.shape[1])
+    hidden = language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return losses_at_supervised(hidden, language_model.lm_head, supervised.to(reference.device), el2n)
+
+
+@torch.no_grad()
+def embed(reference: Reference, records: Sequence[Encoded]) -> Tensor:
+    """Input embeddings `[B, T, hidden]`, with the features of each image (`encode_images`) in their places."""
+    width, device = max(record.length for record in records), reference.device
+    ids = np.zeros((len(records), width), np.int64)
+    for row, record in enumerate(records):
+        ids[row, : record.length] = record.inputs.ids
+    embeddings: Tensor = language_model_of(reference).get_input_embeddings()(
+        torch.from_numpy(ids.clip(min=0)).to(device)
+    )
+    shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
+    if not shown:
+        return embeddings
+    pixels = torch.from_numpy(np.stack([records[row].inputs.pixels for row in shown]))
+    features = reference.model.encode_images(pixels.to(device, reference.dtype))
+    # An image that was cut gives its first features.
+    places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
+    to = np.concatenate([row * width + place for row, place in zip(shown, places, strict=True)])
+    taken = np.concatenate([number * features.shape[1] + np.arange(len(place)) for number, place in enumerate(places)])
+    chosen = features.flatten(0, 1)[torch.from_numpy(taken).to(device)].to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, torch.from_numpy(to).to(device), chosen).view_as(embeddings)
+
+
+def answers_of(
+    record: Encoded, maximum: int, text_of: Callable[[list[int]], str], begin: Callable[[np.ndarray, int], int]
+) -> list[Answer]:
+    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it.
+
+    Args:
+        text_of: the text of an answer's ids.
+        begin: where the answer at a position begins, of which the labels may hold more.
+    """
+    inputs: SplicedRecord = record.inputs
+    answers = []
+    for start, stop in supervised_runs(inputs.labels):
+        if stop < maximum:
+            start = begin(inputs.ids, start)
+            expected = text_of(inputs.ids[start:stop].tolist())
+            before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
+            answers.append(Answer(Encoded(start, 0, record.group, before), expected))
+    return answers
+
+
+def generate(
+    reference: Reference, prompts: Sequence[Encoded], ends: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """The ids of what the model answers to prompts, with an image or without."""
+    lengths = [prompt.length for prompt in prompts]
+    return generate_ids(language_model_of(reference), embed(reference, prompts), lengths, ends, max_new_tokens)
