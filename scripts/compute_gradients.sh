@@ -36,7 +36,7 @@ mkdir -p "$folder" || fail "cannot make $folder"
 
 GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
 if [[ -z $GPUS ]]; then
-    read -r count _ < <(run_module tive.training.gpus) || fail "$PYTHON cannot tell the GPUs; name them with GPUS"
+    read -r count _ < <("$PYTHON" "$ROOT/scripts/shell/gpus.py") || fail "$PYTHON cannot tell the GPUs; name them with GPUS"
     GPUS=$(seq -s ' ' 0 $((count - 1)))
 fi
 read -ra gpus <<<"${GPUS//,/ }"

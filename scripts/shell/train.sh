@@ -40,7 +40,7 @@ train_llava() {
         --dataloader_num_workers "$WORKERS" --logging_steps 1 --report_to "$REPORT_TO"
     )
     [[ $PRECISION =~ ^(auto|bf16|fp16|fp32)$ ]] || fail "PRECISION=$PRECISION is none of auto, bf16, fp16, fp32"
-    run_module tive.training.check "${recipe[@]}" "$@"
+    run_module tive.training.checks "${recipe[@]}" "$@"
 
     if [[ $GPUS == none ]]; then
         train_on_cpu "GPUS=none" "${recipe[@]}" "$@"
@@ -48,7 +48,7 @@ train_llava() {
     fi
     local count capability
     [[ $GPUS == all ]] || export CUDA_VISIBLE_DEVICES=$GPUS
-    read -r count capability < <(run_module tive.training.gpus)
+    read -r count capability < <("$PYTHON" "$ROOT/scripts/shell/gpus.py")
     if [[ $GPUS != all && $(tr -cd , <<<"$GPUS" | wc -c) -ne $((count - 1)) ]]; then
         fail "GPUS=$GPUS: torch sees $count of them; name GPUs of this machine (0,1), or none"
     fi
@@ -64,12 +64,12 @@ train_llava() {
     esac
     echo "device        GPU $GPUS ($count seen), $PRECISION, $BATCH_SIZE records each x $GRADIENT_ACCUMULATION a step"
     run_module torch.distributed.run --nproc_per_node "$count" --master_port "$MASTER_PORT" \
-        "$ROOT/scripts/shell/run_module.py" tive.training.train \
+        "$ROOT/scripts/shell/run_module.py" tive.training.llava_trainer \
         --deepspeed "$DEEPSPEED_CONFIG" "${recipe[@]}" "${precision[@]}" "$@"
 }
 
 # train_on_cpu REASON ARGUMENT...
 train_on_cpu() {
     echo "device        CPU: $1"
-    run_module tive.training.train --use_cpu True "${@:2}"
+    run_module tive.training.llava_trainer --use_cpu True "${@:2}"
 }

@@ -1,4 +1,4 @@
-"""Run `tive.training.train` under DeepSpeed on a machine without a GPU, in one process, so that tests reach that path.
+"""Run `tive.training.llava_trainer` under DeepSpeed on a machine without a GPU, so that tests reach it.
 
 accelerate 0.21 takes DeepSpeed on CUDA alone: it is told of an initialised gloo group and of the CPU as the device.
 """
@@ -9,7 +9,7 @@ import sys
 import accelerate.state
 import deepspeed
 
-from tive.training.train import main
+from tive.training.llava_trainer import main
 from tive.util.errors import run
 
 # It would be compiled, for minutes. `deepspeed.comm.torch` as an attribute is torch itself, as a module DeepSpeed's.

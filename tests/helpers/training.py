@@ -58,10 +58,12 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, msg=name)
 
 
-def assert_refused(ended: subprocess.CompletedProcess[str], reason: str) -> None:
+def assert_refused(ended: subprocess.CompletedProcess[str], reason: str) -> str:
+    """Exit code 2 and one line, which names the file, the record, the argument or the remedy; returns the line."""
     lines = ended.stderr.splitlines()
     assert ended.returncode == 2, ended.stderr
     assert len(lines) == 1 and lines[0].startswith("error: ") and reason in lines[0], ended.stderr
+    return lines[0]
 
 
 def stand_in(folder: Path, gpus: str, check: bool = False) -> str:
@@ -74,9 +76,9 @@ def stand_in(folder: Path, gpus: str, check: bool = False) -> str:
     checked = f'exec {sys.executable} "$@"' if check else ":"
     python.write_text(
         f"""#!/bin/sh
-case "$2" in
-    tive.training.gpus) echo {gpus} ;;
-    tive.training.check) {checked} ;;
+case "$*" in
+    *scripts/shell/gpus.py) echo {gpus} ;;
+    *" tive.training.checks "*) {checked} ;;
     *) printf "%s\\n" "$@" >{folder}/command ;;
 esac
 """

@@ -12,7 +12,7 @@ def test_on_gpus_deepspeed_starts_the_release_settings(settings: dict[str, str])
     command = command_on("8 9", defaults | {"GPUS": "all"}, "finetune_lora.sh")
     run_module = str(ROOT / "scripts" / "shell" / "run_module.py")
     assert command[:2] == [run_module, "torch.distributed.run"]
-    assert command[command.index("tive.training.train") - 1] == run_module
+    assert command[command.index("tive.training.llava_trainer") - 1] == run_module
     expected = {
         "--nproc_per_node": "8",
         "--deepspeed": str(ROOT / "scripts" / "deepspeed" / "zero3.json"),

@@ -176,7 +176,7 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
             free.bind(("", 0))
             port = free.getsockname()[1]
         command = command_on("1 9", settings | {"GPUS": "all", "SAVE_STEPS": "2"}, "finetune_lora.sh")
-        start = command.index("tive.training.train")
+        start = command.index("tive.training.llava_trainer")
         command[start - 1 : start + 1] = [str(ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py")]
         changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
         device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}

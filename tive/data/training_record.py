@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,24 @@ def model_folder(name: str, cache_dir: str | None = None) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def recorded_model(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """What a record says of a model that was loaded: its path or hub name, and its fingerprint."""
+    folder = model_folder(name, cache_dir)
+    if folder is None:
+        raise UserError(f"{name} was loaded, and its files cannot be found; name a folder")
+    return {"path": os.path.abspath(name) if os.path.isdir(name) else name, **model_fingerprint(folder)}
+
+
+def lora_of(model: Any) -> dict[str, Any]:
+    """What a record says of the one adapter of a model of peft's."""
+    (adapter,) = model.peft_config.values()
+    return {"r": adapter.r, "alpha": adapter.lora_alpha, "dropout": adapter.lora_dropout, "bias": adapter.bias}
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    return {name: version(name) for name in packages}
 
 
 def model_fingerprint(folder: Path) -> dict[str, Any]:

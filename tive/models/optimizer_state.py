@@ -58,8 +58,8 @@ def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
     if parts:
         source, target = (shlex.quote(str(path.resolve())) for path in (parts[-1].parent, place / _CONVERTED))
         raise UserError(
-            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it in the environment of the "
-            "training, then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it in the training's "
+            "environment, then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
             f"--input_folder {source} --output_folder {target}`"
         )
     if any(place.glob("optimizer_*/.metadata")):

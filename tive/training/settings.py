@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from tive.data.training_record import ASPECT_RATIOS, TEMPLATES, lacks_tokenizer,
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
-# Under these names pip knows LLaVA: from PyPI, or from its repository.
-LLAVA_DISTRIBUTIONS = ("llava-torch", "llava")
-LLAVA_VERSION = "1.2"
 PRETRAINED_PROJECTOR = "./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"
 # Names of --version that LLaVA's trainer knows and that are of use to whole models alone.
 _OTHER_TEMPLATES = ("v0", "v0.5", "default", "plain", "v0_plain", "mpt", "chatml_direct", "mistral_direct")
@@ -44,6 +40,24 @@ _SWITCHES = {
     "mm_use_im_patch_token": True,
     "tune_mm_mlp_adapter": False,
     "freeze_mm_mlp_adapter": False,
+}
+# The values of a setting that are taken, as one pattern, and why no other is.
+_TAKEN = {
+    "version": ("|".join((*TEMPLATES, *_OTHER_TEMPLATES)), "LLaVA's trainer would take vicuna_v1 for an unknown one"),
+    "image_aspect_ratio": ("|".join(ASPECT_RATIOS), "LLaVA 1.5 trains every other word as square"),
+    "mm_patch_merge_type": ("flat", "the others are for images of several tiles"),
+    "mm_projector_type": (r"linear|mlp[1-9]\d*x_gelu", "LLaVA-1.5's is mlp2x_gelu"),
+    "mm_vision_select_feature": ("patch|cls_patch", "LLaVA knows no other"),
+    "mm_use_im_start_end": ("False", "LLaVA-1.5's projector has no such tokens"),
+    "mm_use_im_patch_token": ("False", "LLaVA-1.5's projector has no such tokens"),
+    "bits": ("16", "the gradient step reads the base as it is, not quantized"),
+}
+_TAKEN_WITH_LORA = {
+    "version": ("|".join(TEMPLATES), "a reference model can have no other template"),
+    "lora_bias": ("none", "biases beside the adapter are not supported"),
+    "tune_mm_mlp_adapter": ("False", "it freezes the LoRA adapter; the projector is trained with it anyway"),
+    "freeze_mm_mlp_adapter": ("False", "no projector would be saved; --mm_projector_lr 0 keeps it as it is"),
+    "fsdp": ("", "LLaVA saves only a part of the adapter under FSDP"),
 }
 
 
@@ -81,133 +95,95 @@ def check_settings(settings: argparse.Namespace) -> None:
     """Refuse what LLaVA's trainer would take for something else, or what the gradient step could not follow.
 
     Raises:
-        UserError: such a setting; it is named with the remedy.
+        UserError: such a setting, with the values that are taken.
     """
-    reference = settings.lora_enable
-    if settings.version not in TEMPLATES and (reference or settings.version not in _OTHER_TEMPLATES):
-        raise UserError(
-            f"--version {settings.version} is not a template that a reference model can have; one of "
-            f"{', '.join(TEMPLATES)}"
-            if reference
-            else f"--version {settings.version} is unknown to LLaVA's trainer, which would take vicuna_v1; write v1"
-        )
-    if settings.image_aspect_ratio not in ASPECT_RATIOS:
-        raise UserError(
-            f"--image_aspect_ratio {settings.image_aspect_ratio} would be trained as square by LLaVA 1.5; it is one of "
-            f"{', '.join(ASPECT_RATIOS)}"
-        )
-    if settings.mm_patch_merge_type != "flat":
-        raise UserError(
-            f"--mm_patch_merge_type {settings.mm_patch_merge_type} is for images of several tiles; write flat"
-        )
-    if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", settings.mm_projector_type):
-        raise UserError(
-            f"--mm_projector_type {settings.mm_projector_type} is neither linear nor mlpNx_gelu (LLaVA-1.5: mlp2x_gelu)"
-        )
-    if settings.mm_vision_select_feature not in ("patch", "cls_patch"):
-        raise UserError(
-            f"--mm_vision_select_feature {settings.mm_vision_select_feature} is neither patch nor cls_patch"
-        )
-    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if getattr(settings, name):
-            raise UserError(
-                f"--{name} True adds tokens to the vocabulary, which neither LLaVA-1.5's projector nor the gradient "
-                f"step knows; write --{name} False"
-            )
-    if settings.bits != "16":
-        missing = "" if find_spec("bitsandbytes") else " (and bitsandbytes is not installed)"
-        raise UserError(
-            f"--bits {settings.bits} would train on a quantized base{missing}, and the gradient step reads the base as "
-            "it is; leave --bits out"
-        )
-    if reference:
-        _check_lora_settings(settings)
+    for name, (taken, why) in [*_TAKEN.items(), *(_TAKEN_WITH_LORA.items() if settings.lora_enable else ())]:
+        value = str(getattr(settings, name))
+        if not re.fullmatch(taken, value):
+            remedy = f"write --{name} {taken.replace('|', ' or ')}" if taken else f"leave --{name} out"
+            raise UserError(f"--{name} {value}: {why}; {remedy}")
 
 
-def _check_lora_settings(settings: argparse.Namespace) -> None:
-    if settings.lora_bias != "none":
-        raise UserError(f"--lora_bias {settings.lora_bias}: biases beside the adapter are not supported; write none")
-    if settings.tune_mm_mlp_adapter:
-        raise UserError(
-            "--tune_mm_mlp_adapter True freezes the LoRA adapter; leave it out, the projector is trained with it"
-        )
-    if settings.freeze_mm_mlp_adapter:
-        raise UserError(
-            "--freeze_mm_mlp_adapter True leaves the model without a projector file, which the gradient step needs; "
-            "leave it out, or write --mm_projector_lr 0"
-        )
-    if settings.fsdp:
-        raise UserError(f"--fsdp {settings.fsdp}: LLaVA saves only a part of the adapter under FSDP; leave it out")
+def model_config(name: str, what: str, variable: str, cache_dir: str | None = None) -> tuple[dict[str, Any], str]:
+    """A model's config.json, and where the model comes from: a folder, or the hub, which is asked for the file.
 
-
-def base_config(settings: argparse.Namespace) -> dict[str, Any]:
-    """The base's config.json; of a name on the hub it is downloaded, which takes a moment.
+    Args:
+        what, variable: the model's part in the training, and the variable that sets it, for messages.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such model, or it is an adapter.
     """
-    name = settings.model_name_or_path
-    folder = model_folder(name, settings.cache_dir)
+    folder, source = model_folder(name, cache_dir), "folder" if os.path.isdir(name) else "downloaded before"
     if folder is None:
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"{what}: {name} is not there; set {variable} to a folder or to a name on huggingface.co")
         from huggingface_hub import hf_hub_download
 
+        source = "to be downloaded from huggingface.co"
         try:
-            folder = Path(hf_hub_download(name, "config.json", cache_dir=settings.cache_dir)).parent
+            folder = Path(hf_hub_download(name, "config.json", cache_dir=cache_dir)).parent
         except (OSError, ValueError) as error:
-            raise UserError(f"base model: {name} has no config.json that can be read; set MODEL to a folder") from error
+            raise UserError(
+                f"{what}: {name} is neither a folder nor downloaded, and huggingface.co gives no config.json of it; "
+                f"set {variable} to a folder"
+            ) from error
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{what}: {name} is a LoRA adapter, not a whole model; merge it into its base with LLaVA's "
+            f"merge_lora_weights.py, and set {variable} to the result"
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json is not a JSON object; name another base")
-    return config
+        raise UserError(f"{what}: {folder}/config.json is not a JSON object; set {variable} to another model")
+    return config, source
+
+
+def base_config(settings: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The config.json of the base, which is whole and not quantized, and where it comes from.
+
+    A base that is a LLaVA model keeps its tower and projector, whatever the arguments say.
+
+    Raises:
+        UserError: it is another kind of model, or the arguments say something else than it.
+    """
+    name = settings.model_name_or_path
+    base, source = model_config(name, "base model", "MODEL", settings.cache_dir)
+    folder = Path(name)  # a hub's model has been downloaded in part at most
+    lacking = lacks_tokenizer(folder) if folder.is_dir() else None
+    if lacking:
+        raise UserError(f"base model: {lacking}")
+    if base.get("quantization_config"):
+        raise UserError(f"{name} is quantized; name the base that it was made from")
+    if has_projector(base):
+        tower, given = str(base["mm_vision_tower"]), settings.vision_tower
+        if not given or (tower != given and os.path.realpath(tower) != os.path.realpath(given)):
+            raise UserError(f"{name} is a LLaVA model, whose vision tower is trained with; set VISION_TOWER={tower}")
+        for key in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
+            if key in base and str(base[key]) != getattr(settings, key):
+                raise UserError(f"{name} is a LLaVA model with {key} {base[key]}; add --{key} {base[key]}")
+    return base, source
+
+
+def has_projector(base: dict[str, Any]) -> bool:
+    """Whether a base is a LLaVA model, with a projector of its own."""
+    return "mm_vision_tower" in base
 
 
 def projector_of(settings: argparse.Namespace, base: dict[str, Any]) -> str | None:
     """The file that the projector starts from; None where it starts as the base has it, or at random without one.
 
-    Args:
-        base: the base's config.json. One with a vision tower is a LLaVA model and has a projector of its own.
-
     Raises:
-        UserError: an empty name where the base has no projector.
+        UserError: an empty name where the base has no projector, or a file that is not there.
     """
-    named, own = settings.pretrain_mm_mlp_adapter, has_projector(base)
+    named = settings.pretrain_mm_mlp_adapter
     if named == "auto":
-        return None if own else PRETRAINED_PROJECTOR
-    if named == "" and not own:
+        named = None if has_projector(base) else PRETRAINED_PROJECTOR
+    if named == "" and not has_projector(base):
         raise UserError(
             f"{settings.model_name_or_path} has no projector of its own; set PROJECTOR to LLaVA's mm_projector.bin"
         )
-    return named or None
-
-
-def has_projector(base: dict[str, Any]) -> bool:
-    return "mm_vision_tower" in base
-
-
-def check_base(settings: argparse.Namespace, base: dict[str, Any]) -> None:
-    """A base is whole and not quantized; a LLaVA model keeps its tower and projector, whatever the arguments say.
-
-    Raises:
-        UserError: it is not, or the arguments say something else.
-    """
-    folder = Path(settings.model_name_or_path)  # a hub's model has been downloaded in part at most
-    lacking = lacks_tokenizer(folder) if folder.is_dir() else None
-    if lacking:
-        raise UserError(f"base model: {lacking}")
-    if "quantization_config" in base:
-        raise UserError(f"{settings.model_name_or_path} is quantized; name the base that it was made from")
-    if not has_projector(base):
-        return
-    own, given = base["mm_vision_tower"], settings.vision_tower
-    if not given:
-        raise UserError(f"{settings.model_name_or_path} is a LLaVA model; set VISION_TOWER to its vision tower, {own}")
-    if own != given and os.path.realpath(str(own)) != os.path.realpath(given):
+    if named and not os.path.isfile(named):
         raise UserError(
-            f"{settings.model_name_or_path} is a LLaVA model with the vision tower {own}, which LLaVA's trainer takes; "
-            "set VISION_TOWER to it"
+            f"projector: {named} is not there; set PROJECTOR to LLaVA's mm_projector.bin (docs/training.md)"
         )
-    for name in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
-        if name in base and str(base[name]) != getattr(settings, name):
-            raise UserError(
-                f"{settings.model_name_or_path} is a LLaVA model with {name} {base[name]}; add --{name} {base[name]}"
-            )
+    return named or None

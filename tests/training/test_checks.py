@@ -10,32 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-import tive.training.train
+import tive.training.llava_trainer
 from tests.helpers.training import assert_refused, launch
-from tive.training.data_check import check_data
+from tive.training.checks import check_data
 from tive.util.errors import run
 
 TURNS = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello."}]
+# What is wrong with a data file, and what the refusal names: the record, the image or the remedy.
 BAD_DATA = {
-    "no JSON": ("[{]", "not JSON"),
+    "no JSON": ("[{]", "data.json"),
     "JSON Lines": (json.dumps({"conversations": TURNS}) + "\n", "scripts/convert_data.py"),
-    "no records": ("[]", "holds no records"),
-    "no conversations": ('[{"id": "a7"}]', "record 0 (id 'a7') has no `conversations`"),
-    "unknown role": ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "unknown role 'bot'"),
-    "image in a list": (json.dumps([{"image": ["a.png"], "conversations": TURNS}]), "its image in a list"),
-    "no words": ('[{"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}]', "no text"),
-    "image not there": (
-        json.dumps([{"image": "chat/a.png", "conversations": TURNS}]),
-        "chat/a.png",
-    ),
+    "no records": ("[]", "data.json"),
+    "no conversations": ('[{"id": "a7"}]', "record 0 (id 'a7')"),
+    "unknown role": ('[{"conversations": [{"from": "bot", "value": "x"}]}]', "'bot'"),
+    "image in a list": (json.dumps([{"image": ["a.png"], "conversations": TURNS}]), "scripts/convert_data.py"),
+    "no words": ('[{"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}]', "record 0"),
+    "image not there": (json.dumps([{"image": "chat/a.png", "conversations": TURNS}]), "chat/a.png"),
 }
-BAD_SETTINGS = {
-    "DATA_PATH": ("nowhere.json", "cannot read nowhere.json"),
-    "IMAGE_FOLDER": ("nowhere", "the folder nowhere is not there; set IMAGE_FOLDER"),
-    "MODEL": ("./nowhere", "base model: ./nowhere is not there; set MODEL"),
-    "VISION_TOWER": ("./nowhere", "vision tower: ./nowhere is not there; set VISION_TOWER"),
-    "PROJECTOR": ("nowhere.bin", "projector: nowhere.bin is not there; set PROJECTOR"),
-    "PRECISION": ("fp8", "PRECISION=fp8 is none of auto, bf16, fp16, fp32"),
+# A variable, a value that is not there or not one, and so the refusal names both.
+BAD_VARIABLES = {
+    "IMAGE_FOLDER": "nowhere",
+    "MODEL": "./nowhere",
+    "VISION_TOWER": "./nowhere",
+    "PROJECTOR": "nowhere.bin",
+    "PRECISION": "fp8",
 }
 
 
@@ -50,8 +48,8 @@ def test_data_that_the_trainer_cannot_take_is_refused(case: str, settings: dict[
 def test_records_without_a_last_answer_and_tags_without_an_image_are_counted(tmp_path: Path) -> None:
     asked = {"from": "human", "value": "<image> And then?"}
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns} for turns in (TURNS, [*TURNS, asked])]))
-    data = check_data(f"{tmp_path}/data.json", None, "v1", tmp_path / "listing.json")
-    assert (data.records, data.with_image, data.tags_alone, data.unanswered) == (2, 0, 1, 1)
+    lines = check_data(f"{tmp_path}/data.json", None, "v1", tmp_path / "listing.json")
+    assert sum("(the first is record 1)" in line for line in lines) == 2
 
 
 def test_all_records_that_cannot_be_trained_on_are_listed(
@@ -67,73 +65,81 @@ def test_all_records_that_cannot_be_trained_on_are_listed(
     ]
     (tmp_path / "data.json").write_text(json.dumps([records[0], *bad, records[1]]))
     ended = launch("finetune_lora.sh", settings | {"DATA_PATH": f"{tmp_path}/data.json"})
-    assert_refused(ended, "4 of 6 records cannot be used")
+    assert_refused(ended, "trained_bad_records.json")
     assert len(ended.stdout + ended.stderr) < 5000
     listed = json.loads((tmp_path / "trained_bad_records.json").read_text())
     assert [entry["row"] for entry in listed] == [1, 2, 3, 4]
 
 
 BAD_ARGUMENTS = {
-    "anyres": (("--image_aspect_ratio", "anyres"), "--image_aspect_ratio anyres would be trained as square"),
-    "image tokens": (("--mm_use_im_start_end", "True"), "--mm_use_im_start_end True adds tokens"),
-    "bits": (("--bits", "4"), "--bits 4 would train on a quantized base"),
-    "template of MPT": (("--version", "mpt"), "--version mpt is not a template that a reference model can have"),
-    "no template": (("--version", "vicuna_v2"), "--version vicuna_v2 is not a template"),
-    "tiles": (("--mm_patch_merge_type", "spatial"), "--mm_patch_merge_type spatial is for images of several tiles"),
-    "frozen adapter": (("--tune_mm_mlp_adapter", "True"), "--tune_mm_mlp_adapter True freezes the LoRA adapter"),
-    "frozen projector": (("--freeze_mm_mlp_adapter",), "--freeze_mm_mlp_adapter True leaves the model without"),
-    "empty projector": (("--pretrain_mm_mlp_adapter", ""), "has no projector of its own; set PROJECTOR"),
-    "neither true nor false": (("--lora_enable", "maybe"), "--lora_enable maybe is neither True nor False"),
+    "anyres": ("image_aspect_ratio", "anyres"),
+    "image tokens": ("mm_use_im_start_end", "True"),
+    "bits": ("bits", "4"),
+    "template of MPT": ("version", "mpt"),
+    "no template": ("version", "vicuna_v2"),
+    "tiles": ("mm_patch_merge_type", "spatial"),
+    "frozen adapter": ("tune_mm_mlp_adapter", "True"),
+    "frozen projector": ("freeze_mm_mlp_adapter", "True"),
+    "sharded": ("fsdp", "full_shard"),
+    "neither true nor false": ("lora_enable", "maybe"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_what_the_gradient_step_could_not_follow_is_refused_before_training(
-    name: str, settings: dict[str, str]
+    case: str, settings: dict[str, str]
 ) -> None:
-    arguments, reason = BAD_ARGUMENTS[name]
-    assert_refused(launch("finetune_lora.sh", settings, *arguments), reason)
+    name, value = BAD_ARGUMENTS[case]
+    assert_refused(launch("finetune_lora.sh", settings, f"--{name}", value), f"--{name} {value}")
+
+
+def test_a_base_without_a_projector_needs_one(settings: dict[str, str]) -> None:
+    assert_refused(launch("finetune_lora.sh", settings | {"PROJECTOR": ""}), "set PROJECTOR")
 
 
 def test_a_base_with_the_fast_tokenizer_alone_is_refused(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "model" / "vicuna", tmp_path / "fast")
     (tmp_path / "fast" / "tokenizer.model").rename(tmp_path / "fast" / "tokenizer.json")
     ended = launch("finetune_lora.sh", settings | {"MODEL": f"{tmp_path}/fast"})
-    assert_refused(ended, "fast has no tokenizer.model, which LLaVA's trainer needs")
+    assert_refused(ended, "tokenizer.model")
 
 
 def test_a_lora_adapter_is_no_base(settings: dict[str, str], parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "model" / "vicuna", tmp_path / "lora")
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    assert_refused(launch("finetune_lora.sh", settings | {"MODEL": f"{tmp_path}/lora"}), "is a LoRA adapter")
+    assert_refused(launch("finetune_lora.sh", settings | {"MODEL": f"{tmp_path}/lora"}), "set MODEL")
 
 
-@pytest.mark.parametrize("variable", BAD_SETTINGS)
+@pytest.mark.parametrize("variable", BAD_VARIABLES)
 def test_a_part_that_is_missing_is_named_with_its_variable(variable: str, settings: dict[str, str]) -> None:
-    value, reason = BAD_SETTINGS[variable]
-    assert_refused(launch("finetune_lora.sh", settings | {variable: value}), reason)
+    refusal = assert_refused(launch("finetune_lora.sh", settings | {variable: BAD_VARIABLES[variable]}), variable)
+    assert BAD_VARIABLES[variable] in refusal
+
+
+def test_data_that_are_not_there_are_named(settings: dict[str, str]) -> None:
+    assert_refused(launch("finetune_lora.sh", settings | {"DATA_PATH": "nowhere.json"}), "nowhere.json")
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
     ended = launch("finetune.sh", settings | {"MODEL": "someone/some-vicuna", "HF_HOME": f"{tmp_path}/cache"})
-    assert_refused(ended, "someone/some-vicuna is neither a folder here nor downloaded")
+    assert_refused(ended, "someone/some-vicuna")
 
 
 def test_a_folder_without_a_config_is_no_base(settings: dict[str, str], tmp_path: Path) -> None:
-    assert_refused(launch("finetune.sh", settings | {"MODEL": str(tmp_path)}), "holds no config.json")
+    assert_refused(launch("finetune.sh", settings | {"MODEL": str(tmp_path)}), "config.json")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "model.safetensors.index.json"])
 def test_a_trained_model_is_never_overwritten(name: str, settings: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / name).write_text("weights")
-    assert_refused(launch("finetune.sh", settings), f"already holds a trained model ({name})")
+    assert_refused(launch("finetune.sh", settings), name)
     assert (tmp_path / "trained" / name).read_text() == "weights"
 
 
 def test_a_checkpoint_that_broke_off_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "trained" / "checkpoint-9").mkdir(parents=True)
-    assert_refused(launch("finetune.sh", settings), "checkpoint-9 is incomplete")
+    assert_refused(launch("finetune.sh", settings), "checkpoint-9")
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], **changed: str) -> None:
@@ -150,8 +156,8 @@ def enter(monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], **changed: 
         **changed,
     }
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["tive.training.train", *words])
-    run(tive.training.train.main)
+    monkeypatch.setattr(sys, "argv", ["tive.training.llava_trainer", *words])
+    run(tive.training.llava_trainer.main)
 
 
 def refusal_of_entry(
@@ -167,7 +173,7 @@ def test_an_argument_that_llava_lacks_is_refused(
     settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusal = refusal_of_entry(monkeypatch, capsys, settings, learning_rat="1")
-    assert refusal.startswith("error: LLaVA's trainer has no argument --learning_rat;")
+    assert "--learning_rat" in refusal
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,9 @@ def test_a_projector_of_another_model_is_refused(
 def test_the_seed_holds_for_what_llava_draws_first(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapter is drawn before transformers' trainer sets the seed."""
     drawn: list[float] = []
-    monkeypatch.setattr(tive.training.train.llava_train, "train", lambda **_: drawn.append(torch.rand(1).item()))
+    monkeypatch.setattr(
+        tive.training.llava_trainer.llava_train, "train", lambda **_: drawn.append(torch.rand(1).item())
+    )
     for seed in ("1", "1", "2"):
         enter(monkeypatch, settings, seed=seed, use_cpu="True")
     assert drawn[0] == drawn[1] != drawn[2]

@@ -1,51 +1,68 @@
-"""LLaVA's trainer, whose checkpoints are complete, whose optimizer can be read later, and whose model can be saved."""
+"""LLaVA's own trainer, started by `finetune_lora.sh` and `finetune.sh`, whose checkpoints and model are complete.
+
+The training is `llava.train.train.train`, untouched. What this entry adds keeps a run from being lost, or its model
+from being of no use to the gradient step; docs/training.md lists it with the reasons.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
+import sys
 import warnings
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llava.train.train as llava_train
 import numpy as np
 import torch
+import transformers.trainer
 from llava.train.llava_trainer import LLaVATrainer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_flash_attn_2_available, is_torch_sdpa_available
 
 from tive.data.training_record import (
     RECORD_FILE,
     TrainingRecord,
-    model_fingerprint,
-    model_folder,
+    lora_of,
     read_record,
+    recorded_model,
+    versions_of,
     write_record,
 )
+from tive.training.checks import LLAVA_DISTRIBUTIONS
 from tive.training.moments import save_moments
-from tive.training.settings import LLAVA_DISTRIBUTIONS, base_config, has_projector
-from tive.util.errors import UserError
+from tive.training.settings import (
+    base_config,
+    check_settings,
+    has_projector,
+    model_config,
+    projector_of,
+    read_settings,
+)
+from tive.util.errors import UserError, run
 from tive.util.files import sha256_of
 from tive.util.packages import package_in_use
 
 PROJECTOR_FILE = "non_lora_trainables.bin"
 
 
-class ReferenceTrainer(LLaVATrainer):
+class CompleteTrainer(LLaVATrainer):
     """LLaVA's trainer; what it saves and loads is completed, the training is not touched.
 
     Args:
-        settings: as `read_settings` gives them.
-        projector: the file that the projector starts from, or None.
+        describe: what `record_of` makes of the model, to be written beside it.
     """
 
-    def __init__(self, *args: Any, settings: argparse.Namespace, projector: str | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, describe: Callable[[Any], TrainingRecord], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         make_savable(self.model)
-        self.record = describe(settings, projector, self.model) if self.is_world_process_zero() else None
+        self.record = describe(self.model) if self.is_world_process_zero() else None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.record is not None:
@@ -100,39 +117,24 @@ class ReferenceTrainer(LLaVATrainer):
         return [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
 
 
-def describe(settings: argparse.Namespace, projector: str | None, model: Any) -> TrainingRecord:
+def record_of(settings: argparse.Namespace, projector: str | None, model: Any) -> TrainingRecord:
     """What this training uses, from the files that it was loaded from."""
     # A LLaVA model loads the tower that its own config names, whatever the argument says.
     tower = model.get_vision_tower() if settings.vision_tower else None
-    lora = None
-    if settings.lora_enable:
-        (adapter,) = model.peft_config.values()
-        lora = {"r": adapter.r, "alpha": adapter.lora_alpha, "dropout": adapter.lora_dropout, "bias": adapter.bias}
-    start: dict[str, Any] = {"start": "base" if has_projector(base_config(settings)) else "random"}
+    start: dict[str, Any] = {"start": "base" if has_projector(base_config(settings)[0]) else "random"}
     if projector is not None:
         start = {"start": "file", "path": os.path.abspath(projector), "sha256": sha256_of(projector)}
+    in_use = package_in_use("llava", LLAVA_DISTRIBUTIONS)
+    versions = {"llava": (in_use and in_use[1]) or "unknown"}
     return TrainingRecord(
         template=settings.version,
         image_aspect_ratio=settings.image_aspect_ratio,
-        base=_part(settings.model_name_or_path, settings.cache_dir),
-        vision_tower=_part(tower.vision_tower_name) if tower is not None else None,
+        base=recorded_model(settings.model_name_or_path, settings.cache_dir),
+        vision_tower=recorded_model(tower.vision_tower_name) if tower is not None else None,
         projector=start,
-        lora=lora,
-        versions=_versions(),
+        lora=lora_of(model) if settings.lora_enable else None,
+        versions=versions | versions_of("tive", "torch", "transformers", "peft", "deepspeed"),
     )
-
-
-def _part(name: str, cache_dir: str | None = None) -> dict[str, Any]:
-    folder = model_folder(name, cache_dir)
-    if folder is None:
-        raise UserError(f"{name} was loaded, and its files cannot be found; name a folder")
-    return {"path": os.path.abspath(name) if os.path.isdir(name) else name, **model_fingerprint(folder)}
-
-
-def _versions() -> dict[str, str]:
-    llava = package_in_use("llava", LLAVA_DISTRIBUTIONS)
-    found = {"llava": (llava and llava[1]) or "unknown", "torch": torch.__version__}
-    return {"tive": version("tive"), **found, **{name: version(name) for name in ("transformers", "peft", "deepspeed")}}
 
 
 def refuse_other_training(checkpoint: Path, record: TrainingRecord) -> None:
@@ -187,3 +189,83 @@ def _complaints(config: GenerationConfig) -> list[str]:
         except ValueError as error:
             return [str(error)]
     return [str(warning.message) for warning in caught]
+
+
+def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any]) -> None:
+    """Fail before the base is loaded when the projector belongs to another base or another vision tower."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises many kinds
+        raise UserError(f"{path} cannot be read as a projector; download LLaVA's mm_projector.bin again") from error
+    matrices = [tensor for name, tensor in weights.items() if "mm_projector" in name and tensor.ndim == 2]
+    if not matrices:
+        raise UserError(f"{path} holds no mm_projector weights; name LLaVA's mm_projector.bin")
+    vision, _ = model_config(settings.vision_tower, "vision tower", "VISION_TOWER")
+    vision_width = vision.get("vision_config", vision).get("hidden_size")
+    for what, name, width, expected in (
+        ("vision tower", settings.vision_tower, vision_width, matrices[0].shape[1]),
+        ("base model", settings.model_name_or_path, base.get("hidden_size"), matrices[-1].shape[0]),
+    ):
+        if width is not None and width != expected:
+            raise UserError(
+                f"{path} is the projector of another {what}: it has width {expected}, "
+                f"{name} has {width}; name the one that was trained for both"
+            )
+
+
+def without(arguments: list[str], name: str) -> list[str]:
+    """Arguments without an option and its value, in either form (`--name value`, `--name=value`)."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(f"--{name}="):
+            skip = False
+        elif argument == f"--{name}":
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def llava_arguments(arguments: list[str], settings: argparse.Namespace, projector: str | None) -> list[str]:
+    """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold anywhere."""
+    arguments = without(arguments, "pretrain_mm_mlp_adapter")
+    if projector is not None:
+        arguments += ["--pretrain_mm_mlp_adapter", projector]
+    for name in ("model_name_or_path", "vision_tower"):
+        path = getattr(settings, name)
+        if path and os.path.isdir(path):
+            arguments += [f"--{name}", os.path.abspath(path)]
+    return arguments
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (llava_train.ModelArguments, llava_train.DataArguments, llava_train.TrainingArguments), allow_abbrev=False
+    )
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        raise UserError(
+            f"LLaVA's trainer has no argument {unknown[0]}; `python -m llava.train.train --help` lists those it has"
+        )
+    settings = read_settings()
+    check_settings(settings)
+    base, _ = base_config(settings)
+    projector = projector_of(settings, base)
+    if projector is not None and settings.vision_tower:
+        check_projector(projector, settings, base)
+    sys.argv[1:] = llava_arguments(sys.argv[1:], settings, projector)
+
+    describe = functools.partial(record_of, settings, projector)
+    llava_train.LLaVATrainer = functools.partial(CompleteTrainer, describe=describe)
+    if settings.lora_enable:
+        transformers.trainer.deepspeed_load_checkpoint = load_deepspeed_checkpoint
+    set_seed(arguments.seed)  # LLaVA draws the adapter before transformers' trainer sets it
+    # LLaVA's own environment has torch 2.0, for which transformers has no SDPA.
+    attention = "sdpa" if is_torch_sdpa_available() else "eager"
+    if is_flash_attn_2_available():
+        attention = "flash_attention_2"
+    llava_train.train(attn_implementation=attention)
+
+
+if __name__ == "__main__":
+    run(main)
