@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Train a vision-language model of transformers with TRL's SFTTrainer, on records and images as they lie on disk.
 
-What it adds to `trl sft`: images are opened from --image_folder. Every other argument is TRL's own (SFTConfig and
-ModelConfig), so this is steps 2 and 5 for TRL (docs/native.md):
+What it adds to `trl sft`: images are opened from --image_folder, by the same function as in step 3;
+`tive_training.json` beside the model tells step 3 what it was trained on; and a checkpoint holds Adam's moments by name
+(docs/less.md).
+Every other argument is TRL's own (SFTConfig and ModelConfig), so this is steps 2 and 5 for TRL (docs/native.md):
 
   python scripts/convert_data.py --source_path warm_up.json --target_path warm_up.jsonl --to parts
   python scripts/train_trl.py --data_path warm_up.jsonl --image_folder images --model_name_or_path BASE \\
@@ -11,18 +13,30 @@ ModelConfig), so this is steps 2 and 5 for TRL (docs/native.md):
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Before transformers and TRL: it makes a torchvision importable that does not fit the installed torch.
 from tive.models.common import prepare_torchvision
-from tive.util.errors import UserError, run
 
 prepare_torchvision()
 
-from datasets import Image, List, load_dataset  # noqa: E402
+from datasets import load_dataset  # noqa: E402
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
+
+from tive.data.images import BadImage, find_image, open_image  # noqa: E402
+from tive.data.training_record import (  # noqa: E402
+    TrainingRecord,
+    lora_of,
+    recorded_model,
+    versions_of,
+    write_record,
+)
+from tive.training.moments import save_moments  # noqa: E402
+from tive.util.errors import UserError, run  # noqa: E402
 
 
 @dataclass
@@ -31,6 +45,18 @@ class DataArguments:
 
     data_path: str
     image_folder: str = ""
+
+
+class RecordingTrainer(SFTTrainer):
+    """TRL's trainer, which leaves beside each model what step 3 needs to know of the training."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        write_record(Path(output_dir or self.args.output_dir), self.record)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_moments(self, output_dir)
 
 
 def opened(data: DataArguments) -> Any:
@@ -43,12 +69,34 @@ def opened(data: DataArguments) -> Any:
     dataset = dataset.select_columns([name for name in ("messages", "images") if name in dataset.column_names])
     if "images" not in dataset.column_names:
         return dataset
-    folder = os.path.abspath(data.image_folder)
-    dataset = dataset.map(
-        lambda record: {"images": [os.path.join(folder, image) for image in record["images"] or []]},
-        load_from_cache_file=False,
+
+    def with_images(records: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        images = [[image_of(data, path) for path in paths or []] for paths in records["images"]]
+        return records | {"images": images}
+
+    return dataset.with_transform(with_images)
+
+
+def image_of(data: DataArguments, path: str) -> Any:
+    try:
+        return open_image(find_image(os.path.abspath(data.image_folder), path))
+    except BadImage as error:
+        raise UserError(
+            f"{data.data_path}: {path} below {data.image_folder or 'the working folder'}: {error}; set --image_folder, "
+            "or leave the record out"
+        ) from error
+
+
+def record_of(trainer: Any, model: ModelConfig) -> TrainingRecord:
+    """What this training uses, from the files that it was loaded from."""
+    return TrainingRecord(
+        trainer="trl",
+        template=hashlib.sha256((trainer.processing_class.chat_template or "").encode()).hexdigest(),
+        base=recorded_model(model.model_name_or_path, revision=model.model_revision),
+        lora=lora_of(trainer.model) if model.use_peft else None,
+        versions=versions_of("tive", "trl", "torch", "transformers", "peft"),
+        settings={name: getattr(trainer.args, name) for name in ("assistant_only_loss", "max_length")},
     )
-    return dataset.cast_column("images", List(Image()))
 
 
 def main() -> None:
@@ -58,9 +106,10 @@ def main() -> None:
         "attn_implementation": model.attn_implementation,
         "revision": model.model_revision,
     }
-    trainer = SFTTrainer(
+    trainer = RecordingTrainer(
         model=model.model_name_or_path, args=training, train_dataset=opened(data), peft_config=get_peft_config(model)
     )
+    trainer.record = record_of(trainer, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
 

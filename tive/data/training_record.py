@@ -1,7 +1,8 @@
 """What a training used, written beside the model: the file between the training (steps 2 and 5) and the gradient step.
 
-LLaVA's trainer leaves a model without a word about the template it was trained with or the base it belongs to. Our
-entry writes `tive_training.json` into the output folder and into each checkpoint. Step 3 computes what stands there.
+Trainers leave a model without a word about the template it was trained with, and at most the name of its base.
+`finetune_lora.sh`, `finetune.sh` and `scripts/train_trl.py` write `tive_training.json` into the output folder and into
+each checkpoint. Step 3 computes what stands there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,27 @@ class TrainingRecord:
     """What a training used.
 
     Attributes:
-        template: one of `TEMPLATES` for a reference model (LLaVA's `version`).
-        image_aspect_ratio: one of `ASPECT_RATIOS`.
-        base, vision_tower: path and fingerprint, as `model_fingerprint` gives it; None where there is none.
-        projector: `start` ("file", "base" or "random"), and of a file its path and SHA-256.
-        lora: rank, alpha, dropout; None where the whole model was trained.
+        template: of LLaVA's trainer its `version`, one of `TEMPLATES` for a reference model; of TRL's the SHA-256 of
+            the chat template's text.
+        base: path and fingerprint, as `recorded_model` gives them.
+        lora: rank, alpha, dropout, bias; None where the whole model was trained.
         versions: of the trainer and of what it ran on.
+        trainer: `llava` or `trl`.
+        image_aspect_ratio: LLaVA's, one of `ASPECT_RATIOS`.
+        vision_tower: LLaVA's, as `base`; None where there is none.
+        projector: LLaVA's: `start` ("file", "base" or "random"), and of a file its path and SHA-256.
+        settings: of TRL's trainer, those that say what is trained on: `assistant_only_loss`, `max_length`.
     """
 
     template: str
-    image_aspect_ratio: str
     base: dict[str, Any]
-    vision_tower: dict[str, Any] | None
-    projector: dict[str, Any]
     lora: dict[str, Any] | None
     versions: dict[str, str]
+    trainer: str = "llava"
+    image_aspect_ratio: str = ""
+    vision_tower: dict[str, Any] | None = None
+    projector: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
@@ -67,18 +74,21 @@ def read_record(folder: Path) -> TrainingRecord | None:
     if not path.exists():
         return None
     content = read_json(path)
-    known = set(TrainingRecord.__dataclass_fields__)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != known:
+    known = TrainingRecord.__dataclass_fields__
+    needed = {name for name, of in known.items() if of.default is MISSING and of.default_factory is MISSING}
+    readable = isinstance(content, dict) and content.pop("format", None) == FORMAT
+    if not readable or not needed <= set(content) <= set(known):
         raise UserError(f"{path} was not written by this version of TIVE; use the version that trained the model")
-    kinds = {"template": str, "image_aspect_ratio": str, "base": dict, "projector": dict, "versions": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
-    wrong += [key for key in ("vision_tower", "lora") if not isinstance(content[key], (dict, type(None)))]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} is not what a training writes; train the model again")
-    return TrainingRecord(**content)
+    record = TrainingRecord(**content)
+    for name, value in vars(record).items():
+        text = name in ("template", "trainer", "image_aspect_ratio")
+        absent = value is None and name in ("vision_tower", "lora")
+        if not absent and not isinstance(value, str if text else dict):
+            raise UserError(f"{path}: {name} is not what a training writes; train the model again")
+    return record
 
 
-def model_folder(name: str, cache_dir: str | None = None) -> Path | None:
+def model_folder(name: str, cache_dir: str | None = None, revision: str | None = None) -> Path | None:
     """Where the files of a model are on this machine, of a folder or a hub name; None when they are not."""
     if os.path.isdir(name):
         return Path(name)
@@ -86,13 +96,13 @@ def model_folder(name: str, cache_dir: str | None = None) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
-def recorded_model(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+def recorded_model(name: str, cache_dir: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """What a record says of a model that was loaded: its path or hub name, and its fingerprint."""
-    folder = model_folder(name, cache_dir)
+    folder = model_folder(name, cache_dir, revision)
     if folder is None:
         raise UserError(f"{name} was loaded, and its files cannot be found; name a folder")
     return {"path": os.path.abspath(name) if os.path.isdir(name) else name, **model_fingerprint(folder)}

@@ -1,0 +1,90 @@
+"""What scripts/train_trl.py leaves beside a model for step 3, and the pictures that it trains on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.tiny_native import QWEN
+from tive.data.images import open_image
+from tive.data.training_record import difference, read_record
+from tive.models import ModelFiles, native
+from tive.models.common import target_modules
+from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
+from tive.models.optimizer_state import adam_state, find_optimizer_state
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = QWEN.parent
+
+
+def script(name: str, *arguments: object) -> str:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of three steps with a checkpoint after the second."""
+    folder = tmp_path_factory.mktemp("trl")
+    script("convert_data.py", "--source_path", GOLDEN / "data.json", "--target_path", folder / "data", "--to", "parts")
+    options = "--assistant_only_loss --max_length 2048 --max_steps 3 --save_steps 2 --per_device_train_batch_size 2"
+    options += " --use_cpu --bf16 false --report_to none --logging_steps 1 --learning_rate 1e-2"
+    options += " --use_peft --lora_r 4 --lora_target_modules all-linear"
+    paths = {"data_path": folder / "data", "image_folder": GOLDEN / "images", "output_dir": folder / "trained"}
+    words = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    script("train_trl.py", *words, "--model_name_or_path", QWEN, *options.split())
+    return folder / "trained"
+
+
+def test_the_base_and_the_template_of_a_training_are_known(trained: Path) -> None:
+    for folder in (trained, trained / "checkpoint-2"):
+        record = read_record(folder)
+        assert record is not None and record.trainer == "trl"
+        assert difference(record.base, QWEN) is None
+        template = (folder / "chat_template.jinja").read_bytes()
+        assert record.template == hashlib.sha256(template).hexdigest()
+        assert record.settings == {"assistant_only_loss": True, "max_length": 2048}
+        assert record.lora is not None and record.lora["r"] == 4
+
+
+def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_number(trained: Path) -> None:
+    """The adapter has matrices in the vision tower too, which comes first in the model's order."""
+    checkpoint = trained / "checkpoint-2"
+    reference = native.load(ModelFiles(str(checkpoint), str(QWEN)), torch.device("cpu"), torch.float32)
+    matrices = target_modules(reference, "all")
+    by_name, by_number = (
+        adam_state(read_optimizer_state(checkpoint / name, 2), reference.model, matrices, str(checkpoint))
+        for name in (MOMENTS_FILE, "optimizer.pt")
+    )
+    assert by_name.constants == by_number.constants
+    for name, m in by_name.m.items():
+        assert m.any() and torch.equal(m, by_number.m[name]) and torch.equal(by_name.v[name], by_number.v[name])
+    assert find_optimizer_state(str(checkpoint)).name == MOMENTS_FILE
+
+
+def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path) -> None:
+    """A photo that lies on its side, as phones write it."""
+    from scripts.train_trl import DataArguments, opened
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A photo."}]},
+    ]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.jpg"]}) + "\n")
+    (image,) = opened(DataArguments(str(tmp_path / "data.jsonl"), str(tmp_path)))[0]["images"]
+    assert np.array_equal(np.asarray(image), np.asarray(open_image(str(tmp_path / "a.jpg"))))
