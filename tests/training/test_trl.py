@@ -43,7 +43,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options += " --use_peft --lora_r 4 --lora_target_modules all-linear"
     paths = {"data_path": folder / "data", "image_folder": GOLDEN / "images", "output_dir": folder / "trained"}
     words = [word for name, path in paths.items() for word in (f"--{name}", path)]
-    script("train_trl.py", *words, "--model_name_or_path", QWEN, *options.split())
+    script("quickstart/native_model.py", "--folder", folder / "model")
+    script("train_trl.py", *words, "--model_name_or_path", folder / "model", *options.split())
     return folder / "trained"
 
 
@@ -51,7 +52,7 @@ def test_the_base_and_the_template_of_a_training_are_known(trained: Path) -> Non
     for folder in (trained, trained / "checkpoint-2"):
         record = read_record(folder)
         assert record is not None and record.trainer == "trl"
-        assert difference(record.base, QWEN) is None
+        assert difference(record.base, trained.parent / "model") is None
         template = (folder / "chat_template.jinja").read_bytes()
         assert record.template == hashlib.sha256(template).hexdigest()
         assert record.settings == {"assistant_only_loss": True, "max_length": 2048}
@@ -61,7 +62,9 @@ def test_the_base_and_the_template_of_a_training_are_known(trained: Path) -> Non
 def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_number(trained: Path) -> None:
     """The adapter has matrices in the vision tower too, which comes first in the model's order."""
     checkpoint = trained / "checkpoint-2"
-    reference = native.load(ModelFiles(str(checkpoint), str(QWEN)), torch.device("cpu"), torch.float32)
+    reference = native.load(
+        ModelFiles(str(checkpoint), str(trained.parent / "model")), torch.device("cpu"), torch.float32
+    )
     matrices = target_modules(reference, "all")
     by_name, by_number = (
         adam_state(read_optimizer_state(checkpoint / name, 2), reference.model, matrices, str(checkpoint))

@@ -43,6 +43,7 @@ from tive.models.native_encoding import (
     processor_folder,
     record_problem,
 )
+from tive.models.optimizer_files import MOMENTS_FILE
 from tive.util.errors import UserError
 
 __all__ = [
@@ -63,6 +64,7 @@ _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_con
 # Files beside an adapter that hold no weights of its training, or hold the frozen base once more (FSDP).
 _NO_TRAINED_WEIGHTS = re.compile(
     r"adapter_model\.(safetensors|bin)|(training_args|optimizer|scheduler)(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin"
+    rf"|{re.escape(MOMENTS_FILE)}"
 )
 # Largest relative difference between a loss in a batch and alone.
 _BATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
