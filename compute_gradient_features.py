@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--window", type=int, default=512, help="records computed and written as one; what a crash can cost (512)")
     add("--gradient_checkpointing", action="store_true", help="less memory for a third more time, same gradients")
     add("--grad_modules", default="self_attn", help="which LoRA matrices count: self_attn, mlp, q_proj,v_proj, all")
-    add("--last_layers", type=int, metavar="N", help="count the last N layers alone: cheaper, less faithful")
-    kinds = ("auto", "sparse", "trak_cuda", "trak_basic")
     add(
-        "--projector", default="auto", type=projector_kind, choices=kinds, help="auto: trak_cuda if it works, or sparse"
+        "--projector",
+        default="auto",
+        choices=("auto", "sparse", "trak"),
+        help="auto: on a GPU trak, the paper's, if it works there, else sparse",
     )
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
     add("--gradient", default="sgd", choices=("sgd", "adam"), help="as it is, or for LESS as Adam applies it (sgd)")
@@ -73,13 +74,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_length", type=int, help="leave longer records out (transformers' models; none)")
     add("--max_pixels", type=int, help="make larger images smaller first (transformers' models; none)")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
-    add(
-        "--most_left_out",
-        type=float,
-        metavar="SHARE",
-        help="with --on_bad_record skip: the share of the records that may be left out because nothing in them is "
-        "supervised or their gradient is not finite, 0 to 1; above it the run stops (default: 0.02 or two records)",
-    )
     add(
         "--check_images", default="exist", choices=("exist", "full"), help="before the run: are they there, or open all"
     )
@@ -95,20 +89,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} has no meaning without --gradient adam")
     if arguments.overwrite and arguments.chunk_idx == "any":
         parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
-    if arguments.most_left_out is not None:
-        if not 0 <= arguments.most_left_out <= 1:
-            parser.error(f"--most_left_out {arguments.most_left_out} is not a share, 0 to 1")
-        if arguments.on_bad_record != "skip":
-            parser.error("--most_left_out says how many records may be left out; add --on_bad_record skip")
     return arguments
-
-
-def projector_kind(name: str) -> str:
-    if name == "rademacher":
-        raise argparse.ArgumentTypeError(
-            "rademacher is no more: sparse gives features of the same quality for less time"
-        )
-    return name
 
 
 def main() -> None:
@@ -118,14 +99,14 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.data.images import open_image
-    from tive.data.records import open_records
+    from tive.data.records import chunk_range, open_records
     from tive.data.scan import scan_records
-    from tive.features.lock import compute_open_chunks
-    from tive.gradient_pass.chunk import PassOptions, compute_chunk, estimate_chunk
-    from tive.gradient_pass.launch import place_of
+    from tive.features.chunk import Match
+    from tive.features.dry_run import dry_run
+    from tive.features.gradient_pass import PassOptions, compute_chunk
+    from tive.features.launch import compute_open_chunks, place_of
+    from tive.features.step import load_step
     from tive.gradient_pass.optimizer import gradient_kind
-    from tive.gradient_pass.preflight import Tolerance
-    from tive.gradient_pass.step import Settings, load_step, run_of
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
     from tive.util.device import device_of, dtype_of
@@ -136,17 +117,16 @@ def main() -> None:
 
     place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
     device = device_of(arguments.device, place.local_rank)
-    dtype = str(dtype_of(arguments.dtype, device)).removeprefix("torch.")
-    given = vars(arguments) | {"dtype": dtype, "proj_seed": arguments.seed}
-    settings = Settings(**chosen(Settings))
+    given = {name: value for name, value in vars(arguments).items() if name not in ("num_chunks", "chunk_idx")}
+    given |= {"dtype": str(dtype_of(arguments.dtype, device)).removeprefix("torch."), "proj_seed": arguments.seed}
 
     files = ModelFiles(**chosen(ModelFiles) | {"model_base": base_folder(arguments.model_base)})
     family = family_of(files)
     family.check_files(files)
     form = (arguments.adam_form or "adam") if arguments.gradient == "adam" else None
     gradient = gradient_kind(arguments.model_path, form, arguments.optimizer_state)
-    scan = scan_records(open_records(arguments.input_file), family.record_problem)
-    model = family.identity(files)
+    records = open_records(arguments.input_file)
+    scan = scan_records(records, family.record_problem)
 
     inputs = {name: given[name] for name in ("model_path", "model_base")}
     inputs |= {"data_path": os.path.abspath(arguments.input_file)}
@@ -155,20 +135,35 @@ def main() -> None:
         **chosen(PassOptions),
         folder=Path(arguments.output_file),
         read_image=partial(open_image, padded=family.pads_images(files)) if arguments.check_images == "full" else None,
-        tolerance=Tolerance(arguments.on_bad_record == "skip", arguments.most_left_out),
+        skip_bad=arguments.on_bad_record == "skip",
         inputs=inputs,
     )
+    del given["optimizer_state"]  # the command names a file, `Match` its content
+    given |= {"projector": None if arguments.projector == "auto" else arguments.projector, "gradient": gradient.name}
+    whole = Match(
+        **chosen(Match),
+        chunk_idx=0,
+        start=0,
+        stop=len(records),
+        data_sha256=records.fingerprint,
+        data_records=len(records),
+        num_chunks=place.num_chunks,
+        model=family.identity(files),
+        optimizer_state=gradient.state_sha256,
+        checkpoint=gradient.step,
+    )
     # Once for all chunks, when the first needs it.
-    load = cache(partial(load_step, family, files, device, settings, gradient, arguments.projector))
+    load = cache(partial(load_step, family, files, device, whole, gradient, options.gradient_checkpointing))
 
     def compute(chunk_idx: int) -> None:
-        this_run = run_of(scan.records, place.num_chunks, chunk_idx, model, gradient, settings)
+        rows = chunk_range(len(records), place.num_chunks, chunk_idx)
+        match = replace(whole, chunk_idx=chunk_idx, start=rows.start, stop=rows.stop)
         name = f"chunk {chunk_idx} of {place.num_chunks} ({place.source})"
-        print(f"{name}: {len(this_run.rows)} of {len(scan.records)} records, from record {this_run.start} on")
+        print(f"{name}: {len(rows)} of {len(records)} records, from record {rows.start} on")
         if arguments.dry_run:
-            estimate_chunk(arguments.dry_run, scan, this_run, options, load)
+            dry_run(arguments.dry_run, scan, match, options, load)
         else:
-            compute_chunk(name, scan, this_run, options, load)
+            compute_chunk(name, scan, match, options, load)
 
     if place.chunk_idx is not None or arguments.dry_run:
         compute(place.chunk_idx or 0)

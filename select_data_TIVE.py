@@ -63,9 +63,7 @@ def main() -> None:
     arguments = parse_arguments()
     options = TiveOptions(**{name: getattr(arguments, name) for name in TiveOptions.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.features.chunks import open_chunks
-    from tive.features.read_ahead import read_ahead
-    from tive.features.spans import spans_of
+    from tive.features.folder import open_chunks, read_ahead, spans_of
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded

@@ -75,7 +75,6 @@ def main() -> None:
     from tive.data.bad_records import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
-    from tive.evaluation.partial import partial_results
     from tive.evaluation.results import (
         EVALUATION_FILE,
         Conditions,
@@ -86,22 +85,22 @@ def main() -> None:
         task_results,
         write_result,
     )
-    from tive.evaluation.run import Options, evaluate, report_left_out
+    from tive.evaluation.run import Options, evaluate, report_left_out, unfinished_results
     from tive.evaluation.tables import INTERVAL, tables
+    from tive.features.loader import workers_beside
     from tive.models import ModelFiles, family_of
-    from tive.models.batches import BatchLimits
     from tive.models.common import base_folder
     from tive.util.device import device_name, device_of, dtype_of
     from tive.util.text import print_table
 
     device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
-    workers = arguments.num_workers
     options = Options(
         image_folder=arguments.image_folder,
-        limits=BatchLimits(arguments.batch_size, arguments.max_batch_tokens),
+        batch_size=arguments.batch_size,
+        max_batch_tokens=arguments.max_batch_tokens,
         window=arguments.window,
-        num_workers=workers if workers is not None else 4 if device.type == "cuda" else 1,
+        num_workers=workers_beside(device, arguments.num_workers),
         max_new_tokens=arguments.max_new_tokens,
         skip_bad=arguments.on_bad_record == "skip",
     )
@@ -141,11 +140,10 @@ def main() -> None:
                 f"{count_and_first(data, checked.reasons)}; repair them, name the key that holds the task (task_key), "
                 "or leave such records out (on_bad_record skip)"
             )
-        unfinished = arguments.save_path / f".model_{name}.unfinished"
-        with partial_results(unfinished, conditions) as partial:
+        with unfinished_results(arguments.save_path / f".model_{name}.progress", conditions) as store:
             print(f"{name}: {path}")
             reference = family.load(files, device, dtype)
-            records = evaluate(family, reference, scan, checked, options, partial)
+            records = evaluate(family, reference, scan, checked, options, store)
             report_left_out(name, records)
             tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
@@ -153,7 +151,7 @@ def main() -> None:
                 name, path, base, conditions, device_name(device), seconds, tasks, records, family.versions()
             )
             write_result(target, result)
-            unfinished.unlink()
+            store.remove()
         return result
 
     models = [result_of(*model) for model in arguments.model]

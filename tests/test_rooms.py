@@ -18,14 +18,14 @@ ROOMS = {
     "method": ((), {"trak"}),
     "models": (("data", "util"), {"llava", "transformers", "peft", "accelerate", "safetensors"}),
     "data": (("util",), set()),
-    "features": (("data", "util"), set()),
+    "features": (("method", "models", "data", "gradient_pass", "util"), set()),
     "gradient_pass": (("method", "models", "data", "features", "util"), set()),
     "selection": (("method", "features", "data", "util"), set()),
     "training": (
         ("models", "data", "util"),
         {"argparse", "llava", "transformers", "peft", "accelerate", "deepspeed", "safetensors"},
     ),
-    "evaluation": (("models", "data", "util"), set()),
+    "evaluation": (("models", "data", "features", "util"), set()),
     "report": (("selection", "evaluation", "method", "data", "util"), set()),
     "util": ((), set()),
 }

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tive.features.batches import Batches
 from tive.models import Encoded, Family, LeftOut, ModelFiles, Reference, family_of
 from tive.models.common import base_folder, target_modules
 from tive.util.device import device_of, dtype_of
@@ -129,13 +129,6 @@ def encoded_records(
 
 def batches_of(records: list[Encoded], size: int, tokens: int) -> list[list[int]]:
     """The gradient step's own batches, in random order."""
-    from tive.models.batches import BatchLimits, next_batch
-
-    by_number: dict[int, Any] = dict(enumerate(records))
-    waiting = sorted(by_number, key=lambda number: (records[number].group, -records[number].length, number))
-    batches = []
-    while waiting:
-        batches.append(next_batch(waiting, by_number, BatchLimits(size, tokens)))
-        waiting = waiting[len(batches[-1]) :]
+    batches = [[number for number, _ in batch] for batch in Batches(size, tokens).cut(list(enumerate(records)))]
     order = np.random.default_rng(0).permutation(len(batches))
     return [batches[number] for number in order]

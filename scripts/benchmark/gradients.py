@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"all that run here; of {' '.join(METHODS)}")
     add("--rounds", type=int, default=3, help="methods take turns so often; the best counts")
     add("--seconds", type=float, default=60, help="a method gets no further round, and ends a round, after this long")
-    add("--compare_matrices", action="store_true", help="instead: cost and fidelity of counting fewer matrices")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,12 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"padding efficiency {tokens / padded:.2f}; {case.parameters:,} parameters in {len(case.matrices)} matrices, "
         f"{arguments.proj_dim} features"
     )
-    if arguments.compare_matrices:
-        from .matrices import compare_matrices
-
-        compare_matrices(case, arguments.proj_dim)
-    else:
-        print_table(compare_methods(case, arguments))
+    print_table(compare_methods(case, arguments))
 
 
 def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Measured]:
@@ -89,12 +83,10 @@ def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Meas
 
 
 def usual_methods(case: Case, arguments: argparse.Namespace) -> list[str]:
-    names = [name for name in METHODS if name not in ("one_at_a_time_cuda", "trak_cuda", "bergson")]
-    if case.reference.device.type == "cuda":
-        names += ["one_at_a_time_cuda", "trak_cuda"]
-    elif case.parameters * arguments.proj_dim > _MOST_RANDOM_NUMBERS:
-        names = [name for name in names if name not in ("trak_basic", "one_at_a_time")]
-        print("left out, as BasicProjector would take many minutes a batch: trak_basic, one_at_a_time")
+    names = [name for name in METHODS if name != "bergson"]
+    if case.reference.device.type == "cpu" and case.parameters * arguments.proj_dim > _MOST_RANDOM_NUMBERS:
+        names = [name for name in names if name not in ("trak", "one_at_a_time")]
+        print("left out, as BasicProjector would take many minutes a batch: trak, one_at_a_time")
     if arguments.text and importlib.util.find_spec("bergson"):
         names.append("bergson")
     return names
@@ -205,42 +197,38 @@ def as_adam_applies_it(form: str) -> Method:
     return method
 
 
-def one_at_a_time(projector_name: str) -> Method:
+def one_at_a_time(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
     """What the method is without this engine: autograd's parameter gradients of one record after another.
 
     The gradients of a batch are stacked and projected whole by TRAK's projector.
     """
+    from trak.projectors import BasicProjector, CudaProjector, ProjectionType
 
-    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
-        from trak import projectors
+    device, weights = case.reference.device, [matrix.weight for matrix in case.matrices.values()]
+    dtype = case.reference.dtype if device.type == "cpu" else torch.float16
+    projector = (BasicProjector if device.type == "cpu" else CudaProjector)(
+        grad_dim=case.parameters,
+        proj_dim=proj_dim,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device=device,
+        dtype=dtype,
+        block_size=128,
+        max_batch_size=16,
+    )
 
-        device, weights = case.reference.device, [matrix.weight for matrix in case.matrices.values()]
-        dtype = case.reference.dtype if device.type == "cpu" else torch.float16
-        projector = getattr(projectors, projector_name)(
-            grad_dim=case.parameters,
-            proj_dim=proj_dim,
-            seed=0,
-            proj_type=projectors.ProjectionType.rademacher,
-            device=device,
-            dtype=dtype,
-            block_size=128,
-            max_batch_size=16,
-        )
+    def compute(batch: list[int]) -> None:
+        rows = []
+        for weight in weights:
+            weight.requires_grad_(True)
+        for number in batch:
+            gradients = torch.autograd.grad(case.losses([number]).sum(), weights)
+            rows.append(torch.cat([part.flatten() for part in gradients]).to(dtype))
+        for weight in weights:
+            weight.requires_grad_(False)
+        projector.project(torch.stack(rows), model_id=0).cpu()
 
-        def compute(batch: list[int]) -> None:
-            rows = []
-            for weight in weights:
-                weight.requires_grad_(True)
-            for number in batch:
-                gradients = torch.autograd.grad(case.losses([number]).sum(), weights)
-                rows.append(torch.cat([part.flatten() for part in gradients]).to(dtype))
-            for weight in weights:
-                weight.requires_grad_(False)
-            projector.project(torch.stack(rows), model_id=0).cpu()
-
-        return compute
-
-    return method
+    return compute
 
 
 def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
@@ -284,10 +272,8 @@ METHODS: dict[str, Method] = {
     "sparse": with_projector("sparse"),
     "adam": as_adam_applies_it("adam"),
     "adam_release": as_adam_applies_it("release"),
-    "trak_basic": with_projector("trak_basic"),
-    "trak_cuda": with_projector("trak_cuda"),
-    "one_at_a_time": one_at_a_time("BasicProjector"),
-    "one_at_a_time_cuda": one_at_a_time("CudaProjector"),
+    "trak": with_projector("trak"),
+    "one_at_a_time": one_at_a_time,
     "bergson": bergson,
 }
 

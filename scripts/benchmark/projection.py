@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from tive.method.gradients import gradient_features
@@ -15,9 +16,8 @@ from tive.util.errors import UserError
 
 from . import cases
 from .cases import Case
-from .matrices import influences, rank_correlation_within
 
-KINDS = {"sparse": "sparse", "dense": "trak_basic"}
+KINDS = {"sparse": "sparse", "dense": "trak"}
 _MOST_BYTES = 4 * 2**30
 
 
@@ -81,7 +81,7 @@ def whole_gradients(case: Case) -> Tensor:
     found = torch.empty(len(case.records), case.parameters)
     projector = InTheirColumns()
     for batch in case.batches:
-        found[batch] = gradient_features(partial(case.losses, batch), case.matrices, projector).features
+        found[batch] = gradient_features(partial(case.losses, batch), case.matrices, projector).features.cpu()
     return found
 
 
@@ -102,3 +102,23 @@ def products(vectors: Tensor) -> np.ndarray:
 
 def spread(values: list[float], digits: int) -> str:
     return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def influences(features: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """Influence `I_s` of each record on its task `[n]`."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    influence = np.empty(len(tasks))
+    for task in np.unique(tasks):
+        inside = tasks == task
+        influence[inside] = unit[inside] @ unit[inside].mean(axis=0)
+    return influence
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation; 1 where there is no order to keep."""
+    return float(spearmanr(first, second).statistic) if np.ptp(first) and np.ptp(second) else 1.0
+
+
+def rank_correlation_within(first: np.ndarray, second: np.ndarray, tasks: np.ndarray) -> float:
+    """`agreement` within each task, the mean of the tasks."""
+    return float(np.mean([agreement(first[tasks == task], second[tasks == task]) for task in np.unique(tasks)]))

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from scripts.experiment.datamodel import VARIANT
 from scripts.experiment.results import first_selection, step_results
 from scripts.experiment.statistics import rank_interval
+from tive.features.batches import Batches
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
-from tive.models.batches import BatchLimits, compute_in_batches
 from tive.models.common import target_modules
 from tive.util.device import device_of
 from tive.util.errors import UserError, run
@@ -41,11 +41,11 @@ def unit_gradient(family: Family, reference: Reference, weights: Sequence[Tensor
 def mean_loss(family: Family, reference: Reference, records: Sequence[Encoded]) -> float:
     """Mean loss of records, in batches."""
 
-    def losses(batch: list[Encoded]) -> list[float]:
-        return family.record_losses(reference, batch).losses.double().tolist()
+    def losses(batch: Sequence[Encoded]) -> Tensor:
+        return family.record_losses(reference, batch).losses.double()
 
-    found = compute_in_batches(losses, dict(enumerate(records)), BatchLimits(32, 16384), reference.device)
-    return float(np.mean([found.results[row] for row in range(len(records))]))
+    parts = [losses for _, losses in Batches(32, 16384).compute(losses, enumerate(records))]
+    return torch.cat(parts).mean().item()
 
 
 def loss_changes(

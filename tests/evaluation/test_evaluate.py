@@ -167,7 +167,7 @@ def test_several_models_are_relative_to_the_first(whole_model, tmp_path):
 def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_the_same(monkeypatch, tmp_path):
     whole = evaluate_models(tmp_path / "whole")
     assert whole.code == 0, whole.err
-    compute, calls = evaluation_run._window, []
+    compute, calls = evaluation_run.losses_of, []
 
     def killed(*arguments, **named):
         calls.append(arguments)
@@ -175,10 +175,8 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_the_same(monkeypa
             raise KeyboardInterrupt
         return compute(*arguments, **named)
 
-    monkeypatch.setattr(evaluation_run, "_window", killed)
+    monkeypatch.setattr(evaluation_run, "losses_of", killed)
     assert evaluate_models(tmp_path / "killed").code == 130
-    with open(tmp_path / "killed" / ".model_reference.unfinished", "ab") as file:
-        file.write(b'{"row": 16, "lo')  # a line that a kill cut in two
     assert evaluate_models(tmp_path / "killed").code == 0
     assert len(calls) == 4  # three windows of 16, and the one that was interrupted
     first, second = (read_evaluation(tmp_path / name).models[0] for name in ("whole", "killed"))
@@ -188,7 +186,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_the_same(monkeypa
 
 def test_results_that_are_there_are_used_and_those_of_something_else_are_refused(monkeypatch, tmp_path):
     assert evaluate_models(tmp_path).code == 0
-    monkeypatch.setattr(evaluation_run, "_window", None)  # nothing is computed any more
+    monkeypatch.setattr(evaluation_run, "losses_of", None)  # nothing is computed any more
     assert evaluate_models(tmp_path).code == 0
     other = evaluate_models(tmp_path, "--max_new_tokens", 3)
     assert other.code == 2 and "another max new tokens" in other.err and "--overwrite" in other.err

@@ -25,8 +25,9 @@ from tests.helpers.feature_files import (
     write_release_features,
 )
 from tive.data.records import open_records
-from tive.features.chunks import open_chunks, write_chunk
-from tive.features.manifest import LeftOutRecord, Match
+from tive.features.chunk import Match, write_chunk
+from tive.features.folder import open_chunks
+from tive.features.store import LeftOutRecord
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 
@@ -145,7 +146,8 @@ def test_features_of_another_data_file_are_refused(case, tmp_path):
         ("proj_dim", 12),
         ("counted_parameters", 5),
         ("grad_modules", "all"),
-        ("last_layers", 2),
+        ("dtype", "bfloat16"),
+        ("gradient", "adam"),
         ("num_chunks", 4),
         ("data_sha256", "c" * 64),
     ],

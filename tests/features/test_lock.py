@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tive.features.lock import ChunkIsHeld, compute_open_chunks, hold_chunk
+from tive.features.launch import compute_open_chunks
+from tive.features.store import Held, hold
 from tive.util.errors import UserError
 
 
@@ -19,7 +20,7 @@ def test_a_chunk_that_its_process_lost_meanwhile_is_taken_over():
 
     def compute(chunk):
         if chunk in held:
-            raise ChunkIsHeld
+            raise Held
         taken.append(chunk)
         held.discard(0)  # its process was killed while this one was computing
 
@@ -41,7 +42,7 @@ def test_a_chunk_that_fails_is_tried_once_holds_no_other_back_and_is_named_at_th
 
 
 def test_a_chunk_is_free_again_however_its_block_ends(tmp_path):
-    with pytest.raises(ZeroDivisionError), hold_chunk(tmp_path, 3):
+    with pytest.raises(ZeroDivisionError), hold(tmp_path / ".lock_3", "computing chunk 3"):
         1 / 0  # noqa: B018
-    with hold_chunk(tmp_path, 3):
+    with hold(tmp_path / ".lock_3", "computing chunk 3"):
         pass

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.helpers.golden_model import Finished, fork_step, log_of
 from tests.helpers.less import CHECKPOINTS, EXPECTED, GOLDEN, less_arguments, load_less, run_less
 from tests.helpers.reference import WholeGradients
-from tive.gradient_pass.batches import GradientStep
+from tive.features.step import GradientStep
 from tive.gradient_pass.optimizer import gradient_kind, transform_of
 from tive.method.gradients import gradient_features
 from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
@@ -237,7 +237,7 @@ def test_the_features_say_what_gradient_they_are_of(whole: Path) -> None:
 def test_a_killed_pass_goes_on_to_the_same_features(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "features"
     arguments = less_arguments(CHECKPOINTS[10], "target.json", "--gradient", "adam", "--window", 4)
-    process = fork_step(folder, *arguments, die_at="tive.features.chunks.write_chunk")
+    process = fork_step(folder, *arguments, die_at="tive.features.chunk.write_chunk")
     process.join()
     assert not (folder / "manifest_0.json").exists(), log_of(folder)
     done = run_adam(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 from tive.data.records import chunk_range
-from tive.features.chunks import write_chunk
-from tive.features.manifest import LeftOutRecord, Match, RecordScores, Run
+from tive.features.chunk import Match, write_chunk
+from tive.features.store import LeftOutRecord
 from tive.util.errors import run
 from tive.util.files import sha256_of
 
@@ -52,18 +51,10 @@ def match_for(data: Path, records: int, num_chunks: int, chunk: int, dimension: 
         "model": "a" * 64,
         "counted_parameters": 1000,
         "grad_modules": "self_attn",
-        "last_layers": None,
         "projector": "rademacher",
         "proj_seed": 0,
         "proj_dim": dimension,
     }
-
-
-def run_of(**given: Any) -> Run:
-    """A run whose values do not matter, but for those given."""
-    kinds = {"str": "", "int": 0, "bool": False}
-    made = {field.name: kinds.get(str(field.type)) for field in dataclasses.fields(Run)}
-    return Run(**(made | given))
 
 
 def write_features(
@@ -90,10 +81,11 @@ def write_features(
         write_chunk(folder, Match(**match), features[rows], scores_of(norms[rows]), entries, made)
 
 
-def scores_of(norms: torch.Tensor) -> RecordScores:
-    """Scores of records whose norms are known; the others follow from them."""
+def scores_of(norms: torch.Tensor) -> dict[str, np.ndarray]:
+    """Columns of records whose norms are known; the others follow from them."""
     tokens = (100 * norms.nan_to_num()).int().numpy()
-    return RecordScores(norms.float().numpy(), norms.float().numpy() + 1, tokens, 2 * tokens, None)
+    values = norms.float().numpy()
+    return {"norms": values, "losses": values + 1, "supervised_tokens": tokens, "tokens": 2 * tokens}
 
 
 def write_release_features(folder: Path, features: torch.Tensor, norms: torch.Tensor, num_chunks: int, **save) -> None:

@@ -72,7 +72,7 @@ def fork_step(output: Path, *more: object, die_at: int | str | None = None) -> B
     """Run the step in a process of its own, forked from one that has done the imports; it logs to `OUTPUT.log`.
 
     Args:
-        die_at: the process kills itself where it calls this function (`tive.features.chunks.write_chunk`), or before
+        die_at: the process kills itself where it calls this function (`tive.features.chunk.write_chunk`), or before
             its nth call that changes the disk, counted from 1.
     """
     process = FORKS.Process(target=_in_fork, args=(output, more, die_at))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.golden_model import GOLDEN, RECORDS
-from tive.gradient_pass.batches import GradientStep
+from tive.features.step import GradientStep
 from tive.method.gradients import GradientFeatures, gradient_features
 from tive.method.projection import Projector
 from tive.models import Encoded, ModelFiles, Reference, llava
@@ -63,13 +63,8 @@ class WholeGradients:
         return whole
 
 
-def step_of(
-    reference: Reference,
-    projector: Projector | None = None,
-    grad_modules: str = "self_attn",
-    last_layers: int | None = None,
-) -> GradientStep:
-    matrices = target_modules(reference, grad_modules, last_layers)
+def step_of(reference: Reference, projector: Projector | None = None, grad_modules: str = "self_attn") -> GradientStep:
+    matrices = target_modules(reference, grad_modules)
     return GradientStep(llava, reference, matrices, projector or WholeGradients(matrices))
 
 

@@ -20,10 +20,8 @@ from tests.helpers.reference import (
     plain_losses,
     step_of,
 )
-from tive.gradient_pass.batches import compute_records
 from tive.method.gradients import RecordGradients
-from tive.models import Encoded, LeftOut, llava
-from tive.models.batches import BatchLimits, next_batch
+from tive.models import LeftOut, llava
 from tive.models.common import target_modules
 from tive.util.errors import UserError
 
@@ -119,50 +117,19 @@ def test_only_the_language_models_lora_matrices_count(golden):
     for bad in ("attention", "", "vision_tower"):
         with pytest.raises(UserError, match="names no LoRA matrix"):
             target_modules(golden, bad)
-    with pytest.raises(UserError, match=r"not one of 1 \.\. 2"):
-        target_modules(golden, "self_attn", 3)
 
 
-def test_the_last_layers_alone_give_the_same_part_of_the_gradient_and_nothing_below_is_computed(golden, encoded):
-    some = encoded[:4]
-    whole = in_batches(step_of(golden), some, 2)
-    step = step_of(golden, last_layers=1)
+def test_below_the_first_counted_matrix_nothing_is_computed_backward(golden, encoded):
+    step = step_of(golden)
+    last = {name: matrix for name, matrix in step.matrices.items() if name.startswith("layers.1.")}
     below = []
     hook = golden.model.model.layers[0].register_forward_hook(lambda m, i, o: below.append(o[0].requires_grad))
-    last = in_batches(step, some, 2)
+    found = gradients_of(replace(step, matrices=last), encoded[:2])
     hook.remove()
+    whole = gradients_of(step, encoded[:2])
     assert below and not any(below)
     part = (whole.features * whole.norms[:, None])[:, 8192:]
-    assert torch.allclose(last.features * last.norms[:, None], part, rtol=1e-4, atol=1e-6)
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_the_lower_size_kept(golden, encoded, monkeypatch, capsys):
-    sizes = []
-    whole = llava.record_losses
-
-    def small_memory(reference, records, el2n):
-        sizes.append(len(records))
-        if len(records) > 3:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return whole(reference, records, el2n)
-
-    monkeypatch.setattr(llava, "record_losses", small_memory)
-    records = dict(enumerate(encoded))
-    computed = compute_records(step_of(golden), records, BatchLimits(16, 16384))
-    expected = torch.tensor(EXPECTED["norms"])
-    norms = torch.tensor([computed.results[row].norm for row in range(len(encoded))])
-    assert ((norms - expected) / expected).abs().max() < 1e-4
-    assert computed.limits.records <= 3 and max(sizes[5:]) <= 3
-    assert "out of memory: batches are now" in capsys.readouterr().out
-
-
-def test_one_record_that_does_not_fit_alone_is_named(golden, encoded, monkeypatch):
-    def no_memory(reference, records, el2n):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(llava, "record_losses", no_memory)
-    with pytest.raises(UserError, match=r"record 7 .* alone does not fit"):
-        compute_records(step_of(golden), {7: encoded[7]}, BatchLimits(16, 16384))
+    assert torch.allclose(found.features[:, 8192:] * found.norms[:, None], part, rtol=1e-4, atol=1e-6)
 
 
 def test_a_float16_overflow_is_met_with_a_smaller_loss_scale(encoded):
@@ -178,28 +145,6 @@ def test_a_record_with_a_gradient_that_is_not_finite_harms_no_other(golden, enco
     found = gradients_of(step_of(golden), [poisoned, encoded[1]])
     assert not torch.isfinite(found.norms[0]) and not found.features[0].any()
     assert abs(found.norms[1] - EXPECTED["norms"][1]) < 1e-4 * EXPECTED["norms"][1]
-
-
-def _record(length: int, image: bool) -> Encoded:
-    return Encoded(length, length // 2, "image" if image else "text", None)
-
-
-def test_batches_hold_the_limits_one_group_and_little_padding():
-    generator = np.random.default_rng(0)
-    records = {row: _record(int(generator.integers(10, 800)), bool(row % 3)) for row in range(500)}
-    waiting = sorted(records, key=lambda row: (records[row].group, -records[row].length, row))
-    seen, padded = [], 0
-    while waiting:
-        batch = next_batch(waiting, records, BatchLimits(16, 4000))
-        lengths = [records[row].length for row in batch]
-        assert 1 <= len(batch) <= 16
-        assert len(batch) == 1 or len(batch) * max(lengths) <= 4000
-        assert len({records[row].group for row in batch}) == 1
-        seen += batch
-        padded += len(batch) * max(lengths)
-        waiting = waiting[len(batch) :]
-    assert sorted(seen) == list(range(500))
-    assert sum(record.length for record in records.values()) / padded > 0.9
 
 
 def test_a_record_with_nothing_supervised_is_left_out_with_its_reason(golden):

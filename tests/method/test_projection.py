@@ -156,7 +156,7 @@ def test_the_number_of_operations_does_not_grow_with_the_blocks():
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("kind", ["auto", "sparse", "trak_basic"])
+@pytest.mark.parametrize("kind", ["auto", "sparse", "trak"])
 def test_each_projector_is_linear_and_repeats_itself_and_tells_matrices_and_seeds_apart(kind):
     projector, other_seed = make(kind), make(kind, seed=1)
     x, y = torch.randn(3, 50), torch.randn(3, 50)
@@ -168,7 +168,7 @@ def test_each_projector_is_linear_and_repeats_itself_and_tells_matrices_and_seed
     assert not torch.allclose(other_seed.project("a", x), first)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "trak_basic"])
+@pytest.mark.parametrize("kind", ["sparse", "trak"])
 def test_the_golden_cosines_survive_projection_at_every_batch_size(kind):
     reference = load_golden()
     encoded = encode_golden(reference)[:10]
@@ -183,8 +183,8 @@ def test_the_golden_cosines_survive_projection_at_every_batch_size(kind):
 
 def test_a_projector_that_returns_zeros_or_nonsense_is_refused(monkeypatch):
     monkeypatch.setattr(TrakBasic, "project", lambda self, matrix, gradients: torch.zeros(len(gradients), 256))
-    with pytest.raises(ValueError, match="trak_basic does not work here: the sketch is zero"):
-        make("trak_basic")
+    with pytest.raises(ValueError, match="trak does not work here: the sketch is zero"):
+        make("trak")
 
     def other_signs(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(sparse_projection(9, "proof", x.numpy(), 256)).float()
@@ -202,8 +202,8 @@ def test_a_projector_that_returns_zeros_or_nonsense_is_refused(monkeypatch):
 
 def test_auto_is_sparse_without_a_gpu_and_a_named_one_that_cannot_work_is_an_error():
     assert make("auto").kind == "sparse"
-    with pytest.raises(ValueError, match="trak_cuda does not work here: "):
-        make("trak_cuda")
+    with pytest.raises(ValueError, match="trak does not work here: "):
+        make_projector("trak", 0, 64, torch.device("cuda"))
     with pytest.raises(ValueError, match="to 0 features"):
         make("auto", proj_dim=0)
     with pytest.raises(ValueError, match="rademacher is none of the projectors auto, sparse"):
@@ -228,7 +228,7 @@ def test_auto_takes_traks_on_a_gpu_where_it_works_and_says_what_else_there_is(mo
     monkeypatch.setattr("tive.method.projection.TrakCuda", broken)
     monkeypatch.setattr("tive.method.projection.Sparse", lambda seed, proj_dim, device: Sparse(seed, proj_dim, CPU))
     taken = make_projector("auto", 0, 64, gpu)
-    assert taken.kind == "sparse" and taken.about.endswith("trak_cuda does not work here: no kernel image is available")
+    assert taken.kind == "sparse" and taken.about.endswith("trak does not work here: no kernel image is available")
 
 
 def test_every_projector_of_the_command_line_proves_itself_or_says_why_not(monkeypatch, capsys):
@@ -242,10 +242,3 @@ def test_every_projector_of_the_command_line_proves_itself_or_says_why_not(monke
             prove(make(kind), CPU)
         except ValueError as error:
             assert f"{kind} does not work here" in str(error)
-
-
-def test_the_projector_of_earlier_versions_is_refused_with_the_one_that_replaces_it(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compute_gradient_features.py", "--projector", "rademacher"])
-    with pytest.raises(SystemExit) as stop:
-        compute_gradient_features.parse_arguments()
-    assert stop.value.code == 2 and "sparse" in capsys.readouterr().err.splitlines()[-1]

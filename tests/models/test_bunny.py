@@ -27,7 +27,7 @@ from tests.helpers.feature_files import call, refusal
 from tests.helpers.reference import WholeGradients, in_batches
 from tests.helpers.tiny_bunny import make_parts, make_records, train
 from tive.data.images import resize_padded
-from tive.gradient_pass.batches import GradientStep
+from tive.features.step import GradientStep
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, bunny, bunny_encoding, family_of
 from tive.models.bunny import KINDS
 from tive.models.bunny_encoding import encode_text, pixels_of, read_image_rules, read_text_rules

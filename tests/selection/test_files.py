@@ -12,7 +12,7 @@ import torch
 
 import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
-from tive.features.chunks import open_chunks
+from tive.features.folder import open_chunks
 from tive.selection.files import (
     Chosen,
     Files,
@@ -59,9 +59,9 @@ def test_every_score_of_the_pass_is_in_the_scores_file(made):
     first, last = ["row", "id", "task", "norm", "influence"], ["weight", "times_selected", "left_out"]
     assert names == [*first, "loss", "supervised_tokens", "tokens", *last]
     expected = scores_of(random_features(len(mixture()))[1])
-    assert [float(line["loss"]) for line in lines] == expected.losses.tolist()
-    assert [line["supervised_tokens"] for line in lines] == [str(count) for count in expected.supervised_tokens]
-    assert [line["tokens"] for line in lines] == [str(count) for count in expected.tokens]
+    assert [float(line["loss"]) for line in lines] == expected["losses"].tolist()
+    assert [line["supervised_tokens"] for line in lines] == [str(count) for count in expected["supervised_tokens"]]
+    assert [line["tokens"] for line in lines] == [str(count) for count in expected["tokens"]]
 
 
 def test_features_of_earlier_runs_select_by_influence_and_norm_and_lack_the_columns(made, capsys):

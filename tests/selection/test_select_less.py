@@ -282,13 +282,15 @@ Change = Callable[[Path], object]
 OTHERS: dict[str, Any] = {
     "model": "f" * 64,
     "grad_modules": "mlp",
-    "last_layers": 4,
     "counted_parameters": 999,
     "projector": "trak_basic",
     "proj_seed": 1,
 }
-NAMED = {"counted_parameters": "counted parameters", "proj_seed": "projection's seed", "last_layers": "layers",
-         "grad_modules": "target modules"}  # fmt: skip
+NAMED = {
+    "counted_parameters": "counted parameters",
+    "proj_seed": "projection's seed",
+    "grad_modules": "target modules",
+}
 
 
 def zero_norm(folder: Path) -> None:

@@ -25,9 +25,8 @@ from tests.helpers.feature_files import (
     write_release_features,
 )
 from tive.data.records import open_records
-from tive.features import spans as span_module
-from tive.features.chunks import open_chunks
-from tive.features.spans import spans_of
+from tive.features import folder as span_module
+from tive.features.folder import open_chunks, spans_of
 from tive.method import influence as influence_module
 from tive.method.influence import group_means, products
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+import msgspec
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
-from tive.evaluation.partial import Partial
-from tive.evaluation.results import HeldOutResult
-from tive.models import NOT_FINITE, UNSUPERVISED, Encoded, Family, Reference
-from tive.models.batches import BatchLimits, compute_in_batches
-from tive.models.loading import EncodedRecords, encoded_windows
+from tive.evaluation.results import Conditions, HeldOutResult, differing
+from tive.features.batches import Batches
+from tive.features.loader import EncodedRecords, Loader, usable
+from tive.features.store import LeftOutRecord, Store, Window, hold
+from tive.models import NOT_FINITE, Encoded, Family, Reference
 from tive.util.errors import UserError
+from tive.util.files import read_json
 from tive.util.text import shown
+
+# Of each record, as `HeldOutResult` names them.
+_COLUMNS = {"loss": np.float32, "answers": np.int32, "exact": np.int32, "not_asked": np.int32}
 
 
 @dataclass(frozen=True)
@@ -26,92 +35,117 @@ class Options:
     """How a model is evaluated, as far as its numbers do not depend on it; and `max_new_tokens`, 0 for no answers."""
 
     image_folder: str
-    limits: BatchLimits
+    batch_size: int
+    max_batch_tokens: int
     window: int
     num_workers: int
     max_new_tokens: int
     skip_bad: bool
 
 
+@contextlib.contextmanager
+def unfinished_results(folder: Path, conditions: Conditions) -> Iterator[Store]:
+    """What is on disk of a model's results, held while the block runs; the caller removes it when all is written.
+
+    Results of something else are removed, with a word.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    with hold(folder / "lock", f"evaluating into {folder.name}"):
+        kept = folder / "match.json"
+        if kept.is_file():
+            try:
+                differs = differing(msgspec.convert(read_json(kept), Conditions), conditions)
+            except (UserError, msgspec.ValidationError):
+                differs = "a damaged description"
+            if differs:
+                print(f"{folder} holds results with {differs}: begun anew")
+                for path in folder.glob("*.json"):
+                    path.unlink()
+        yield Store(folder, range(conditions.data_records), msgspec.to_builtins(conditions), _COLUMNS)
+
+
 def evaluate(
-    family: Family, reference: Reference, scan: Scan, checked: Checked, options: Options, partial: Partial
+    family: Family, reference: Reference, scan: Scan, checked: Checked, options: Options, store: Store
 ) -> list[HeldOutResult]:
     """The results of all records, by row; those of each window are on disk when it is done.
 
     Raises:
         UserError: a record cannot be used and is not to be skipped, or a batch of one does not fit in memory.
     """
-    results = list(partial.done)
-    rows = range(len(results), len(scan.records))
-    windows = [list(rows[start : start + options.window]) for start in range(0, len(rows), options.window)]
-    usable = [[row for row in window if row not in checked.reasons] for window in windows]
+    windows = store.missing(options.window)
+    readable = [row for rows in windows for row in rows if row not in checked.reasons]
     dataset = EncodedRecords(family, reference.processor, scan.records, options.image_folder)
-    bar = tqdm(total=len(scan.records), initial=len(results), desc="Evaluating", unit=" records")
-    limits = options.limits
-    with bar, encoded_windows(dataset, usable, options.num_workers) as encoded_ahead:
-        for window in windows:
-            encoded = next(encoded_ahead)
-            found, limits = _window(family, reference, scan, checked, options, encoded, window, limits, bar.update)
-            partial.add(found)
-            results += found
-    return results
+    batches = Batches(options.batch_size, options.max_batch_tokens)
+    total = len(scan.records)
+    bar = tqdm(total=total, initial=total - sum(map(len, windows)), desc="Evaluating", unit=" records")
+    with bar, Loader(dataset, options.num_workers).read(readable) as items:
+        for rows in windows:
+            reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
+            of_window = islice(items, len(rows) - len(reasons))
+            records = dict(usable(of_window, reasons, options.skip_bad))
+            columns = {name: np.zeros(len(rows), kind) for name, kind in _COLUMNS.items()}
+            columns["loss"][:] = np.nan
+            for row, loss in losses_of(family, reference, records, batches).items():
+                columns["loss"][row - rows.start] = loss
+                if not np.isfinite(loss):
+                    reasons[row] = NOT_FINITE
+            if options.max_new_tokens:
+                asked = {row: record for row, record in records.items() if row not in reasons}
+                answers, exact = answers_of(family, reference, asked, batches, options.max_new_tokens)
+                for row in asked:
+                    columns["answers"][row - rows.start], columns["exact"][row - rows.start] = answers[row], exact[row]
+                    columns["not_asked"][row - rows.start] = max(0, scan.answers[row] - answers[row])
+            store.write(Window(rows, columns, [LeftOutRecord(row, None, reasons[row]) for row in sorted(reasons)]))
+            bar.update(len(rows))
+    return results_of(store)
 
 
-def _window(
-    family: Family,
-    reference: Reference,
-    scan: Scan,
-    checked: Checked,
-    options: Options,
-    encoded: dict[int, Encoded | str],
-    window: list[int],
-    limits: BatchLimits,
-    done: Callable[[int], object],
-) -> tuple[list[HeldOutResult], BatchLimits]:
-    """The results of one window, by row, and the batch limits that went well."""
-    reasons = {row: checked.reasons[row] for row in window if row in checked.reasons}
-    reasons |= {row: item for row, item in encoded.items() if isinstance(item, str)}
-    items = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
-    for row, reason in sorted(reasons.items()):
-        if not options.skip_bad and reason not in UNSUPERVISED:
-            raise UserError(
-                f"{scan.records.path}: record {row}: {shown(reason, 160)}; repair it, or leave such records out "
-                "(on_bad_record skip); the run continues where it stopped"
-            )
+@torch.no_grad()
+def losses_of(family: Family, reference: Reference, records: dict[int, Encoded], batches: Batches) -> dict[int, float]:
+    """The loss of each record by its row."""
 
-    @torch.no_grad()
-    def losses(batch: list[Encoded]) -> list[float]:
-        return family.record_losses(reference, batch).losses.tolist()
+    def losses(batch: Sequence[Encoded]) -> Tensor:
+        return family.record_losses(reference, batch).losses
 
-    def generated(batch: list[Encoded]) -> list[str]:
-        return family.generate(reference, batch, options.max_new_tokens)
+    computed = list(batches.compute(losses, records.items()))
+    rows = [row for batch, _ in computed for row, _ in batch]
+    values = torch.cat([losses for _, losses in computed]).tolist() if computed else []
+    return dict(zip(rows, values, strict=True))
 
-    device = reference.device
-    computed = compute_in_batches(losses, items, limits, device, done)
-    reasons |= {row: NOT_FINITE for row, loss in computed.results.items() if not math.isfinite(loss)}
-    asked = {}
-    if options.max_new_tokens:
-        for row, item in items.items():
-            if row not in reasons:
-                for number, answer in enumerate(family.answers(reference.processor, item)):
-                    asked[f"{row}, answer {number}"] = (row, answer)
-    prompts = {name: answer.prompt for name, (_, answer) in asked.items()}
-    texts = compute_in_batches(generated, prompts, computed.limits, device)
-    answers = Counter(row for row, _ in asked.values())
-    exact = Counter(row for name, (row, answer) in asked.items() if is_exact(texts.results[name], answer.expected))
-    done(len(window) - len(items))
-    results = []
-    for row in window:
-        if row in reasons:
-            results.append(HeldOutResult(row, left_out=reasons[row]))
-            continue
-        not_asked = max(0, scan.answers[row] - answers[row]) if options.max_new_tokens else 0
-        results.append(HeldOutResult(row, computed.results[row], answers[row], exact[row], not_asked))
-    return results, texts.limits
+
+def answers_of(
+    family: Family, reference: Reference, records: dict[int, Encoded], batches: Batches, max_new_tokens: int
+) -> tuple[Counter[int], Counter[int]]:
+    """How many answers each record asked for, and how many of them the model produced exactly, by row."""
+
+    def generated(batch: Sequence[Encoded]) -> list[str]:
+        return family.generate(reference, batch, max_new_tokens)
+
+    asked = [(row, answer) for row, record in records.items() for answer in family.answers(reference.processor, record)]
+    exact: Counter[int] = Counter()
+    for batch, texts in batches.compute(generated, enumerate(answer.prompt for _, answer in asked)):
+        for (number, _), text in zip(batch, texts, strict=True):
+            row, answer = asked[number]
+            exact[row] += is_exact(text, answer.expected)
+    return Counter(row for row, _ in asked), exact
+
+
+def results_of(store: Store) -> list[HeldOutResult]:
+    """The results on disk, by row."""
+    reasons = {entry.row: entry.reason for entry in store.left_out()}
+    columns = {name: values.tolist() for name, values in store.columns().items()}
+    return [
+        HeldOutResult(row, left_out=reasons[row])
+        if row in reasons
+        else HeldOutResult(row, **{name: values[row] for name, values in columns.items()})
+        for row in store.rows
+    ]
 
 
 def report_left_out(name: str, records: list[HeldOutResult]) -> None:
-    """Say how many records of a model have no loss and why, and how many answers it was not asked for.
+    """Print how many records of a model have no loss and why, and how many answers it was not asked for.
 
     Raises:
         UserError: no record has a loss.

@@ -1,1 +1,1 @@
-"""The feature folder: manifest, chunks, progress, lock."""
+"""Step 3: the gradient pass, from records to the feature folder, and the folder's reader."""

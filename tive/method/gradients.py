@@ -29,7 +29,7 @@ Measure = Callable[[str], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class GradientFeatures:
-    """Of each record of a batch, on the CPU.
+    """Of each record of a batch, on the device.
 
     Attributes:
         features: `f_s / ||g_s||`, float32 `[B, proj_dim]`: entries of size 1, which lose nothing in half precision;
@@ -77,7 +77,7 @@ def gradient_features(
     features = torch.where(good[:, None], unit, torch.zeros_like(unit))
     if transform is None:
         norms = norms / loss_scale
-    return GradientFeatures(features.cpu(), norms.cpu(), losses.cpu())
+    return GradientFeatures(features, norms, losses)
 
 
 def _one_pass(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tive.method.philox import key_of, random_words
 
-KINDS = ("auto", "sparse", "trak_cuda", "trak_basic")
+KINDS = ("auto", "sparse", "trak")
 _SIGNS, _ROTATIONS = 0, 1  # the generator's streams
 # Entries that are projected at once: on a CPU what its cache holds, on a GPU enough to keep it busy.
 _ENTRIES_AT_ONCE = {"cpu": 2**18}
@@ -173,7 +173,8 @@ def trak_seed(seed: int, matrix_name: str) -> int:
 def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) -> Projector:
     """Build a projector of one of `KINDS` and let it prove itself.
 
-    `auto` is TRAK's CudaProjector, the paper's, where a GPU has it and it works, else the sparse one.
+    `trak` is TRAK's CudaProjector, the paper's, on a GPU, and its BasicProjector on a CPU. `auto` is `trak` on a GPU
+    where it works, else the sparse one.
 
     Raises:
         ValueError: no such kind, it does not work here, or `proj_dim` is no positive number.
@@ -184,8 +185,7 @@ def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) ->
         return _automatic(seed, proj_dim, device)
     makers: dict[str, Callable[[int, int, torch.device], Projector]] = {
         "sparse": Sparse,
-        "trak_cuda": TrakCuda,
-        "trak_basic": TrakBasic,
+        "trak": TrakCuda if device.type == "cuda" else TrakBasic,
     }
     if kind not in makers:
         raise ValueError(f"{kind} is none of the projectors {', '.join(KINDS)}")
@@ -201,7 +201,7 @@ def _automatic(seed: int, proj_dim: int, device: torch.device) -> Projector:
     note = ""
     if device.type == "cuda":
         try:
-            projector = make_projector("trak_cuda", seed, proj_dim, device)
+            projector = make_projector("trak", seed, proj_dim, device)
             projector.about += "; sparse gives features of the same quality for less time"
             return projector
         except ValueError as error:

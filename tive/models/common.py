@@ -237,26 +237,20 @@ def freeze(model: Any, gradient_checkpointing: bool) -> None:
                 module.training = True
 
 
-def target_modules(
-    reference: Reference, grad_modules: str = "self_attn", last_layers: int | None = None
-) -> dict[str, nn.Linear]:
+def target_modules(reference: Reference, grad_modules: str = "self_attn") -> dict[str, nn.Linear]:
     """The LoRA matrices whose gradients count, in the model's order, by canonical name (`layers.3.self_attn.q_proj.A`).
 
     Only what lies below the language model's layers: a vision tower has a `self_attn` and a `q_proj` too.
 
     Args:
         grad_modules: comma-separated parts of a module's path in its layer (`self_attn`, `q_proj,v_proj`), or `all`.
-        last_layers: count the last N layers alone.
 
     Raises:
-        UserError: nothing is counted, or there are fewer layers.
+        UserError: nothing is counted.
     """
     wanted = {part.strip() for part in grad_modules.split(",") if part.strip()}
-    layers = reference.layers
-    if last_layers is not None and not 1 <= last_layers <= len(layers):
-        raise UserError(f"last_layers {last_layers} is not one of 1 .. {len(layers)}")
     matrices: dict[str, nn.Linear] = {}
-    for number, layer in list(enumerate(layers))[-last_layers if last_layers else 0 :]:
+    for number, layer in enumerate(reference.layers):
         for path, module in layer.named_modules():
             if hasattr(module, "lora_A") and (wanted == {"all"} or wanted & set(path.split("."))):
                 matrices[f"layers.{number}.{path}.A"] = module.lora_A["default"]

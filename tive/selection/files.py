@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from tive.data.records import Records, copy_records
-from tive.features.chunks import Chunk
-from tive.features.manifest import COMMON_KEYS
+from tive.features.chunk import COMMON_KEYS
+from tive.features.folder import Chunk
 from tive.selection.mixture import Mixture
 from tive.selection.summary import (
     MAX_COUNT,

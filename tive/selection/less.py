@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tive.data.content import record_hash
-from tive.features.chunks import Chunk, open_chunks
-from tive.features.manifest import Match
+from tive.features.chunk import Match
+from tive.features.folder import Chunk, open_chunks
 from tive.method.target import best_subtask, checkpoint_weights, mean_rates_since, mean_subtask, ranking, votes
 from tive.method.value import rounded_down
 from tive.selection.files import Chosen
@@ -25,7 +25,6 @@ from tive.util.text import shown
 _PAIRED = {
     "model": "model",
     "grad_modules": "target modules",
-    "last_layers": "layers",
     "counted_parameters": "counted parameters",
     "projector": "projector",
     "proj_seed": "projection's seed",

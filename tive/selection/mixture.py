@@ -16,7 +16,7 @@ from tive.data.conversations import form_problem
 from tive.data.records import Records, open_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
-from tive.features.chunks import Chunk
+from tive.features.folder import Chunk
 from tive.util.errors import UserError
 
 NO_TASK = "(no task)"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tive.data.records import open_records
+from tive.features.loader import EncodedRecords, Loader
 from tive.models import Encoded, LeftOut
-from tive.models.loading import EncodedRecords, encoded_windows
 from tive.util.errors import UserError
 
 COUNT = 24
@@ -49,33 +49,34 @@ def dataset_of(folder: Path, **asked: dict[int, Any]) -> EncodedRecords:
     return EncodedRecords(SimpleNamespace(encode=encode), folder, open_records(folder / "data.json"), "")
 
 
-WINDOWS = [list(range(start, start + 6)) for start in range(0, COUNT, 6)]
+ROWS = list(range(COUNT))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_every_window_holds_its_records_in_order_or_their_reasons(tmp_path, num_workers):
+def test_every_row_comes_with_its_record_or_its_reason_in_order(tmp_path, num_workers):
     dataset = dataset_of(tmp_path, do={3: "leave out", 8: "fail"})
-    windows = [[0, 1, 3], [], [8, 5], [20]]
-    with encoded_windows(dataset, windows, num_workers) as ahead:
-        found = list(ahead)
-    assert [list(window) for window in found] == windows
-    reasons = {row: item for window in found for row, item in window.items() if isinstance(item, str)}
+    rows = [0, 1, 3, 8, 5, 20]
+    with Loader(dataset, num_workers).read(rows) as items:
+        found = dict(items)
+    assert list(found) == rows
+    reasons = {row: item for row, item in found.items() if isinstance(item, str)}
     assert reasons == {3: "for a reason", 8: "cannot be encoded: KeyError: 'unforeseen'"}
 
 
-def test_while_a_window_is_used_the_next_is_read(tmp_path):
-    with encoded_windows(dataset_of(tmp_path), WINDOWS, 2) as ahead:
-        next(ahead)
+def test_while_a_record_is_used_the_next_are_read_and_no_more_than_memory_should_hold(tmp_path):
+    with Loader(dataset_of(tmp_path), 2).read(ROWS * 20) as items:
+        next(items)
         for _ in range(200):
-            read = {path.name for path in tmp_path.glob("read_*")}
-            if {f"read_r{row}" for row in WINDOWS[1]} <= read:
+            if len(list(tmp_path.glob("read_*"))) == COUNT:
                 break
             time.sleep(0.05)
         else:
-            pytest.fail(f"only {sorted(read)} were read")
-        # And no further: what is read waits in memory.
-        time.sleep(0.3)
-        assert f"read_r{WINDOWS[3][0]}" not in {path.name for path in tmp_path.glob("read_*")}
+            pytest.fail("nothing was read ahead")
+    with Loader(dataset_of(tmp_path, size=dict.fromkeys(range(COUNT), 8)), 2).read(ROWS * 20) as items:
+        next(items)
+        time.sleep(0.5)
+        left = sum(1 for _ in items)
+    assert left == COUNT * 20 - 1
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -85,7 +86,7 @@ def test_a_worker_that_is_killed_while_it_reads_ends_the_run_and_names_the_recor
         pytest.raises(
             UserError, match=r"was killed \(signal 9\) while it read .*record 13 \(id '?r13'?\), image 13.png"
         ),
-        encoded_windows(dataset, WINDOWS, num_workers) as ahead,
+        Loader(dataset, num_workers).read(ROWS) as ahead,
     ):
         for _ in ahead:
             pass
@@ -97,7 +98,7 @@ def test_a_worker_that_is_killed_at_any_moment_ends_the_run_at_once_wherever_the
     before, begin = set(children_of(os.getpid())), time.perf_counter()
     with (
         pytest.raises(UserError, match="a process that reads records was killed"),
-        encoded_windows(dataset, WINDOWS, 1) as ahead,
+        Loader(dataset, 1).read(ROWS) as ahead,
     ):
         next(ahead)
         (worker,) = set(children_of(os.getpid())) - before
@@ -111,7 +112,7 @@ def test_a_lack_of_memory_ends_the_run_and_is_no_reason_to_leave_the_record_out(
     dataset = dataset_of(tmp_path, do={7: "lack memory"})
     with (
         pytest.raises(UserError, match=r"memory ran out while .*record 7 .* was read"),
-        encoded_windows(dataset, WINDOWS, num_workers) as ahead,
+        Loader(dataset, num_workers).read(ROWS) as ahead,
     ):
         for _ in ahead:
             pass
@@ -121,7 +122,7 @@ def test_other_errors_of_the_run_pass_through_and_no_worker_stays(tmp_path):
     before = children_of(os.getpid())
     with (
         pytest.raises(RuntimeError, match="of its own"),
-        encoded_windows(dataset_of(tmp_path), WINDOWS, 2) as ahead,
+        Loader(dataset_of(tmp_path), 2).read(ROWS) as ahead,
     ):
         next(ahead)
         assert len(children_of(os.getpid())) == len(before) + 2
@@ -132,14 +133,14 @@ def test_other_errors_of_the_run_pass_through_and_no_worker_stays(tmp_path):
 STUCK = """
 import os, signal, sys, time
 from pathlib import Path
-from tests.models import test_loading
+from tests.features import test_loader
 folder = Path(sys.argv[1])
 def stuck(processor, record, image_folder):
     time.sleep(0 if record["id"] in ("r0", "r1") else 1000)
-    return test_loading.Encoded(1, 1, "text", b"")
-dataset = test_loading.dataset_of(folder)
+    return test_loader.Encoded(1, 1, "text", b"")
+dataset = test_loader.dataset_of(folder)
 dataset.encode = stuck
-with test_loading.encoded_windows(dataset, [[0, 1], [2], [3]], 1) as ahead:
+with test_loader.Loader(dataset, 1).read([0, 1, 2, 3]) as ahead:
     next(ahead)
 print("left", flush=True)
 """

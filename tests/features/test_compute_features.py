@@ -77,8 +77,8 @@ def test_json_lines_and_an_image_in_a_list_give_the_same_features(whole, tmp_pat
 
 
 def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp_path):
-    result = run_step(tmp_path, "--last_layers", 1, "--grad_modules", "q_proj,v_proj")
-    assert result.code == 0 and "4,096 parameters count, in 4 LoRA matrices" in result.out
+    result = run_step(tmp_path, "--grad_modules", "q_proj,v_proj")
+    assert result.code == 0 and "8,192 parameters count, in 8 LoRA matrices" in result.out
     assert (read(tmp_path)["norms"] < read(whole[0])["norms"]).all()
 
 
@@ -89,9 +89,8 @@ def test_fewer_counted_matrices_give_smaller_norms_and_other_features(whole, tmp
         (["--device", "cuda:7"], "the device cuda:7"),
         (["--device", "toaster"], "'toaster' is not a device"),
         (["--batch_size", 0], "--batch_size"),
-        (["--projector", "trak_cuda"], "cannot project: trak_cuda does not work here"),
+        (["--projector", "trak_cuda"], "--projector"),
         (["--grad_modules", "attention"], "grad_modules attention names no"),
-        (["--last_layers", 9], "last_layers 9 is not one of"),
     ],
 )
 def test_a_mistake_in_the_arguments_ends_in_one_line_and_writes_nothing(tmp_path, arguments, complaint):

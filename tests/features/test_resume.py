@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.helpers.golden_model import GOLDEN, RECORDS, fork_step, log_of, run_step, write_records
-from tive.features.lock import hold_chunk
+from tive.features.store import hold
 
 CHUNK_FILES = {"output_0.pt", "output_norm_0.json", "manifest_0.json"}
 
@@ -63,7 +63,7 @@ def whole(tmp_path_factory) -> Path:
 def all_windows(tmp_path_factory) -> Path:
     """A run killed when all windows were done and none of the chunk's files was written."""
     folder = tmp_path_factory.mktemp("begun") / "features"
-    process = fork_step(folder, die_at="tive.features.chunks.write_chunk")
+    process = fork_step(folder, die_at="tive.features.chunk.write_chunk")
     process.join()
     assert process.exitcode == -signal.SIGKILL and len(notes(folder)) == 6
     return folder
@@ -74,7 +74,7 @@ def begun(all_windows, tmp_path) -> Path:
     return shutil.copytree(all_windows, tmp_path / "features")
 
 
-@pytest.mark.parametrize("die_at", [2, 9, "tive.features.chunks.write_json"])
+@pytest.mark.parametrize("die_at", [2, 9, "tive.features.chunk.write_json"])
 def test_killed_at_a_write_the_same_command_gives_the_same_bytes(whole, tmp_path, die_at):
     folder = tmp_path / "features"
     process = fork_step(folder, die_at=die_at)
@@ -110,7 +110,7 @@ def test_killed_between_the_last_window_and_the_chunks_files_nothing_is_computed
 
 def test_killed_after_the_manifest_the_chunk_is_complete_and_swept_up(whole, tmp_path):
     folder = tmp_path / "features"
-    process = fork_step(folder, die_at="tive.features.progress.remove_progress")
+    process = fork_step(folder, die_at="shutil.rmtree")
     process.join()
     assert process.exitcode == -signal.SIGKILL and (folder / "progress_0").is_dir()
     done = run_step(folder)
@@ -170,7 +170,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line(tmp_path):
 
 def test_a_second_process_on_the_chunk_stops(begun):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    with hold_chunk(begun, 0):
+    with hold(begun / ".lock_0", "computing chunk 0"):
         process = fork_step(begun)
         process.join()
     assert process.exitcode == 2
@@ -183,11 +183,12 @@ def test_a_second_process_on_the_chunk_stops(begun):
     [
         (["--proj_dim", 256], "proj_dim 512, now 256"),
         (["--seed", 1], "proj_seed 0, now 1"),
-        (["--batch_size", 4], "batch_size 16, now 4"),
+        (["--dtype", "bfloat16"], "dtype float32, now bfloat16"),
+        (["--el2n"], "el2n False, now True"),
         (["--grad_modules", "all"], "grad_modules self_attn, now all"),
         (["--num_chunks", 2, "--chunk_idx", 0], "num_chunks 1, now 2"),
         (["--num_chunks", 2, "--chunk_idx", 1], "num_chunks 1, now 2"),
-        (["--projector", "trak_basic"], "projector sparse, now trak_basic"),
+        (["--projector", "trak"], "projector sparse, now trak"),
         (["data"], "data_sha256"),
         (["model"], "model "),
     ],
@@ -213,7 +214,7 @@ def test_a_run_that_differs_is_refused_by_name_and_harms_nothing(whole, begun, t
 
 
 def test_overwrite_starts_afresh_and_is_itself_continued(whole, begun, tmp_path):
-    process = fork_step(begun, "--seed", 1, "--overwrite", die_at="tive.features.chunks.write_chunk")
+    process = fork_step(begun, "--seed", 1, "--overwrite", die_at="tive.features.chunk.write_chunk")
     process.join()
     done = run_step(begun, "--seed", 1)
     assert done.code == 0 and "continuing: 48 of 48" in done.out
@@ -229,13 +230,13 @@ def test_overwrite_starts_afresh_and_is_itself_continued(whole, begun, tmp_path)
 def test_a_damaged_window_is_found_and_computed_again(whole, begun, name, place):
     flip(begun / "progress_0" / name, place)
     done = run_step(begun)
-    assert done.code == 0 and "records 16 to 23: damaged on disk, computed again" in done.out
+    assert done.code == 0 and "window_000000016.json is damaged" in done.out
     assert "continuing: 40 of 48" in done.out
     assert content(begun) == content(whole)
 
 
 def test_damage_to_what_describes_the_run_costs_no_window(whole, begun):
-    flip(begun / "progress_0" / "run.json", 0)
+    flip(begun / "progress_0" / "match.json", 0)
     (begun / "progress_0" / "window_000000024.json").write_bytes(b"")
     done = run_step(begun)
     assert done.code == 0 and "continuing: 40 of 48" in done.out
@@ -281,9 +282,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
             fill(disk)
         else:
             function = (
-                "tive.features.progress.Progress.state"
-                if moment == "at a window"
-                else "tive.features.chunks.whole_file"
+                "tive.features.store.Store.write" if moment == "at a window" else "tive.features.chunk.whole_file"
             )
             unpatched = pkgutil.resolve_name(function)
 
@@ -301,3 +300,29 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
         assert run_step(folder).code == 0
         assert content(folder) == content(whole)
         assert visible(folder) == CHUNK_FILES
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--batch_size", 4),
+        ("--gradient_checkpointing",),
+        ("--max_batch_tokens", 200),
+        ("--window", 5),
+        ("--window", 16),
+    ],
+    ids=str,
+)
+def test_how_a_chunk_is_computed_may_change_while_it_is_and_afterwards(whole, begun, more):
+    for name in ("window_000000016.json", "window_000000024.json"):
+        (begun / "progress_0" / name).unlink()
+    done = run_step(begun, *more)
+    assert done.code == 0 and "continuing: 32 of 48" in done.out, done.err
+    kept, now = (torch.load(folder / "output_0.pt", weights_only=True) for folder in (whole, begun))
+    assert torch.allclose(kept["norms"], now["norms"], rtol=1e-5)
+    assert torch.allclose(kept["features"].float(), now["features"].float(), atol=2e-3)
+    assert "is complete" in run_step(begun).out
+    # And between the chunks of a folder.
+    for chunk, how in enumerate(((), more)):
+        done = run_step(begun.parent / "two", "--num_chunks", 2, "--chunk_idx", chunk, *how)
+        assert done.code == 0, done.err

@@ -1,6 +1,6 @@
-"""The feature files between the gradient step and the selection: write, verify, open as memory-mapped chunks.
+"""The feature folder, read: its chunks memory-mapped, verified to be whole and to belong together.
 
-A chunk is three files: `output_{k}.pt` (features and norms), `output_norm_{k}.json` (the norms, for people), and
+A chunk is three files: `output_{k}.pt` (features and columns), `output_norm_{k}.json` (the norms, for people), and
 `manifest_{k}.json`, written last: where it is, the chunk is whole. The paper's release wrote `output_{k}` without a
 suffix, a list of `[<=16, d]` tensors, and no manifest; such folders are read too.
 """
@@ -11,8 +11,10 @@ import inspect
 import math
 import os
 import re
+import threading
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,21 @@ import numpy as np
 import torch
 
 from tive.data.records import Records
-from tive.features.manifest import COMMON_KEYS, DAMAGED, LeftOutRecord, Manifest, Match, RecordScores, read_manifest
+from tive.features.chunk import COLUMNS, COMMON_KEYS, Match, match_of_manifest
+from tive.features.store import LeftOutRecord
 from tive.util.errors import UserError
-from tive.util.files import HashingFile, read_json, whole_file, write_json
+from tive.util.files import read_json
+from tive.util.memory import available_memory
 from tive.util.text import listed, shown
 
+SPAN_ROWS = 4096
+_DAMAGED = "it may be damaged or unfinished: make this chunk again"
+_READ_BYTES = 8 << 20
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
 # LLaVA's own environment has torch 2.0, which reads a file into memory instead.
 _CAN_MAP = "mmap" in inspect.signature(torch.load).parameters
-# What a pass tells of a record beside its features, and the types that hold it.
-_SCORE_TYPES = {
-    "norms": torch.float32,
-    "losses": torch.float32,
-    "supervised_tokens": torch.int32,
-    "tokens": torch.int32,
-    "el2n": torch.float32,
-}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_COLUMN_TYPES = {name: torch.float32 if kind is np.float32 else torch.int32 for name, kind in COLUMNS.items()}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Chunk:
 
     Attributes:
         blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
-        scores: of each record by name, `[n]`: float64 `norms`, and what else its pass kept (`RecordScores`); features
-            of the release and of before version 2 have norms alone.
+        scores: of each record by name, float64 `[n]`: the columns that its pass kept; features of the release and of
+            before version 2 have `norms` alone.
         match: None for the release's files, which have no manifest.
         manifest: how it was made; empty for the release's files.
     """
@@ -64,51 +65,6 @@ class Chunk:
     def norms(self) -> np.ndarray:
         """L2 norms of the unprojected gradients, float64 `[n]`."""
         return self.scores["norms"]
-
-
-def write_chunk(
-    folder: str | os.PathLike[str],
-    match: Match,
-    features: torch.Tensor,
-    scores: RecordScores,
-    left_out: list[LeftOutRecord],
-    manifest: dict[str, Any],
-) -> None:
-    """Write the three files of a chunk, each whole, the manifest last.
-
-    The manifest is given the SHA-256 of `output_{k}.pt`.
-
-    Args:
-        features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
-            be memory-mapped and larger than memory. The row of a record that was left out is zero.
-        manifest: how the chunk was made.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    folder, chunk = Path(folder), match.chunk_idx
-    tensors = {name: torch.from_numpy(array).to(_SCORE_TYPES[name]) for name, array in scores.arrays().items()}
-    with whole_file(folder / f"output_{chunk}.pt") as file:
-        hashing = HashingFile(file)
-        content = {"features": _own_storage(features.half()), **tensors, "match": asdict(match)}
-        torch.save(content, hashing)  # type: ignore[arg-type]  # `write` is all that it asks for
-    write_json(
-        folder / f"output_norm_{chunk}.json",
-        [norm if math.isfinite(norm) else None for norm in scores.norms.tolist()],
-        indent=None,
-    )
-    entries = [asdict(entry) for entry in left_out]
-    write_json(
-        folder / f"manifest_{chunk}.json",
-        {"match": asdict(match), "sha256": hashing.sha256, "left_out": entries, **manifest},
-    )
-
-
-def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """`torch.save` writes the whole storage that a view lies in; a part of one is copied first."""
-    tensor = tensor.detach().cpu().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
 
 
 def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int | None = None) -> list[Chunk]:
@@ -133,37 +89,37 @@ def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int
             f"{folder} holds feature files of two kinds ({_chunks(numbers['.pt'], 'output_{}.pt')} and "
             f"{_chunks(numbers[None], 'output_{}')}); keep one kind in the folder"
         )
-    found = numbers[".pt"] or numbers[None]
+    present = numbers[".pt"] or numbers[None]
     if numbers[".pt"]:
-        manifests = _read_manifests(folder, found, records)
-        _check_complete(folder, found, manifests[found[0]].match.num_chunks, chunk_num)
-        chunks = [_open_chunk(folder, number, manifests[number]) for number in found]
+        manifests = _read_manifests(folder, present, records)
+        _check_complete(folder, present, manifests[present[0]][0].num_chunks, chunk_num)
+        chunks = [_open_chunk(folder, number, *manifests[number]) for number in present]
     else:
-        _check_complete(folder, found, found[-1] + 1, chunk_num)
+        _check_complete(folder, present, present[-1] + 1, chunk_num)
         chunks = []
-        for number in found:
+        for number in present:
             chunks.append(_open_release_chunk(folder, number, chunks[-1].stop if chunks else 0))
     _check_cover(folder, chunks, records)
     return chunks
 
 
-def _read_manifests(folder: Path, found: list[int], records: Records) -> dict[int, Manifest]:
+def _read_manifests(folder: Path, numbers: list[int], records: Records) -> dict[int, tuple[Match, dict[str, Any]]]:
     """The manifest of each chunk; they agree in every common key, and with the data file."""
-    unfinished = [number for number in found if not (folder / f"manifest_{number}.json").is_file()]
+    unfinished = [number for number in numbers if not (folder / f"manifest_{number}.json").is_file()]
     if unfinished:
         raise UserError(
             f"{folder}: {_chunks(unfinished)} not finished (no manifest); run compute_gradient_features.py "
             f"again with {_chunks(unfinished, 'chunk_idx {}')}"
         )
-    manifests = {number: read_manifest(folder / f"manifest_{number}.json", number) for number in found}
+    manifests = {number: _read_manifest(folder / f"manifest_{number}.json", number) for number in numbers}
     for key in COMMON_KEYS:
         values: dict[Any, list[int]] = {}
-        for number in found:
-            values.setdefault(getattr(manifests[number].match, key), []).append(number)
+        for number, (match, _) in manifests.items():
+            values.setdefault(getattr(match, key), []).append(number)
         if len(values) > 1:
-            differing = "; ".join(f"{_chunks(numbers)} {shown(repr(value), 24)}" for value, numbers in values.items())
+            differing = "; ".join(f"{_chunks(those)} {shown(repr(value), 24)}" for value, those in values.items())
             raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
-    first = manifests[found[0]].match
+    first = manifests[numbers[0]][0]
     if (first.data_sha256, first.data_records) != (records.fingerprint, len(records)):
         raise UserError(
             f"{folder} holds features of another data file (SHA-256 {first.data_sha256[:12]}…, "
@@ -173,64 +129,84 @@ def _read_manifests(folder: Path, found: list[int], records: Records) -> dict[in
     return manifests
 
 
-def _check_complete(folder: Path, found: list[int], expected: int, chunk_num: int | None) -> None:
-    missing = sorted(set(range(min(expected, 1 << 20))) - set(found))
+def _read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
+    """What a manifest says: its `match`, and the rest, in which `left_out` is checked."""
+    content = read_json(path)
+    try:
+        match = match_of_manifest(content)
+        left_out = msgspec.convert(content["left_out"], list[LeftOutRecord])
+    except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a chunk's manifest ({error}); {_DAMAGED}") from error
+    if match.chunk_idx != number or not 0 <= match.start <= match.stop <= match.data_records:
+        raise UserError(
+            f"{path} describes chunk {match.chunk_idx}, records {match.start} .. {match.stop}, which does not "
+            "fit its name; was it renamed? make this chunk again"
+        )
+    if not all(entry.row in match.rows for entry in left_out):
+        raise UserError(f"{path} leaves out a row outside the chunk; {_DAMAGED}")
+    return match, {name: value for name, value in content.items() if name != "match"} | {"left_out": left_out}
+
+
+def _check_complete(folder: Path, present: list[int], expected: int, chunk_num: int | None) -> None:
+    missing = sorted(set(range(min(expected, 1 << 20))) - set(present))
     if missing:
         raise UserError(
             f"{folder}: {_chunks(missing)} of {expected} missing; run compute_gradient_features.py with "
             f"num_chunks {expected} and {_chunks(missing, 'chunk_idx {}')}"
         )
-    if len(found) > expected:
-        raise UserError(f"{folder} holds {len(found)} chunks of a run of {expected}; remove those of another run")
-    if chunk_num is not None and chunk_num != len(found):
-        raise UserError(f"{folder} holds {len(found)} chunks, not {chunk_num}; leave chunk_num out")
+    if len(present) > expected:
+        raise UserError(f"{folder} holds {len(present)} chunks of a run of {expected}; remove those of another run")
+    if chunk_num is not None and chunk_num != len(present):
+        raise UserError(f"{folder} holds {len(present)} chunks, not {chunk_num}; leave chunk_num out")
 
 
-def _open_chunk(folder: Path, number: int, manifest: Manifest) -> Chunk:
-    path, match = folder / f"output_{number}.pt", manifest.match
+def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -> Chunk:
+    path = folder / f"output_{number}.pt"
     content = _load(path)
     if not isinstance(content, dict) or not {"features", "norms", "match"} <= content.keys():
-        raise UserError(f"{path} is not a feature file (no features, norms and match); {DAMAGED}")
+        raise UserError(f"{path} is not a feature file (no features, norms and match); {_DAMAGED}")
     try:
-        own = msgspec.convert(content["match"], Match)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path} has no valid `match` ({error}); {DAMAGED}") from error
-    differing = [key.name for key in fields(Match) if getattr(own, key.name) != getattr(match, key.name)]
+        # Older versions have fewer keys here than in the manifest.
+        inside = msgspec.convert({"dtype": match.dtype, "el2n": match.el2n} | content["match"], Match)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UserError(f"{path} has no valid `match` ({error}); {_DAMAGED}") from error
+    differing = [key.name for key in fields(Match) if getattr(inside, key.name) != getattr(match, key.name)]
     if differing:
         raise UserError(f"{path} and manifest_{number}.json differ in `{differing[0]}`; make this chunk again")
     features, records = content["features"], match.stop - match.start
     _check_tensor(path, features, 2)
     scores = {}
-    for name in content.keys() & _SCORE_TYPES.keys():
-        _check_tensor(path, content[name], 1, (_SCORE_TYPES[name], torch.float32))
+    for name in content.keys() & _COLUMN_TYPES.keys():
+        _check_tensor(path, content[name], 1, (_COLUMN_TYPES[name], torch.float32))
         scores[name] = content[name].double().numpy()
     wrong = [name for name, values in scores.items() if len(values) != records]
     if features.shape != (records, match.proj_dim) or wrong:
         sizes = ", ".join(f"{len(scores[name])} {name}" for name in wrong or ["norms"])
         raise UserError(
             f"{path} holds features {list(features.shape)} and {sizes} where {[records, match.proj_dim]} was "
-            f"announced; {DAMAGED}"
+            f"announced; {_DAMAGED}"
         )
-    return Chunk(path, match.start, match.stop, [features], scores, match, manifest.left_out, manifest.made)
+    left_out = made.pop("left_out")
+    return Chunk(path, match.start, match.stop, [features], scores, match, left_out, made)
 
 
 def _open_release_chunk(folder: Path, number: int, start: int) -> Chunk:
     path, norm_path = folder / f"output_{number}", folder / f"output_norm_{number}.json"
     blocks = _load(path)
     if not isinstance(blocks, list):
-        raise UserError(f"{path} is not a list of feature tensors, as the release writes it; {DAMAGED}")
+        raise UserError(f"{path} is not a list of feature tensors, as the release writes it; {_DAMAGED}")
     for block in blocks:
         _check_tensor(path, block, 2)
     norms = read_json(norm_path)
     if not isinstance(norms, list) or not all(norm is None or type(norm) in (int, float) for norm in norms):
-        raise UserError(f"{norm_path} is not a list of numbers; {DAMAGED}")
+        raise UserError(f"{norm_path} is not a list of numbers; {_DAMAGED}")
     records = sum(len(block) for block in blocks)
     if len(norms) != records:
-        raise UserError(f"{path} holds {records} records and {norm_path.name} {len(norms)} norms; {DAMAGED}")
+        raise UserError(f"{path} holds {records} records and {norm_path.name} {len(norms)} norms; {_DAMAGED}")
     try:
         values = np.array([math.nan if norm is None else norm for norm in norms], np.float64)
     except OverflowError as error:
-        raise UserError(f"{norm_path} holds a number beyond floating point; {DAMAGED}") from error
+        raise UserError(f"{norm_path} holds a number beyond floating point; {_DAMAGED}") from error
     return Chunk(path, start, start + records, blocks, {"norms": values})
 
 
@@ -249,18 +225,15 @@ def _load(path: Path) -> Any:
             return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
     except Exception as error:  # damaged bytes raise nearly every kind of exception
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
-        raise UserError(f"{path} is not a file of plain tensors ({reason}); {DAMAGED}") from error
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+        raise UserError(f"{path} is not a file of plain tensors ({reason}); {_DAMAGED}") from error
 
 
 def _check_tensor(path: Path, tensor: Any, dimensions: int, types: tuple[torch.dtype, ...] = _FLOATS) -> None:
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.dim() != dimensions or not tensor.is_contiguous():
-        raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {DAMAGED}")
+        raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {_DAMAGED}")
     if tensor.dtype not in types:
-        raise UserError(f"{path} holds {tensor.dtype} numbers, not {types[0]} or {types[-1]}; {DAMAGED}")
+        raise UserError(f"{path} holds {tensor.dtype} numbers, not {types[0]} or {types[-1]}; {_DAMAGED}")
 
 
 def _check_cover(folder: Path, chunks: list[Chunk], records: Records) -> None:
@@ -288,3 +261,64 @@ def _check_cover(folder: Path, chunks: list[Chunk], records: Records) -> None:
 
 def _chunks(numbers: list[int], form: str = "chunk {}") -> str:
     return listed([form.format(number) for number in numbers])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
+
+    start: int
+    pieces: list[torch.Tensor]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    def load(self) -> torch.Tensor:
+        """The features `[rows, d]`, as they are on disk."""
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
+
+
+def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
+    """Every row of the chunks, in order, in spans of at most `SPAN_ROWS`, for the linear passes over them."""
+    spans = []
+    for chunk in chunks:
+        groups: list[list[torch.Tensor]] = []
+        room = 0
+        for piece in (piece for block in chunk.blocks for piece in block.split(SPAN_ROWS) if len(piece)):
+            # The release's tensors of 16 rows are gathered until a span is full.
+            if len(piece) > room:
+                groups.append([])
+                room = SPAN_ROWS
+            groups[-1].append(piece)
+            room -= len(piece)
+        row = chunk.start
+        for pieces in groups:
+            spans.append(Span(row, pieces))
+            row += sum(len(piece) for piece in pieces)
+    return spans
+
+
+def read_ahead(*folders: str | os.PathLike[str]) -> None:
+    """Start to read folders' feature files into the page cache, as many as half of the available memory holds.
+
+    Rows out of order, which the passes take, would read a cold disk in small steps. A file that cannot be read is left
+    to the one who opens it.
+    """
+    paths = [path for folder in folders for path in sorted(Path(folder).glob("output_*"))]
+    threading.Thread(target=_read_whole, args=(paths,), daemon=True).start()
+
+
+def _read_whole(paths: list[Path]) -> None:
+    room = (available_memory() or 0) // 2
+    buffer = bytearray(_READ_BYTES)
+    for path in paths:
+        try:
+            room -= path.stat().st_size
+            if room < 0:
+                return
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        except OSError:
+            continue

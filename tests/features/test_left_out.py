@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
+import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.feature_files import run_of
-from tests.helpers.golden_model import GOLDEN, RECORDS, run_step, write_records
+from tests.helpers.golden_model import GOLDEN, RECORDS, ROOT, run_step, write_records
+from tests.helpers.reference import encode_golden, load_golden
 from tive.data.images import BadImage, find_image, open_image
-from tive.features.progress import Progress
-from tive.gradient_pass import run
+from tive.features.step import GradientStep
 
 
 def record(image: str | None = None, answer: str = "red", **more) -> dict:
@@ -312,42 +314,21 @@ def test_many_records_without_supervised_tokens_stop_the_run_with_the_hint(tmp_p
         assert [entry["row"] for entry in listed] == [3, 30, 41]
 
 
-def unanswered() -> list:
-    """The records, of which three end with the user's turn, as the trainer masks whole, and one has no image file."""
+def test_the_command_that_the_stopped_run_gives_writes_data_that_goes_through(tmp_path):
     records = copy.deepcopy(RECORDS)
     for row in (3, 30, 41):
-        records[row] = record() | {"conversations": record()["conversations"] + record()["conversations"][:1]}
-    records[20]["image"] = "nowhere.png"
-    return records
-
-
-@pytest.mark.parametrize("most, code", [(0.0, 2), (0.05, 2), (0.0625, 0), (1.0, 0)])
-def test_a_stated_share_of_records_may_be_left_out_for_what_is_rarely_their_fault(tmp_path, most, code):
-    data = write_records(tmp_path / "data.json", unanswered())
-    done = run_step(tmp_path / "out", "--input_file", data, "--on_bad_record", "skip", "--most_left_out", most)
-    assert done.code == code, done.err
-    if code:
-        assert (
-            f"above {most * 100:.3g}% of the chunk" in done.err
-            and "on_bad_record skip and a higher most_left_out" in done.err
-        )
-    else:
-        assert "44 features, 4 records left out (3 no supervised token, 1 missing image)" in done.out
-
-
-@pytest.mark.parametrize(
-    "more, told",
-    [
-        (["--on_bad_record", "skip", "--most_left_out", 1.5], "1.5 is not a share"),
-        (["--on_bad_record", "skip", "--most_left_out", -0.1], "-0.1 is not a share"),
-        (["--on_bad_record", "skip", "--most_left_out", "nan"], "nan is not a share"),
-        (["--most_left_out", 0.5], "add --on_bad_record skip"),
-    ],
-    ids=str,
-)
-def test_a_limit_that_cannot_be_meant_is_refused(tmp_path, more, told):
-    done = run_step(tmp_path / "out", *more)
-    assert done.code == 2 and told in done.err and not (tmp_path / "out").exists()
+        records[row] = record() | {"conversations": TOO_LONG}
+    data = write_records(tmp_path / "data.json", records)
+    stopped = run_step(tmp_path / "out", "--input_file", data)
+    command = re.search(r"`python (scripts/convert_data.py [^`]*)`", stopped.err)[1].split()
+    subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    done = run_step(tmp_path / "out_good", "--input_file", tmp_path / "good.json")
+    assert done.code == 0 and "45 features, 0 records left out" in done.out
 
 
 def test_few_records_without_supervised_tokens_are_left_out(tmp_path):
@@ -359,15 +340,18 @@ def test_few_records_without_supervised_tokens_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("bad, code", [({20}, 0), ({1, 9, 20}, 2)])
 def test_gradients_that_are_not_finite_are_left_out_and_many_stop_the_run(tmp_path, monkeypatch, bad, code):
-    whole = run.compute_records
+    whole = GradientStep.__call__
 
-    def compute_records(step, records, *more):
-        computed = whole(step, records, *more)
-        for row in bad & set(computed.results):
-            computed.results[row] = replace(computed.results[row], norm=float("nan"))
-        return computed
+    def poisoned(step, batch):
+        results = whole(step, batch)
+        for place, item in enumerate(batch):
+            if pickle.dumps(item) in wanted:
+                results["norms"][place] = float("nan")
+        return results
 
-    monkeypatch.setattr(run, "compute_records", compute_records)
+    reference = load_golden()
+    wanted = [pickle.dumps(encode_golden(reference)[row]) for row in bad]
+    monkeypatch.setattr(GradientStep, "__call__", poisoned)
     done = run_step(tmp_path / "out")
     assert done.code == code
     if code:
@@ -409,7 +393,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
         (["--model_base", "nowhere"], "the base model nowhere is neither"),
         (["--model_path", "nowhere"], "nowhere holds no model"),
         (["--vision_tower", "./nowhere"], "the vision tower ./nowhere is not there"),
-        (["--output_file", GOLDEN / "data.json"], "cannot write to the feature folder"),
+        (["--output_file", GOLDEN / "data.json"], "cannot write to the folder"),
         (["--num_chunks", 2], "num_chunks 2 without chunk_idx"),
         (["--chunk_idx", 3, "--num_chunks", 2], "chunk 3 (arguments) is not one of 0 .. 1"),
         (["--device", "tpu"], "'tpu' is not a device"),
@@ -427,8 +411,3 @@ def test_an_empty_chunk_past_the_end_is_complete_at_once(tmp_path):
     assert done.code == 0
     assert torch.load(tmp_path / "out" / "output_46.pt", weights_only=True)["features"].shape == (0, 512)
     assert json.loads((tmp_path / "out" / "output_norm_46.json").read_text()) == []
-
-
-def test_windows_cover_the_chunk_once(tmp_path):
-    progress = Progress(tmp_path, run_of(start=5, stop=38, window=10, proj_dim=4), False)
-    assert [row for rows in progress.windows() for row in rows] == list(range(5, 38))

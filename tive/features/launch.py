@@ -1,12 +1,14 @@
-"""Which chunk this process has: from its arguments, torchrun or SLURM. No process talks to another."""
+"""Which chunks this process computes: from its arguments, torchrun or SLURM. No process talks to another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from tive.features.store import Held
 from tive.util.errors import UserError
+from tive.util.text import listed
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,36 @@ def place_of(num_chunks: int | None, chunk_idx: int | Literal["any"] | None, env
             "chunk_idx and the array, which start at 0"
         )
     return place
+
+
+def compute_open_chunks(num_chunks: int, compute: Callable[[int], None]) -> None:
+    """Compute the lowest open chunk again and again, until each is complete, failed here, or held by another process.
+
+    A chunk of a process that was lost is open again, and is taken like any other.
+
+    Args:
+        compute: computes a chunk, or finds it complete; raises `Held` where another process computes it.
+
+    Raises:
+        UserError: chunks failed; each is named with its reason.
+    """
+    done: set[int] = set()
+    held: set[int] = set()
+    failed: dict[int, UserError] = {}
+    while open_chunks := sorted(set(range(num_chunks)) - done - held - failed.keys()):
+        chunk = open_chunks[0]
+        try:
+            compute(chunk)
+        except Held:
+            held.add(chunk)
+        except UserError as error:
+            print(f"chunk {chunk} failed: {error}")
+            failed[chunk] = error
+        else:
+            done.add(chunk)
+            held.clear()  # it took a while: what was held may be open now
+    if held:
+        print(f"other processes are computing {listed([f'chunk {chunk}' for chunk in sorted(held)])}")
+    if failed:
+        reasons = "; ".join(f"chunk {chunk}: {error}" for chunk, error in failed.items())
+        raise UserError(f"{len(failed)} of {num_chunks} chunks failed: {reasons}")

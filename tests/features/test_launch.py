@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.golden_model import ROOT, SCRIPT, run_step, step_arguments
-from tive.gradient_pass.launch import Place, place_of
+from tive.features.launch import Place, place_of
 from tive.util.errors import UserError
 
 SHELL = ROOT / "scripts" / "compute_gradients.sh"

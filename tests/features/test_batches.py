@@ -1,0 +1,100 @@
+"""The memory policy: batches of like records within the limits; tokens are what is halved when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tive.features.batches import Batches, padded_tokens
+from tive.models import Encoded
+from tive.util.errors import UserError
+
+
+def record(length: int, group: str = "text") -> Encoded:
+    return Encoded(length, length // 2, group, None)
+
+
+def records_of(*lengths: int) -> list[tuple[int, Encoded]]:
+    return list(enumerate(map(record, lengths)))
+
+
+@pytest.mark.parametrize("way", ["filled", "cut"])
+def test_batches_hold_the_limits_one_group_and_little_padding_and_every_record_once(way):
+    generator = np.random.default_rng(0)
+    records = [(row, record(int(generator.integers(10, 800)), "image" if row % 3 else "text")) for row in range(500)]
+    batches = list(getattr(Batches(16, 4000), way)(records))
+    for batch in batches:
+        assert 1 <= len(batch) <= 16
+        assert len(batch) == 1 or padded_tokens(batch) <= 4000
+        assert len({item.group for _, item in batch}) == 1
+    assert sorted(row for batch in batches for row, _ in batch) == list(range(500))
+    assert sum(item.length for _, item in records) / sum(map(padded_tokens, batches)) > 0.9
+
+
+def test_the_first_batch_is_there_before_the_records_are_at_their_end():
+    read = []
+
+    def reading():
+        for item in records_of(*[100] * 50):
+            read.append(item)
+            yield item
+
+    next(Batches(16, 16384).filled(reading()))
+    assert len(read) == 16
+
+
+class Device:
+    """A device that fits so many tokens; notes the lengths of what it was given."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.seen: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[Encoded]) -> list[int]:
+        self.seen.append([item.length for item in batch])
+        if len(batch) * max(self.seen[-1]) > self.tokens:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return self.seen[-1]
+
+
+def test_when_memory_runs_out_tokens_are_halved_and_short_records_still_fill_their_batches(capsys):
+    device, batches = Device(9000), Batches(16, 16384)
+    records = records_of(*[2048] * 8, *[500] * 32)
+    computed = [
+        (row, length)
+        for batch, result in batches.compute(device, records)
+        for row, length in zip([row for row, _ in batch], result, strict=True)
+    ]
+    assert sorted(computed) == [(row, item.length) for row, item in records]
+    assert batches.tokens == 8192
+    assert device.seen == [[2048] * 8, [2048] * 4, [2048] * 4, [500] * 16, [500] * 16]
+    assert capsys.readouterr().out.count("out of memory") == 1
+
+
+def test_memory_that_runs_out_again_and_again_ends_with_what_fits():
+    device = Device(600)
+    batches = Batches(16, 16384)
+    computed = [row for batch, _ in batches.compute(device, records_of(*[500] * 20)) for row, _ in batch]
+    assert sorted(computed) == list(range(20)) and batches.tokens >= 500
+
+
+def test_one_record_that_does_not_fit_alone_is_named():
+    with pytest.raises(UserError, match="record 7 "):
+        list(Batches(16, 16384).compute(Device(10), [(7, record(500))]))
+
+
+def test_other_errors_pass_through():
+    def fails(batch: Sequence[Encoded]) -> None:
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        list(Batches(16, 16384).compute(fails, records_of(5)))
+
+
+def test_the_padding_efficiency_counts_every_batch():
+    batches = Batches(2, 16384)
+    list(batches.compute(len, records_of(100, 95)))
+    assert batches.padding_efficiency == pytest.approx(195 / 200)

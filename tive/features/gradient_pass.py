@@ -1,0 +1,242 @@
+"""The gradient pass over one chunk: for each window that is not on disk, for each batch, features; then write them.
+
+A record ends with features, or with a reason: a bad record or image, no supervised token, template mismatch, not
+finite.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
+from tive.features.batches import Batch, Batches
+from tive.features.chunk import Match, OpenChunk
+from tive.features.left_out import (
+    check_disk,
+    count_reasons,
+    left_out_records,
+    list_file,
+    refuse_many,
+    report_bad_records,
+)
+from tive.features.loader import EncodedRecords, Loader, usable, workers_beside
+from tive.features.step import GradientStep
+from tive.features.store import Window
+from tive.models import NOT_FINITE
+from tive.util import memory
+from tive.util.device import device_name
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How chunks are computed, as far as their numbers do not depend on it.
+
+    Attributes:
+        folder: the feature folder.
+        read_image: reads every image before the run, or None.
+        skip_bad: leave bad records out; else the first of them stops the run.
+        num_workers: processes that read and encode; None for a number by the device.
+        inputs: the paths that the command named and what is known of the checkpoint, for the manifest.
+    """
+
+    folder: Path
+    image_folder: str
+    read_image: Callable[[str], object] | None
+    skip_bad: bool
+    overwrite: bool
+    batch_size: int
+    max_batch_tokens: int
+    window: int
+    gradient_checkpointing: bool
+    num_workers: int | None
+    inputs: Mapping[str, object]
+
+    @property
+    def how(self) -> dict[str, object]:
+        """What the manifest tells of how a chunk was computed."""
+        names = ("batch_size", "max_batch_tokens", "window", "gradient_checkpointing")
+        return {name: getattr(self, name) for name in names}
+
+
+def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, load: Callable[[], GradientStep]) -> None:
+    """Compute a chunk, or go on with it; nothing is done where it is complete.
+
+    Args:
+        name: how messages call it.
+        match: what is known before the model is loaded.
+        load: loads the model; is called when there is something to compute.
+
+    Raises:
+        Held: another process is computing it.
+        UserError: its files are of another run, its records are bad, or it cannot be written.
+        SystemExit: a signal stopped it; what is done is on disk.
+    """
+    check_image_folder(scan, match.rows, options.image_folder)  # before anything is written
+    chunk = OpenChunk(options.folder, match)
+    with chunk.held():
+        if not options.overwrite:
+            if chunk.is_complete():
+                print(f"{name} is complete in {options.folder}")
+                return
+            chunk.refuse_other_runs()
+        checked = check_chunk(scan, match.rows, options.image_folder, options.read_image)
+        check_disk(options.folder, chunk.progress / "features.f16", 2 * len(match.rows) * match.proj_dim)
+        report_bad_records(checked, list_file(options.folder, match.chunk_idx), options.skip_bad)
+
+        step = load()
+        chunk.begin(step.counted_parameters, step.projector.kind, options.overwrite)
+        cost, stopped_by = compute_windows(chunk, checked, step, options)
+        if stopped_by is not None:
+            print(f"{name} stopped; what is done is on disk, and the same command (without overwrite) continues")
+            raise SystemExit(128 + stopped_by)
+        left_out = chunk.store.left_out()
+        device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
+        about = {"projector_about": step.projector.about}
+        chunk.finish({"how": options.how} | about | device | cost | dict(options.inputs))
+    print(
+        f"written: {', '.join(str(chunk.path(form)) for form in ('output_{}.pt', 'output_norm_{}.json'))} and the "
+        f"manifest\n{name} done: {len(match.rows) - len(left_out)} features, {count_reasons(left_out)}, "
+        f"{cost['records_per_second']:.2f} records/s, padding efficiency {cost['padding_efficiency']:.2f}, "
+        f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def compute_windows(
+    chunk: OpenChunk, checked: Checked, step: GradientStep, options: PassOptions
+) -> tuple[dict[str, Any], int | None]:
+    """Compute every window that is not on disk; what it cost, and the number of the signal that stopped it, if any.
+
+    Raises:
+        UserError: too many records are left out, or a record turned out bad and that is to stop the run.
+    """
+    begun, started = time.perf_counter(), _now()
+    store, left_out = chunk.store, chunk.store.left_out()
+    windows = store.missing(options.window)
+    done = len(checked.rows) - sum(map(len, windows))
+    if done:
+        print(f"continuing: {done} of {len(checked.rows)} records are on disk")
+    batches = Batches(options.batch_size, options.max_batch_tokens)
+    loader = loader_of(step, checked, options)
+    readable_rows = [row for rows in windows for row in rows if row not in checked.reasons]
+    count = 0
+    bar = tqdm(total=len(checked.rows), initial=done, desc="Gradients", unit=" records")
+    with StopRequest() as stop, bar, loader.read(readable_rows) as records:
+        for rows in windows:
+            reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
+            readable = islice(records, len(rows) - len(reasons))
+            computed = []
+            for batch, results in batches.compute(step, usable(readable, reasons, options.skip_bad)):
+                computed.append((batch, results))
+                bar.update(len(batch))
+            columns, features = of_window(rows, computed, step, reasons)
+            window = Window(rows, columns, left_out_records(checked, reasons))
+            left_out += window.left_out
+            refuse_many(left_out, checked, list_file(chunk.folder, chunk.match.chunk_idx))
+            store.write(window, features)
+            count += sum(len(batch) for batch, _ in computed)
+            bar.update(len(rows) - sum(len(batch) for batch, _ in computed))
+            if stop.signal_number is not None:
+                break
+    seconds = time.perf_counter() - begun
+    cost = {
+        "started": started,
+        "finished": _now(),
+        "seconds": seconds,
+        "records_computed": count,
+        "records_per_second": count / seconds,
+        "seconds_waiting_for_data": loader.waited,
+        "padding_efficiency": batches.padding_efficiency,
+        "peak_memory_bytes": peak_memory(step.reference.device),
+    }
+    return cost, stop.signal_number
+
+
+def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
+    """What reads and encodes a chunk's records for a step."""
+    dataset = EncodedRecords(step.family, step.reference.processor, checked.records, options.image_folder)
+    return Loader(dataset, workers_beside(step.reference.device, options.num_workers))
+
+
+def of_window(
+    rows: range, computed: list[tuple[Batch, dict[str, Tensor]]], step: GradientStep, reasons: dict[int, str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The columns and the features (float16 `[n, d]`) of a window, copied from the device at once.
+
+    Args:
+        reasons: gets the records whose numbers are not finite.
+    """
+    items = [item for batch, _ in computed for item in batch]
+    results = {
+        name: torch.cat([result[name] for _, result in computed]).cpu().numpy()
+        for name in (computed[0][1] if computed else ())
+    }
+    features = np.zeros((len(rows), step.projector.proj_dim), np.float16)
+    names = ("norms", "losses", *(["el2n"] if step.el2n else []))
+    columns = {name: np.full(len(rows), np.nan, np.float32) for name in names}
+    columns |= {name: np.zeros(len(rows), np.int32) for name in ("supervised_tokens", "tokens")}
+    for place, (row, record) in enumerate(items):
+        index = row - rows.start
+        if not (np.isfinite(results["norms"][place]) and np.isfinite(results["features"][place]).all()):
+            reasons[row] = NOT_FINITE
+            continue
+        features[index] = results["features"][place]
+        for name in names:
+            columns[name][index] = results[name][place]
+        columns["supervised_tokens"][index], columns["tokens"][index] = record.supervised, record.length
+    return columns, features
+
+
+@dataclass
+class StopRequest:
+    """Catches SIGTERM and Ctrl-C, so that the window at hand is finished first; the second Ctrl-C does not wait."""
+
+    signal_number: int | None = None
+    before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        # Not print: the signal may have come in the middle of another one.
+        os.write(2, b"\nfinishing the records at hand, then stopping ...\n")
+
+
+def versions(step: GradientStep) -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    common = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return common | step.family.versions()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at one time: of the GPU's memory, or of this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return memory.peak_memory()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

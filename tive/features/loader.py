@@ -1,0 +1,187 @@
+"""The data loader: encoded records in order, read ahead by worker processes while the device computes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from tive.data.media import media_of
+from tive.data.records import Records, name_of
+from tive.models import UNSUPERVISED, Encoded, Family, LeftOut
+from tive.util.errors import UserError
+
+# Records that the workers together are ahead.
+_AHEAD = 64
+_NOTHING = -1
+
+
+def workers_beside(device: torch.device, wanted: int | None) -> int:
+    """How many processes read and encode beside a device, where nobody chose."""
+    return wanted if wanted is not None else 4 if device.type == "cuda" else 1
+
+
+class EncodedRecords(Dataset):
+    """Row of the data file -> row and encoded record, or the reason why there is none, or the lack of memory for it."""
+
+    def __init__(self, family: Family, processor: Any, records: Records, image_folder: str) -> None:
+        # The function and not its module, which could not be sent to a process that is not forked.
+        self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
+        # Of each worker: its process, and the row that it is reading, for when it is killed.
+        self.processes, self.reading = multiprocessing.RawArray("q", 0), multiprocessing.RawArray("q", 0)
+
+    def __getitem__(self, row: int) -> tuple[int, Encoded | str | MemoryError]:
+        worker = get_worker_info()
+        if worker is None:
+            return row, self._encoded(row)
+        self.processes[worker.id], self.reading[worker.id] = os.getpid(), row
+        item = self._encoded(row)
+        self.reading[worker.id] = _NOTHING
+        return row, item
+
+    def _encoded(self, row: int) -> Encoded | str | MemoryError:
+        try:
+            return self.encode(self.processor, self.records[row], self.image_folder)
+        except LeftOut as reason:
+            return str(reason)
+        except MemoryError:  # a lack of this machine, which is no reason to leave the record out
+            return MemoryError()
+        except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
+            return f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+    def name(self, row: int) -> str:
+        """How an error names the record of a row, with its image."""
+        record = self.records[row]
+        images = media_of(record).images
+        return name_of(self.records.path, row, record) + (f", image {images[0]}" if images else "")
+
+
+class Loader:
+    """Reads and encodes records in `num_workers` processes, or in this one.
+
+    Attributes:
+        waited: seconds that its user has waited for records.
+    """
+
+    def __init__(self, dataset: EncodedRecords, num_workers: int) -> None:
+        self.dataset, self.num_workers, self.waited = dataset, num_workers, 0.0
+
+    @contextlib.contextmanager
+    def read(self, rows: Sequence[int]) -> Iterator[Iterator[tuple[int, Encoded | str]]]:
+        """Each row and its encoded record or the reason why there is none, in order, while the block runs.
+
+        Raises:
+            UserError: a worker was killed, which torch reports wherever the block is; or memory ran out.
+        """
+        dataset, count = self.dataset, self.num_workers
+        dataset.processes = multiprocessing.RawArray("q", count)
+        dataset.reading = multiprocessing.RawArray("q", [_NOTHING] * count)
+        loader = DataLoader(
+            dataset,
+            sampler=rows,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=count,
+            prefetch_factor=max(2, _AHEAD // count) if count else None,
+            worker_init_fn=_prepare_worker,
+        )
+        others = multiprocessing.active_children()
+        items = iter(loader)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        records = self._timed(items)
+        try:
+            yield records
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(_how_one_ended(workers, dataset)) from error
+        finally:
+            records.close()  # type: ignore[attr-defined]
+            del items  # the last that holds the loader: torch waits for the workers to end
+            _end(workers)
+
+    def _timed(self, items: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Encoded | str]]:
+        while True:
+            start = time.perf_counter()
+            row, item = next(items, (_NOTHING, None))
+            self.waited += time.perf_counter() - start
+            if item is None:
+                return
+            if isinstance(item, MemoryError):
+                raise UserError(
+                    f"memory ran out while {self.dataset.name(row)} was read; free memory or lower num_workers, or "
+                    "remove the record if it happens again; the same command continues"
+                )
+            yield row, item
+
+
+def usable(
+    items: Iterable[tuple[int, Encoded | str]], reasons: dict[int, str], skip_bad: bool
+) -> Iterator[tuple[int, Encoded]]:
+    """The records that could be encoded, with their rows; the reasons of the others go to `reasons`.
+
+    Raises:
+        UserError: a record is bad, and such are not to be skipped.
+    """
+    for row, item in items:
+        if isinstance(item, Encoded):
+            yield row, item
+        elif skip_bad or item in UNSUPERVISED:
+            reasons[row] = item
+        else:
+            raise UserError(
+                f"record {row}: {item}; repair it, or let such records be left out (on_bad_record skip); the run "
+                "continues where it stopped"
+            )
+
+
+def _as_it_is(item: Any) -> Any:
+    # Arrays travel to the main process by value: shared tensors would take a file descriptor each.
+    return item
+
+
+def _prepare_worker(_worker: int) -> None:
+    # Ctrl-C and SIGTERM reach the whole process group; the main process finishes its window and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A worker that sends a record when the main process is killed would wait for ever, and hold its GPU memory.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """End workers that are stuck or that torch could not wait for; they are deaf to SIGTERM, which it sends."""
+    if not workers:
+        return
+    torchs_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it would raise for each of them
+    for process in workers:
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, torchs_handler)
+
+
+def _how_one_ended(workers: list[BaseProcess], dataset: EncodedRecords) -> str:
+    """What is known of a worker that was killed, and of the record that it was reading."""
+    reading = dict(zip(dataset.processes, dataset.reading, strict=True))
+    remedy = "free memory or lower num_workers, or remove the record if it happens again; the same command continues"
+    for process in workers:
+        if code := process.exitcode:
+            ended = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+            row = reading.get(process.pid, _NOTHING)
+            while_reading = f" while it read {dataset.name(row)}" if row != _NOTHING else ""
+            return f"a process that reads records {ended}{while_reading}, most often because memory ran out; {remedy}"
+    return f"a process that reads records ended; {remedy}"
