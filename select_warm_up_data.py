@@ -42,8 +42,7 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.bad_records import listing_beside
-    from tive.data.conversations import form_problem
+    from tive.data.problems import form_problem, listing_beside
     from tive.data.records import open_records, write_records
     from tive.data.scan import refuse_problems, scan_records
     from tive.data.tasks import rows_by_task

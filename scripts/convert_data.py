@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tive.data.bad_records import check_listed, listed_records
-from tive.data.conversations import FORMS, count_tags, from_llava, to_llava, with_remedy
+from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
+from tive.data.problems import check_listed, listed_records, with_remedy
 from tive.data.records import name_of, open_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file

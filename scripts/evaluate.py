@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.data.bad_records import count_and_first
+    from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
     from tive.evaluation.results import (

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tive.data.bad_records import listing_beside, refuse_bad_records
-from tive.data.labels import Rules, add_key, read_rules, replace_key, shape_problem
-from tive.data.media import IMAGE_KEYS, image_of
+from tive.data.conversations import image_of
+from tive.data.labels import Rules, add_key, read_rules, replace_key
+from tive.data.media import IMAGE_KEYS, is_empty
+from tive.data.problems import listing_beside, refuse_bad_records
 from tive.data.records import Records, name_of, open_records, write_raw
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
@@ -23,7 +24,7 @@ from tive.util.files import refuse_same_file
 from tive.util.text import listed, print_table, shown, shown_value
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
-OWN_KEYS = ("id", "conversations", *IMAGE_KEYS)
+OWN_KEYS = ("id", "conversations", "messages", "texts", "prompt", "completion", *IMAGE_KEYS)
 SHOWN = 10
 
 
@@ -90,12 +91,13 @@ def labelled(arguments: argparse.Namespace, records: Records, rules: Rules, foun
     """
     key = arguments.task_key
     for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
-        problem = shape_problem(record)
-        if problem:
-            found.problems[row] = problem
+        try:
+            task = rules.task_of(record, arguments.split_llava)
+        except ValueError as error:
+            found.problems[row] = str(error)
             continue
         name = name_of(arguments.source_path, row, record)
-        if key in record and arguments.existing == "stop":
+        if not is_empty(record.get(key)) and arguments.existing == "stop":
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
         named, without_task = task_or_problem(record, key) if arguments.existing == "keep" else (None, no_task(key))
         if named is None and without_task != no_task(key):
@@ -106,7 +108,6 @@ def labelled(arguments: argparse.Namespace, records: Records, rules: Rules, foun
             found.tasks[named] += 1
             yield raw
             continue
-        task = rules.task_of(record, arguments.split_llava)
         if task is None:
             found.unmatched += 1
             if len(found.first_unmatched) < SHOWN:

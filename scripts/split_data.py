@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.conversations import form_problem
+    from tive.data.problems import form_problem
     from tive.data.records import open_records, write_records
     from tive.data.scan import refuse_problems, scan_records
     from tive.data.tasks import rows_by_task

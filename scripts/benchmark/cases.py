@@ -103,7 +103,7 @@ def encoded_records(
     arguments: argparse.Namespace, family: Family, reference: Reference
 ) -> tuple[list[Encoded], np.ndarray]:
     """Records spread evenly over the data file, encoded, and the task of each."""
-    from tive.data.bad_records import count_and_first
+    from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import scan_records
 

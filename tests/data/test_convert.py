@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.records import MEDIA
-from tive.data.conversations import FORMS, count_tags, from_llava, problem_of, to_llava
+from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
 from tive.data.media import media_of
+from tive.data.problems import problem_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
 
@@ -107,7 +108,7 @@ LLAVA_RECORDS = st.builds(
     lambda images, turns, system, extra: {**images, "conversations": turns, **system, **extra},
     st.just({}) | st.builds(lambda path: {"image": path}, PATHS | st.lists(PATHS, min_size=2, max_size=3)),
     st.lists(TURNS, max_size=5),
-    st.just({}) | st.builds(lambda text: {"system": text}, TEXTS),
+    st.just({}) | st.builds(lambda text: {"system": text}, TEXTS.filter(bool)),
     EXTRA,
 ).filter(lambda record: media_of(record).problem is None)
 
@@ -197,8 +198,8 @@ def says(role, content):
 
 REFUSED = {
     "a number": (3, "is not an object"),
-    "neither form": ({"id": 1}, "either `conversations` or `messages`"),
-    "both forms": ({"conversations": [], "messages": []}, "either `conversations` or `messages`"),
+    "neither form": ({"id": 1}, "no `conversations` or `messages`"),
+    "both forms": ({"conversations": ["x"], "messages": ["x"]}, "both `conversations` and `messages`"),
     "both images": (
         {"conversations": [], "image": "a", "images": ["b"]},
         "different images under `image` and `images`",
@@ -213,7 +214,7 @@ REFUSED = {
     "a role that is a list": ({"messages": [says(["user"], "x")]}, "a turn 0 whose `role` a list is none of"),
     "an unknown part": ({"messages": [says("user", [{"type": "video"}])]}, "a part in turn 0"),
     "a part that is a text": ({"messages": [says("user", ["x"])]}, "a part in turn 0"),
-    "a part with more keys": ({"messages": [says("user", [{"type": "image", "max": 1}])]}, "a part in turn 0"),
+    "a part with more keys": ({"messages": [says("user", [{"type": "image", "max": 1}])]}, "`max` in a part of turn 0"),
     "a part that holds the image itself": (
         {"messages": [says("user", [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}])]},
         "holds the image itself",
@@ -316,7 +317,7 @@ MISTAKES = {
     "the same file": ("[]", ["--target_path", "{folder}/a.json"], "the source itself"),
     "no such source": ("[]", ["--source_path", "{folder}/none.json"], "none.json"),
     "a list without its form": ("[]", ["--image", "list", "--to", "parts"], "--image list"),
-    "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') must have either"),
+    "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') has no `conversations`"),
     "a number that is not finite": ('[{"conversations": [], "x": NaN}]', ["--to", "llava"], "not finite"),
     "a number that overflows": ('[{"conversations": [], "x": 1e999}]', ["--to", "messages"], "not finite"),
     "a damaged source": ('[{"conversations": []}, {', ["--to", "llava"], "record 1"),

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
-from tive.data.conversations import form_problem, problem_of
+from tive.data.conversations import from_llava, to_llava
 from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
+from tive.data.problems import form_problem, problem_of
 from tive.data.records import open_records
 from tive.data.scan import scan_records
 from tive.util.errors import UserError
@@ -450,6 +451,14 @@ def test_images_under_either_key_and_in_every_spelling_of_the_path_have_the_same
     assert [made["dataset"] for made in json.loads(written)] == ["OCR-VQA"] * 5
 
 
+@pytest.mark.parametrize("form", ("sharegpt", "messages", "parts"))
+def test_a_record_has_the_same_task_in_every_form(tmp_path, form):
+    records = [from_llava(to_llava(content), form) for content in SHAPES.values()]
+    done, written = run_on(tmp_path, records)
+    assert done.returncode == 0, done.stderr
+    assert [made["dataset"] for made in json.loads(written)] == [name.split(",")[0] for name in SHAPES]
+
+
 def test_what_is_printed_of_the_data_is_short_and_harmless(tmp_path):
     strange = {**record("x" * 3000 + "\x1b[2J", ["What?"]), "id": "\x1b[31m" + "y" * 3000}
     kept = {**SHAPES["GQA"], "dataset": "\x1b[31m" + "z" * 3000}
@@ -483,13 +492,6 @@ MISTAKES = {
     "an image that is a number": ('[{"conversations": [], "image": 3}]', [], "record 0", "image"),
     "a video": ('[{"conversations": [], "video": "a.mp4"}]', [], "record 0", "`video`"),
     "an image under another key": ('[{"conversations": [], "image_path": "a.jpg"}]', [], "record 0", "`image_path`"),
-    "another name of a role": (
-        '[{"conversations": [{"from": "user", "value": "x"}]}]',
-        [],
-        "record 0",
-        "unknown role 'user' in turn 0",
-        "convert_data.py (to llava)",
-    ),
     "a list where a task is to be kept": (
         '[{"conversations": [], "dataset": ["a", "b"]}]',
         ["--existing", "keep"],

@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 
 from tive.data.media import (
     IMAGE_KEYS,
-    IMAGE_TAG,
     OTHER_IMAGE_KEYS,
     OTHER_MEDIA_KEYS,
     Media,
-    has_tag_alone,
     media_of,
     plain_path,
 )
@@ -55,7 +53,7 @@ def test_where_an_image_came_from_is_no_second_image(key):
 @pytest.mark.parametrize(
     "value, told",
     [
-        ({"bytes": "AAAA", "path": None}, "is an object"),
+        ({"bytes": "AAAA", "path": "a.png"}, "is an object"),
         ([{"bytes": "AAAA"}], "is an object"),
         ("data:image/png;base64,AAAA", "holds the image itself"),
         ("A" * 5000, "holds the image itself"),
@@ -104,17 +102,6 @@ def test_the_two_keys_may_name_the_same_images_and_no_others():
 @pytest.mark.parametrize("image", ["coco/1.jpg", "./coco/1.jpg", "coco//1.jpg", "./coco/./1.jpg"])
 def test_a_path_is_the_same_however_it_is_spelled(image):
     assert plain_path(image) == "coco/1.jpg"
-
-
-def test_a_tag_without_an_image_is_seen():
-    def record(text: str, **media: object) -> dict:
-        return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "Yes."}], **media}
-
-    assert has_tag_alone(record(f"{IMAGE_TAG}\nIs it red?"))
-    assert has_tag_alone(record(f"{IMAGE_TAG}\nIs it red?", images=[]))
-    assert not has_tag_alone(record("Is it red?"))
-    assert not has_tag_alone(record(f"{IMAGE_TAG}\nIs it red?", images=["a.png"]))
-    assert not has_tag_alone(record(f"{IMAGE_TAG}\nIs it red?", image_path="a.png"))
 
 
 VALUES = st.recursive(

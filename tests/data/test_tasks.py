@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.helpers.records import GOOD_TURNS, JSON_VALUES, NEAR_RECORDS, record_with, write
-from tive.data.conversations import form_problem
+from tive.data.problems import form_problem
 from tive.data.records import open_records
 from tive.data.scan import refuse_problems, scan_records
 from tive.data.tasks import task_of, task_or_problem
@@ -109,11 +109,11 @@ BAD = [
 
 
 def test_all_bad_records_are_counted_and_listed_the_first_ten_shown(tmp_path, capsys):
-    path, listing = write(tmp_path / "a.json", json.dumps(BAD + [BAD[1]] * 20)), tmp_path / "bad.json"
+    path, listing = write(tmp_path / "a.json", json.dumps(BAD + [BAD[1]] * 20 + [BAD[0]] * 30)), tmp_path / "bad.json"
     with pytest.raises(
         UserError,
-        match=r"a.json: 24 of 25 records cannot be used \(the first: record 1.*\), all are listed .*bad.json;.* "
-        "them: `python scripts/convert_data.py .*--drop .*bad.json`",
+        match=r"a.json: 24 of 55 records cannot be used \(the first: record 1.*\), all are listed .*bad.json;.* "
+        "them: `.*scripts/convert_data.py .*--drop .*bad.json`",
     ):
         read_tasks(path)
     entries = json.loads(listing.read_text())

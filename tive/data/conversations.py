@@ -1,4 +1,4 @@
-"""LLaVA's form of a record, and the forms that other trainers read; each converts to LLaVA's and back.
+"""A record's conversation, whichever way it is spelled; LLaVA's form, those of other trainers, and the way between.
 
 | form | turns | images | system prompt | read by |
 | --- | --- | --- | --- | --- |
@@ -9,24 +9,36 @@
 
 In the first three the tag `<image>` in the text marks where an image stands; in `parts` a part of type `image` does.
 Turns with `from` and `value` are read under `messages` too, and `role` and `content` under `conversations`, with every
-name of a role in `_ROLES`. Every other key of a record and of a turn is kept as it is. Errors are a `ValueError` whose
-text goes on from the record's name.
+name of a role in `_ROLES`. Without either key, `texts` (The Cauldron, FineVision), `prompt` and `completion` (TRL) and
+a question with its answer (`_PAIRS`) are read; their images stand before the first question. A key that is null or
+empty is as none. Every other key of a record and of a turn is kept as it is. Errors are a `ValueError` whose text goes
+on from the record's name.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tive.data.media import IMAGE_TAG, media_of, plain_path
-from tive.util.text import shown_value
+from tive.data.media import IMAGE_TAG, is_empty, media_of, path_in, plain_path
+from tive.util.text import listed, shown, shown_value
 
+FORMS = ("llava", "sharegpt", "messages", "parts")
 ROLES = ("human", "gpt")
 # What other trainers call LLaVA's roles.
 OTHER_ROLE_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt"}
-FORMS = ("llava", "sharegpt", "messages", "parts")
 # Every name of a role that is known, and LLaVA's; a system turn is no turn of LLaVA's.
 _ROLES = {"human": "human", "gpt": "gpt", "system": "system", **OTHER_ROLE_NAMES}
 _MESSAGE_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+# One question and its answer, each a text under a key of the record.
+_PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
+# Whether a turn is trained on: ms-swift and LLaMA-Factory, OpenAI, axolotl (both).
+TRAINED_KEYS = ("loss", "weight", "train", "training")
+# Keys of a turn that no trainer acts on.
+_NOTES = ("id", "source", "metadata", "model", "markdown", "timestamp")
+# Keys of a record that trainers act on and that nothing here follows: preference pairs and tools.
+_ACTED_ON = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools")
+# ms-swift puts the entries of `objects` in their place before it trains.
+_PLACEHOLDERS = ("<bbox>", "<ref-object>")
 
 
 def to_llava(record: Any) -> dict[str, Any]:
@@ -39,32 +51,86 @@ def to_llava(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object")
-    if ("messages" in record) == ("conversations" in record):
-        raise ValueError("must have either `conversations` or `messages`")
-    key = "messages" if "messages" in record else "conversations"
-    if not isinstance(record[key], list):
-        raise ValueError(f"has `{key}` that are not a list of turns")
+    keys = _keys_of_turns(record)
     images = _images(record)
     paths: list[str] = []
-    turns = [_turn(turn, index, paths, key) for index, turn in enumerate(record[key])]
+    indices: list[int] = []
+    turns = _turns(record, keys, paths, indices)
     if paths and images:
         raise ValueError("names its images twice: in `images` and in the parts of its turns")
+    if indices:
+        images = _in_order(images, indices)
     images = images or paths
-    _check_parts(record[key], has_image=bool(images))
+    _check_parts(record.get(keys[0]), has_image=bool(images))
+    if images and keys[0] not in _LISTS and not any(IMAGE_TAG in turn["value"] for turn in turns):
+        first = next((index for index, turn in enumerate(turns) if turn["from"] == "human"), None)
+        if first is None:
+            raise ValueError("has images and no question")
+        turns[first] = turns[first] | {"value": IMAGE_TAG * len(images) + turns[first]["value"]}
 
     converted: dict[str, Any] = {}
     for name, value in record.items():
-        if name == key:
+        if name in keys:
             converted["conversations"] = turns
-        elif name not in ("image", "images"):
+        elif name in ("image", "images"):
+            if images:
+                converted["image"] = _image_value(images)
+        elif name not in _LISTS and not (name == "system" and is_empty(value)):
             converted[name] = value
-        elif images:
-            converted["image"] = _image_value(images)
     if images:
         converted["image"] = _image_value(images)
         _images(converted)
     _move_system(converted)
     return converted
+
+
+def conversation_of(record: Any) -> dict[str, Any]:
+    """A record as trainers of any of the forms train on it, in LLaVA's form (`is_trained_on` tells of each answer).
+
+    Raises:
+        ValueError: as `to_llava`; or its text cannot be written, or it has a key that trainers act on and that is not
+            followed here.
+    """
+    converted = to_llava(record)
+    turns = converted["conversations"]
+    if problem := acted_on_problem(record, turns) or text_problem(turns):
+        raise ValueError(problem)
+    if not turns:
+        raise ValueError("has no turns")
+    for index, turn in enumerate(turns):
+        is_trained_on(turn, index)
+    return converted
+
+
+def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
+    """Whether an answer, a turn as `to_llava` returns it, is trained on: `loss`, `weight` or `train` may say no.
+
+    Args:
+        index: of the turn, for the error.
+
+    Raises:
+        ValueError: such a key says something else than yes or no, a question is to be trained on, or the turn has a key
+            that is not known here.
+    """
+    if len(turn) == 2:  # nearly every turn
+        return True
+    trained = True
+    for key, value in turn.items():
+        if key in ("from", "value") or key in _NOTES or is_empty(value):
+            continue
+        if key not in TRAINED_KEYS:
+            raise ValueError(
+                f"has a turn {index} with `{shown(key, 40)}`, which is not followed; write it into the text, or remove "
+                "the key"
+            )
+        if value not in (True, False):  # 1 and 0 among them
+            raise ValueError(f"has a turn {index} with `{key}` {shown_value(value)}, and only yes and no are followed")
+        if turn["from"] == "human" and value and key != "weight":
+            raise ValueError(
+                f"has a question in turn {index} that is to be trained on (`{key}`), which is not followed"
+            )
+        trained = trained and bool(value)
+    return trained
 
 
 def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> dict[str, Any]:
@@ -93,56 +159,129 @@ def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> d
         converted["messages"].insert(0, {"role": "system", "content": converted.pop("system")})
     if form == "parts":
         for message in converted["messages"]:
-            message["content"] = _parts(message["content"], has_image=bool(images))
+            message["content"] = _as_parts(message["content"], has_image=bool(images))
     return converted
 
 
-def form_problem(record: Any) -> str | None:
-    """What keeps a record from being read by any trainer that is known here; None when nothing does.
-
-    LLaVA's form with one image and no system turn has to be what LLaVA's trainer takes (`problem_of`); any other has to
-    be one that `to_llava` reads. Which of them a model reads is asked where the model is known.
-    """
-    problem = problem_of(record)
-    if problem is None or not isinstance(record, dict):
-        return problem
-    turns = record.get("conversations")
-    with_system = isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") == "system"
-    if "messages" not in record and not with_system and len(media_of(record).images) < 2:
-        return problem
-    try:
-        to_llava(record)
-    except ValueError as other:
-        return str(other)
-    return None
+def image_paths(conversation: dict[str, Any]) -> tuple[str, ...]:
+    """The paths below the image folder of what `to_llava` returned."""
+    images = conversation.get("image", [])
+    return tuple(map(plain_path, [images] if isinstance(images, str) else images))
 
 
-def images_of(record: dict[str, Any]) -> tuple[str, ...]:
+def images_of(record: Any) -> tuple[str, ...]:
     """The paths of a record's images below the image folder, in any of the forms.
 
     Raises:
         ValueError: as `to_llava`.
     """
-    # Only the parts of messages name images in a place of their own.
-    return tuple(plain_path(image) for image in _images(to_llava(record) if "messages" in record else record))
+    return image_paths(to_llava(record))
 
 
-def answers_in(record: Any) -> int:
-    """How many turns of a record answer another one; 0 for what is no record."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    roles = [turn.get("from") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    return sum(role in ("gpt", "assistant") for role in roles[1:])
-
-
-def is_unanswered(record: dict[str, Any]) -> bool:
-    """Whether a record without a problem ends with the user's turn."""
-    turns = record.get("conversations") or record["messages"]
-    return turns[-1].get("from", turns[-1].get("role")) in ("human", "user")
+def image_of(record: dict[str, Any]) -> str | None:
+    """The path of a record's (first) image below the image folder, in any of the forms or none; None without one."""
+    try:
+        images = images_of(record)
+    except ValueError:
+        images = tuple(map(plain_path, media_of(record).images))
+    return next(iter(images), None)
 
 
 def count_tags(record: dict[str, Any]) -> tuple[int, int]:
     """How many `<image>` tags and how many images a record has, in the form that `to_llava` returns."""
     return sum(turn["value"].count(IMAGE_TAG) for turn in record["conversations"]), len(_images(record))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def text_problem(turns: list[dict[str, Any]]) -> str | None:
+    """What keeps the texts of turns from being written; None when nothing does."""
+    for index, turn in enumerate(turns):
+        if not turn["value"].isascii() and not is_unicode(turn["value"]):
+            return f"has text in turn {index} that is not valid Unicode"
+    return None
+
+
+def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str | None:
+    """The problem of a record with a key that trainers act on and that is not followed here; None where none is."""
+    for key in _ACTED_ON:
+        if not is_empty(record.get(key)):
+            return f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
+    if not is_empty(record.get("objects")):
+        marks = [mark for mark in _PLACEHOLDERS if any(mark in turn["value"] for turn in turns)]
+        if marks:
+            return (
+                f"has `objects` for {marks[0]} in its text, which ms-swift replaces before it trains; write the names "
+                "and boxes into the text"
+            )
+    return None
+
+
+_LISTS = ("conversations", "messages")
+
+
+def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that hold a record's conversation: a list of turns, `texts`, a prompt and completion, or a pair."""
+    filled = [key for key in _LISTS if not is_empty(record.get(key))]
+    if len(filled) == 2:
+        raise ValueError("has both `conversations` and `messages`; remove one of them")
+    if filled:
+        return (filled[0],)
+    for keys in (("texts",), ("prompt", "completion"), *_PAIRS):
+        if not any(is_empty(record.get(key)) for key in keys):
+            return keys
+    empty = [key for key in _LISTS if isinstance(record.get(key), list)]
+    if empty:
+        return (empty[0],)
+    names = listed([shown(key, 20) for key in record], 6) or "none"
+    raise ValueError(f"has no `conversations` or `messages` (its keys: {names})")
+
+
+def _turns(record: dict[str, Any], keys: tuple[str, ...], paths: list[str], indices: list[int]) -> list[dict[str, Any]]:
+    """The turns under `keys`, with `from` and `value`; what the image parts of turns name is added to `paths` and
+    `indices`."""
+    if keys[0] in _LISTS:
+        return _turns_of_list(record[keys[0]], keys[0], paths, indices)
+    if keys[0] == "texts":
+        entries = record["texts"]
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("user"), str) and isinstance(entry.get("assistant"), str)
+            for entry in entries
+        ):
+            raise ValueError("has `texts` that are not a list of `user` and `assistant`")
+        turns = []
+        for entry in entries:
+            notes = {key: value for key, value in entry.items() if key not in ("user", "assistant")}
+            turns += [{"from": "human", "value": entry["user"], **notes}, {"from": "gpt", "value": entry["assistant"]}]
+        return turns
+    if keys[0] == "prompt":
+        for key in keys:
+            if not isinstance(record[key], list):
+                raise ValueError(f"has a `{key}` that is not a list of turns, on which TRL trains without a template")
+        asked = _turns_of_list(record["prompt"], "prompt", paths, indices)
+        # TRL trains on the completion alone.
+        asked = [turn | {"loss": False} if turn["from"] == "gpt" else turn for turn in asked]
+        return asked + _turns_of_list(record["completion"], "completion", paths, indices)
+    question, answer = (record[key] for key in keys)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ValueError(f"has a `{keys[0]}` and an `{keys[1]}` that are not both a text")
+    for key in ("history", "input"):
+        if not is_empty(record.get(key)):
+            raise ValueError(f"has `{key}` beside `{keys[0]}`; write it into `conversations`")
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def _turns_of_list(turns: Any, key: str, paths: list[str], indices: list[int]) -> list[dict[str, Any]]:
+    if not isinstance(turns, list):
+        raise ValueError(f"has `{key}` that are not a list of turns")
+    return [_turn(turn, index, key, paths, indices) for index, turn in enumerate(turns)]
 
 
 def _images(record: dict[str, Any]) -> list[str]:
@@ -152,26 +291,38 @@ def _images(record: dict[str, Any]) -> list[str]:
     return list(media.images)
 
 
+def _in_order(images: list[str], indices: list[int]) -> list[str]:
+    """The images that image parts count by their `index`."""
+    if max(indices) >= len(images):
+        raise ValueError(f"has an image part with `index` {max(indices)}, and {len(images)} images")
+    return [images[index] for index in indices]
+
+
 def _image_value(images: list[str]) -> str | list[str]:
     return images[0] if len(images) == 1 else images
 
 
-def _turn(turn: Any, index: int, paths: list[str], key: str) -> dict[str, Any]:
-    """A turn of `key` (`conversations` or `messages`) with `from` and `value`; the images that its parts name are added
-    to `paths`."""
+def _turn(turn: Any, index: int, key: str, paths: list[str], indices: list[int]) -> dict[str, Any]:
+    """A turn of the list under `key` with `from` and `value`."""
     if not isinstance(turn, dict):
         raise ValueError(f"has a turn {index} that is not an object")
-    is_message, is_turn = "role" in turn or "content" in turn, "from" in turn or "value" in turn
-    if key == "messages" and is_message and is_turn:
-        raise ValueError(f"has a turn {index} with keys of both forms")
-    is_message = is_message and not is_turn
+    role, text = turn.get("from"), turn.get("value")
+    if len(turn) == 2 and role in ROLES and isinstance(text, str):  # nearly every turn
+        return turn
+    is_message, is_turn = ("role" in turn or "content" in turn), ("from" in turn or "value" in turn)
+    if is_message and is_turn:
+        missing = {"role", "content"} if "from" in turn and "value" in turn else {"from", "value"}
+        turn = {name: value for name, value in turn.items() if name not in missing or not is_empty(value)}
+        is_message, is_turn = ("role" in turn or "content" in turn), ("from" in turn or "value" in turn)
+        if is_message and is_turn:
+            raise ValueError(f"has a turn {index} with keys of both forms")
     role_key, text_key = ("role", "content") if is_message else ("from", "value")
     role, text = turn.get(role_key), turn.get(text_key)
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
         raise ValueError(f"has a turn {index} whose `{role_key}` {shown_value(role)} is none of {known}; rename it")
     if is_message:
-        text = _text(text, index, paths)
+        text = _text(text, index, paths, indices)
     elif not isinstance(text, str):
         raise ValueError(f"has a turn {index} without a text `value`")
     renamed = {role_key: ("from", _ROLES[role]), text_key: ("value", text)}
@@ -199,7 +350,7 @@ def _move_system(record: dict[str, Any]) -> None:
         raise ValueError("has a system turn that is not the first")
 
 
-def _parts(text: str, has_image: bool) -> list[dict[str, str]]:
+def _as_parts(text: str, has_image: bool) -> list[dict[str, str]]:
     """A text as TRL's parts. The tag of a record without an image is only text."""
     parts: list[dict[str, str]] = []
     for index, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
@@ -208,102 +359,55 @@ def _parts(text: str, has_image: bool) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def _text(content: Any, index: int, paths: list[str]) -> str:
+_IMAGE_PART_KEYS = ("image", "path", "url", "image_url")
+
+
+def _text(content: Any, index: int, paths: list[str], indices: list[int]) -> str:
     """The text of a turn's content, parts joined, an image part as its tag."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise ValueError(f"has a turn {index} whose `content` is neither a text nor a list of parts")
-    pieces = []
-    for part in content:
-        # A table's export fills the keys that other parts have with null.
-        known = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
-        kind = known.pop("type", None)
-        path = _path_of_part(known.get(kind)) if kind in ("image", "image_url") else None
-        if kind == "text" and known.keys() == {"text"} and isinstance(known["text"], str):
-            pieces.append(known["text"])
-        elif (kind == "image" and not known) or (path and known.keys() == {kind}):
-            pieces.append(IMAGE_TAG)
-            paths += [path] if path else []
-        else:
-            raise ValueError(f"has a part in turn {index} that is neither a text nor an image by its path")
-    return "".join(pieces)
+    return "".join([_part(part, index, paths, indices) for part in content])
+
+
+def _part(part: Any, index: int, paths: list[str], indices: list[int]) -> str:
+    # A table's export fills the keys that other parts have with null.
+    known = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    kind = known.pop("type", "text" if "text" in known else "image" if known.keys() & _IMAGE_PART_KEYS else None)
+    if kind == "text" and isinstance(known.get("text"), str):
+        text = known.pop("text")
+    elif kind in ("image", "image_url"):
+        text = IMAGE_TAG
+        named = [path for key in _IMAGE_PART_KEYS if (path := _path_of_part(known.pop(key, None)))]
+        number = known.pop("index", None)
+        if len(named) > 1 or (number is not None and (type(number) is not int or number < 0)):
+            raise ValueError(f"has an image part in turn {index} that names more than one image, or none")
+        paths += named
+        indices += [] if number is None or named else [number]
+    else:
+        raise ValueError(f"has a part in turn {index} that is neither a text nor an image")
+    for key, value in known.items():
+        if key not in _NOTES and not is_empty(value):
+            raise ValueError(f"has `{shown(key, 40)}` in a part of turn {index}, which is not followed; remove the key")
+    return text
 
 
 def _path_of_part(value: Any) -> str | None:
-    """The path in an image part: a text, or OpenAI's `{"url": ...}`; None where it holds something else."""
+    """The path in an image part: a text, OpenAI's `{"url": ...}`, or a path whose bytes are not there."""
     if isinstance(value, dict) and value.keys() <= {"url", "detail"}:
         value = value.get("url")
-    return value.removeprefix("file://") if isinstance(value, str) else None
+    value = path_in(value)
+    if value is None or isinstance(value, str):
+        return value.removeprefix("file://") if value else None
+    raise ValueError("has an image part whose image is no path; write it to a file and give its path")
 
 
-def _check_parts(turns: list[dict[str, Any]], has_image: bool) -> None:
+def _check_parts(turns: Any, has_image: bool) -> None:
     """Refuse parts whose images or tags the text form could not tell apart."""
-    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    contents = [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), list)]
     parts = [part for content in contents for part in content]
-    if has_image and any(IMAGE_TAG in part["text"] for part in parts if part["type"] == "text"):
+    if has_image and any(IMAGE_TAG in (part.get("text") or "") for part in parts):
         raise ValueError(f"has a text part with {IMAGE_TAG} in it, beside its image")
-    if not has_image and any(part["type"] == "image" for part in parts):
+    if not has_image and any(part.get("type", "text") != "text" for part in parts):
         raise ValueError("has an image part, but no image")
-
-
-def problem_of(record: Any) -> str | None:
-    """What keeps LLaVA from training on a record, in the words that follow its name; None when nothing does.
-
-    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a leading
-    `gpt` turn is allowed: it is dropped with what it holds), one image at most and no other medium, and the image's
-    tag in one turn at most. A problem with a remedy of its own names it after a semicolon.
-    """
-    if not isinstance(record, dict):
-        return "is not an object"
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return "has no `conversations`" if turns is None else "has `conversations` that are not a list of turns"
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return f"has a turn {index} without a text `value`"
-        role, text = turn.get("from"), turn["value"]
-        if role not in ROLES:
-            return unknown_role(role, index)
-        if not text.isascii() and not is_unicode(text):
-            return f"has text in turn {index} that is not valid Unicode"
-    first = 1 if turns[0]["from"] == "gpt" else 0
-    if first == len(turns):
-        return "has no human turn"
-    tagged = 0
-    for index, turn in enumerate(turns[first:]):
-        if turn["from"] != ROLES[index % 2]:
-            return f"has two {turn['from']} turns in a row (turn {index + first})"
-        tagged += IMAGE_TAG in turn["value"]
-    media = media_of(record)
-    if media.problem:
-        return media.problem
-    if len(media.images) > 1:
-        return f"has {len(media.images)} images, and one is supported"
-    if "image" in record and not media.images:
-        return "has an `image` that is neither a path nor a list of one path; remove the key where there is no image"
-    if media.images and tagged > 1:
-        return f"has {IMAGE_TAG} in {tagged} turns and one image"
-    return None
-
-
-def unknown_role(role: Any, index: int) -> str:
-    """The problem of a record whose turn `index` has a role that LLaVA does not know."""
-    problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
-    if isinstance(role, str) and role in OTHER_ROLE_NAMES:
-        return problem + "; convert the data with scripts/convert_data.py (to llava)"
-    return problem
-
-
-def with_remedy(problem: str) -> str:
-    """A problem with what to do about it, where it does not say so itself."""
-    return problem if ";" in problem else f"{problem}; repair or remove it"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

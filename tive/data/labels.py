@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from tive.data.conversations import OTHER_ROLE_NAMES, unknown_role
-from tive.data.media import IMAGE_TAG, image_of, media_of
+from tive.data.conversations import image_paths, to_llava
+from tive.data.media import IMAGE_TAG
 from tive.data.tasks import value_at
 from tive.util.errors import UserError
 from tive.util.text import shown
@@ -54,38 +54,20 @@ class Rules:
         return found
 
     def task_of(self, record: dict[str, Any], split: bool) -> str | None:
-        """The task of a record by the first rule that matches; None when none does. It has no `shape_problem`."""
-        image, questions = image_of(record), questions_of(record)
+        """The task of a record by the first rule that matches; None when none does.
+
+        Raises:
+            ValueError: the record has none of the forms (`to_llava`).
+        """
+        conversation = to_llava(record)
+        image = next(iter(image_paths(conversation)), None)
+        questions = [turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"]
         for rule in self.rules:
             if rule.matches(record, image, questions):
                 if not (split and rule.split):
                     return rule.task
                 return next((part.task for part in rule.split if part.matches(record, image, questions)), None)
         return None
-
-
-def shape_problem(record: Any) -> str | None:
-    """What keeps the rules from reading a record; None when nothing does.
-
-    Less is asked than for training (`problem_of`): a mixture can be labelled before its bad records are dealt with.
-    """
-    if not isinstance(record, dict):
-        return "is not an object"
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        return "has no `conversations` that are a list of turns with a text `value`"
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return "has no `conversations` that are a list of turns with a text `value`"
-        role = turn.get("from")
-        if isinstance(role, str) and role in OTHER_ROLE_NAMES:  # its questions would not be found
-            return unknown_role(role, index)
-    return media_of(record).problem
-
-
-def questions_of(record: dict[str, Any]) -> list[str]:
-    """The text of the human turns."""
-    return [turn["value"] for turn in record["conversations"] if turn.get("from") == "human"]
 
 
 def bare(question: str) -> str:

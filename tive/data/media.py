@@ -51,13 +51,13 @@ class Media:
 
 def media_of(record: dict[str, Any]) -> Media:
     """The media of a record, whatever key they stand under, in capitals too. A null or empty value is no medium."""
-    named = [key for key in record if key.lower() in _MEDIA_KEYS and not _is_empty(record[key])]
+    named = [key for key in record if key.lower() in _MEDIA_KEYS and not _is_none(record[key])]
     found = []
     for key in named:
         if key.lower() in OTHER_MEDIA_KEYS:
             return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
         if key in IMAGE_KEYS:
-            entries = record[key] if isinstance(record[key], list) else [record[key]]
+            entries = [path_in(entry) for entry in (record[key] if isinstance(record[key], list) else [record[key]])]
             for problem in filter(None, map(_path_problem, entries)):
                 return Media((), f"has an `{key}` that {problem}")
             found.append(tuple(entries))
@@ -74,11 +74,23 @@ def media_of(record: dict[str, Any]) -> Media:
     return Media(())
 
 
-def _is_empty(value: Any) -> bool:
+def _is_none(value: Any) -> bool:
+    return value is False or is_empty(value) or (isinstance(value, dict) and is_empty(path_in(value)))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, an empty text, list or object, or a list of these."""
     if isinstance(value, str):  # nearly every record's
         return not value
     entries = value if isinstance(value, list) else [value]
-    return all(entry is None or entry is False or entry in ("", [], {}) for entry in entries)
+    return all(entry is None or entry in ("", [], {}) for entry in entries)
+
+
+def path_in(value: Any) -> Any:
+    """The path of an image as a table's export writes it, `{"bytes": null, "path": ...}`; any other value as it is."""
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and is_empty(value.get("bytes")):
+        return value.get("path")
+    return value
 
 
 def _names_media(value: Any) -> bool:
@@ -105,19 +117,3 @@ def _path_problem(entry: Any) -> str | None:
 def plain_path(image: str) -> str:
     """An image's path as it is opened below the image folder: `./coco//1.jpg` is `coco/1.jpg`."""
     return os.path.normpath(image)
-
-
-def image_of(record: dict[str, Any]) -> str | None:
-    """The path of the record's (first) image below the image folder, or None. The record is one without a problem."""
-    images = media_of(record).images
-    return plain_path(images[0]) if images else None
-
-
-def has_tag_alone(record: dict[str, Any]) -> bool:
-    """Whether a record without media has the image's tag in a turn, where it is read as plain text."""
-    media = media_of(record)
-    if media.images or media.problem:
-        return False
-    turns = record.get("conversations") or record.get("messages") or []
-    # A message's content is a text or a list of parts.
-    return any(IMAGE_TAG in str(turn.get("value", turn.get("content"))) for turn in turns)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tive.data.bad_records import refuse_bad_records
-from tive.data.conversations import answers_in, images_of, is_unanswered
+from tive.data.conversations import image_paths, to_llava
 from tive.data.images import look_for
-from tive.data.media import has_tag_alone
+from tive.data.media import IMAGE_TAG
+from tive.data.problems import identity_of, refuse_bad_records
 from tive.data.records import Records
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError
@@ -30,6 +29,7 @@ class Scan:
         answers: `[n]`, how many turns answer another one.
         problems: row -> what keeps the record from being used.
         tags_alone: rows whose text has the image's tag, and that name no image.
+        images_alone: rows that name an image, and whose text has no tag for it.
         unanswered: rows that end with the user's turn.
     """
 
@@ -40,6 +40,7 @@ class Scan:
     answers: list[int]
     problems: dict[int, str]
     tags_alone: list[int]
+    images_alone: list[int]
     unanswered: list[int]
 
 
@@ -51,25 +52,35 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
         task_key: where a record names its task, as `task_of` takes it; a record that names none has a problem. None:
             tasks are not asked for.
     """
-    scan = Scan(records, [], [], [], [], {}, [], [])
+    scan = Scan(records, [], [], [], [], {}, [], [], [])
     names: dict[str, str] = {}
     for row, record in enumerate(records):
-        is_object = isinstance(record, dict)
         problem = record_problem(record)
-        task, without_task = task_or_problem(record, task_key) if task_key and is_object else (None, "")
+        task, without_task = None, ""
+        if task_key and isinstance(record, dict):
+            task, without_task = task_or_problem(record, task_key)
+        identity = identity_of(record)
+        scan.ids.append("" if identity is None else str(identity))
+        scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
+        images: tuple[str, ...] = ()
+        answers = 0
         problem = problem or without_task
-        images = () if problem else images_of(record)
+        try:
+            conversation = {} if problem else to_llava(record)
+        except ValueError as error:  # a key that its own trainer passes over
+            problem = str(error)
         if problem:
             scan.problems[row] = problem
         else:
-            if not images and has_tag_alone(record):
-                scan.tags_alone.append(row)
-            if is_unanswered(record):
+            turns, images = conversation["conversations"], image_paths(conversation)
+            answers = sum(turn["from"] == "gpt" for turn in turns[1:])
+            has_tag = any(IMAGE_TAG in turn["value"] for turn in turns)
+            if has_tag != bool(images):
+                (scan.tags_alone if has_tag else scan.images_alone).append(row)
+            if turns and turns[-1]["from"] == "human":
                 scan.unanswered.append(row)
-        scan.ids.append(_as_text(record.get("id") if is_object else None))
-        scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
         scan.images.append(images)
-        scan.answers.append(answers_in(record))
+        scan.answers.append(answers)
     return scan
 
 
@@ -89,13 +100,6 @@ def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
             f"--source_path {path} --target_path labelled.json`, or name another key as task_key"
         )
     refuse_bad_records(scan.records, scan.problems, listing)
-
-
-def _as_text(identity: Any) -> str:
-    """An id as text that can be written and printed, half a surrogate pair too."""
-    if not isinstance(identity, str):
-        return "" if identity is None else json.dumps(identity)
-    return identity if identity.isascii() else identity.encode(errors="backslashreplace").decode()
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.conversations import is_unicode
-from tive.data.media import IMAGE_KEYS, image_of
+from tive.data.conversations import image_of, is_unicode
+from tive.data.media import IMAGE_KEYS
 from tive.util.errors import UserError
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tive.data import bad_records
+from tive.data import problems as bad_records
 from tive.data.media import IMAGE_TAG
 from tive.data.scan import Checked
 from tive.features.store import LeftOutRecord

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tive.data.media import media_of
+from tive.data.problems import images_named
 from tive.data.records import Records, name_of
 from tive.models import UNSUPERVISED, Encoded, Family, LeftOut
 from tive.util.errors import UserError
@@ -61,8 +61,8 @@ class EncodedRecords(Dataset):
     def name(self, row: int) -> str:
         """How an error names the record of a row, with its image."""
         record = self.records[row]
-        images = media_of(record).images
-        return name_of(self.records.path, row, record) + (f", image {images[0]}" if images else "")
+        images = images_named(record)
+        return name_of(self.records.path, row, record) + (f", image {images}" if images else "")
 
 
 class Loader:

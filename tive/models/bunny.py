@@ -16,9 +16,9 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from tive.data.conversations import problem_of as record_problem
+from tive.data.conversations import image_of
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.media import image_of
+from tive.data.problems import problem_of as record_problem
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
 from tive.models.bunny_encoding import ImageRules, TextRules, encode_text, pixels_of, read_image_rules, read_text_rules

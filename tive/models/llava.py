@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.conversations import problem_of as record_problem
+from tive.data.conversations import image_of
 from tive.data.images import BadImage, find_image, open_image, resize_padded
-from tive.data.media import image_of
+from tive.data.problems import problem_of as record_problem
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
 from tive.models.common import library_versions
 from tive.models.llava_checkpoint import LlavaProcessor, check_files, identity, load

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tive.data.conversations import to_llava
+from tive.data.conversations import conversation_of, is_trained_on
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
@@ -130,7 +130,7 @@ def record_problem(record: Any) -> str | None:
 
 def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
     """A record's system prompt, its turns and its images' paths."""
-    converted = to_llava(record)
+    converted = conversation_of(record)
     turns, images = converted["conversations"], converted.get("image") or []
     images = [images] if isinstance(images, str) else images
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
@@ -176,6 +176,8 @@ def encode_turns(
     except Exception as error:  # a template raises what it likes
         raise LeftOut(f"the chat template refuses it: {first_line(error)}") from error
     # A template that prints the first token itself would get it twice.
+    trained = [is_trained_on(turn) for turn in turns if turn["from"] == "gpt"]
+    spans = [span for span, counts in zip(spans, trained, strict=True) if counts]
     add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
     images = [_shrunk(image, processor.max_pixels) for image in images]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.data.conversations import form_problem, to_llava
+from tive.data.conversations import image_of, to_llava
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.media import image_of
+from tive.data.problems import form_problem
 from tive.data.records import Records, open_records
 from tive.report.page import Block, Card, Cards, Section, name
 from tive.selection.files import Selection
@@ -99,7 +99,7 @@ def read_sample(records: Records, image_folder: str | None, row: int) -> Sample:
     record = records[row]
     if problem := form_problem(record):
         return Sample(None, f"the record {problem}")
-    record = to_llava(record) if "messages" in record else record
+    record = to_llava(record)
     image = image_of(record)
     return Sample(*(_thumbnail(image_folder, image) if image else (None, "no image")), _turns(record))
 

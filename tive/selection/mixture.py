@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.bad_records import count_and_first, report_bad_records
-from tive.data.conversations import form_problem
+from tive.data.problems import count_and_first, form_problem, report_bad_records
 from tive.data.records import Records, open_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
