@@ -137,13 +137,13 @@ def bad_record(row: int, record: Any, reason: str) -> dict[str, Any]:
 def identity_of(record: Any) -> str | int | None:
     """A record's id as it can be written, if it is a text or a number."""
     identity = record.get("id") if isinstance(record, dict) else None
-    return _writable(identity) if isinstance(identity, str) else identity if isinstance(identity, int) else None
+    return writable(identity) if isinstance(identity, str) else identity if isinstance(identity, int) else None
 
 
 def images_named(record: Any) -> str:
     """The paths of a record's images in one text, empty where there is none that can be told."""
     try:
-        return _writable(", ".join(images_of(record)))
+        return writable(", ".join(images_of(record)))
     except ValueError:
         return ""
 
@@ -153,8 +153,8 @@ def kind_of(reason: str) -> str:
     return "unreadable image" if reason.startswith("unreadable image") else reason
 
 
-def _writable(text: str) -> str:
-    # Half of a surrogate pair is no text, and could not be written.
+def writable(text: str) -> str:
+    """A text as it can be written and printed: half of a surrogate pair, which is no text, as its escape."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 

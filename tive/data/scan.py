@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 from tive.data.conversations import image_paths, to_llava
 from tive.data.images import look_for
 from tive.data.media import IMAGE_TAG
-from tive.data.problems import identity_of, refuse_bad_records
+from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError
@@ -59,8 +60,7 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
         task, without_task = None, ""
         if task_key and isinstance(record, dict):
             task, without_task = task_or_problem(record, task_key)
-        identity = identity_of(record)
-        scan.ids.append("" if identity is None else str(identity))
+        scan.ids.append(_id_of(record))
         scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
         images: tuple[str, ...] = ()
         answers = 0
@@ -82,6 +82,13 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
         scan.images.append(images)
         scan.answers.append(answers)
     return scan
+
+
+def _id_of(record: Any) -> str:
+    identity = record.get("id") if isinstance(record, dict) else None
+    if isinstance(identity, str):
+        return writable(identity)
+    return "" if identity is None else json.dumps(identity)
 
 
 def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
