@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tive.data.problems import problem_of, refuse_bad_records
 from tive.data.media import media_of
+from tive.data.problems import problem_of, refuse_bad_records
 from tive.data.records import open_records
 from tive.data.scan import check_chunk, scan_records
 from tive.training.settings import (
