@@ -186,13 +186,13 @@ def remedy_of(records: Records, reasons: dict[int, str], listing: Path) -> str:
         is_other_form = False
     if is_other_form:
         target = path.with_name(f"{path.name.split('.')[0]}_llava.json")
-        convert = command("scripts/convert_data.py", "--source_path", path, "--target_path", target, "--to", "llava")
+        convert = command("scripts/convert_data.py", source_path=path, target_path=target, to="llava")
         return f"convert the data: {convert}"
     if 2 * len(reasons) > len(records):
         keys = listed([*first], 12) if isinstance(first, dict) else "none"
         return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
     target = path.with_name(f"{path.name.split('.')[0]}_good.json")
-    without = command("scripts/convert_data.py", "--source_path", path, "--target_path", target, "--drop", listing)
+    without = command("scripts/convert_data.py", source_path=path, target_path=target, drop=listing)
     return f"repair them, or write the data without them: {without}"
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from tive.data.conversations import image_paths, to_llava
 from tive.data.images import look_for
-from tive.data.media import IMAGE_TAG
+from tive.data.media import IMAGE_TAG, is_empty
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records
 from tive.data.tasks import no_task, task_or_problem
+from tive.util.commands import command
 from tive.util.errors import UserError
+from tive.util.text import listed
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,25 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
     return scan
 
 
+def described_keys(records: Records, most: int = 1000) -> str:
+    """The keys of records that could name a task, and how many values each takes, the fewest first.
+
+    Args:
+        most: values of a key that are counted.
+    """
+    values: dict[str, set[Any]] = {}
+    for record in records:
+        for key, value in record.items() if isinstance(record, dict) else ():
+            if (
+                isinstance(value, (str, int, float))
+                and not is_empty(value)
+                and len(values.setdefault(key, set())) <= most
+            ):
+                values[key].add(value)
+    counts = sorted((len(different), key) for key, different in values.items())
+    return listed([f"`{key}`: {count if count <= most else f'more than {most}'} values" for count, key in counts], 12)
+
+
 def _id_of(record: Any) -> str:
     identity = record.get("id") if isinstance(record, dict) else None
     if isinstance(identity, str):
@@ -102,9 +123,10 @@ def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
     """
     path = scan.records.path
     if all(scan.problems.get(row) == no_task(task_key) for row in range(len(scan.records))):
+        label = command("scripts/label_tasks.py", source_path=path, target_path=path.with_name("labelled.json"))
         raise UserError(
-            f"{path}: no record names a task under `{task_key}`; add it with `python scripts/label_tasks.py "
-            f"--source_path {path} --target_path labelled.json`, or name another key as task_key"
+            f"{path}: no record names a task under `{task_key}`; name another key as task_key (the records have "
+            f"{described_keys(scan.records)}), or add it with {label}"
         )
     refuse_bad_records(scan.records, scan.problems, listing)
 

@@ -10,12 +10,14 @@ from pathlib import Path
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
-def command(script: str, *arguments: str | os.PathLike[str]) -> str:
+def command(script: str, **options: str | os.PathLike[str]) -> str:
     """The command line that runs one of the project's scripts in this environment, between backquotes.
 
     Args:
         script: below the project's folder, as `scripts/convert_data.py`.
-        arguments: a path is made absolute, a text stays as it is.
+        options: of the script; a path is made absolute, a text stays as it is.
     """
-    words = [argument if isinstance(argument, str) else os.path.abspath(argument) for argument in arguments]
-    return f"`{shlex.join([sys.executable or 'python', str(_PROJECT / script), *words])}`"
+    words = [sys.executable or "python", str(_PROJECT / script)]
+    for name, value in options.items():
+        words += ["--" + name, value if isinstance(value, str) else os.path.abspath(value)]
+    return f"`{shlex.join(words)}`"
