@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 _LOWER = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
@@ -189,11 +189,12 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name in _FORMATS]
 
 
-def open_image(path: str, padded: bool = False) -> Image.Image:
+def open_image(path: str, padded: bool = False, upright: bool = False) -> Image.Image:
     """Read an image whole, as RGB; the first frame of an animation.
 
     Args:
         padded: the image is to be padded to a square, and that is held to `MOST_PIXELS`.
+        upright: turn it as its EXIF orientation says, as TRL's images are; LLaVA's trainer takes it as it lies.
 
     Raises:
         BadImage: it is truncated, no image, unreasonably large, or of one pixel.
@@ -204,7 +205,7 @@ def open_image(path: str, padded: bool = False) -> Image.Image:
                 raise BadImage("unreadable image: one pixel, which LLaVA's trainer cannot take either")
             if padded and max(image.size) ** 2 > MOST_PIXELS:
                 raise BadImage(f"unreadable image: above {MOST_PIXELS} pixels when it is padded to a square")
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (BadImage, MemoryError):  # whether memory is short is not the image's fault
         raise
     except Image.DecompressionBombError as error:

@@ -1,7 +1,7 @@
 """Which tokens of a rendered conversation are an assistant's: its answers and the end of its turns, nothing else.
 
 A template's own masks of generated text are missing in most templates and wrong where images are, so the answers are
-found by rendering the conversation twice, once with a mark in each answer's place.
+located by rendering the conversation once more, with a mark behind each answer's last letter.
 """
 
 from __future__ import annotations
@@ -15,46 +15,55 @@ from tive.models import LeftOut
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-# What a template may do to an answer before it prints it.
-_TRIMMED: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 
 
 def text_message(role: str, text: str) -> Message:
+    """A message of one text part."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def answer_spans(render: Callable[[list[Message]], str], messages: Sequence[Message]) -> tuple[str, list[Span]]:
     """The rendered conversation, and where each answer's characters stand in it.
 
+    A template may strip an answer's outer white space, and print something in front of it or behind it.
+
     Args:
         render: applies the chat template.
         messages: the content of an assistant's message is one text part.
 
     Raises:
-        LeftOut: the template changes an answer by more than its outer white space, or leaves one out.
+        LeftOut: the template prints an answer otherwise than it is, not at all, or more than once.
     """
     answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
+
+    def rendered(texts: Sequence[str]) -> str:
+        rest = iter(texts)
+        return render([text_message("assistant", next(rest)) if m["role"] == "assistant" else m for m in messages])
+
+    whole = rendered(answers)
     marks = [f"\uf8f0{number}\uf8f1" for number in range(len(answers))]
-    unused = iter(marks)
-    marked = [
-        text_message("assistant", next(unused)) if message["role"] == "assistant" else message for message in messages
-    ]
-    whole, rest = render(list(messages)), render(marked)
-    between = []
+    letters = [len(answer.rstrip()) for answer in answers]
+    rest = rendered([text[:end] + mark + text[end:] for text, end, mark in zip(answers, letters, marks, strict=True)])
+    pieces = []
     for mark in marks:
-        before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            raise LeftOut("the chat template prints an answer not once")
-        between.append(before)
-    for trimmed in _TRIMMED:
-        spans, joined = [], ""
-        for before, answer in zip(between, map(trimmed, answers), strict=True):
-            joined += before
-            spans.append((len(joined), len(joined) + len(answer)))
-            joined += answer
-        if joined + rest == whole:
-            return whole, spans
-    raise LeftOut("the chat template changes an answer")
+        piece, is_there, rest = rest.partition(mark)
+        if not is_there or mark in rest:
+            raise LeftOut("the chat template does not print each answer once")
+        pieces.append(piece)
+    if "".join([*pieces, rest]) != whole:
+        raise LeftOut("the chat template changes an answer")
+    if rendered([answer.lstrip() for answer in answers]) == whole:
+        answers = [answer.lstrip() for answer in answers]
+    if rendered([answer.rstrip() for answer in answers]) == whole:
+        answers = [answer.rstrip() for answer in answers]
+    spans, end = [], 0
+    for piece, answer in zip(pieces, answers, strict=True):
+        end += len(piece)
+        start = end - len(answer.rstrip())
+        spans.append((start, start + len(answer)))
+        if whole[slice(*spans[-1])] != answer:
+            raise LeftOut("the chat template changes an answer")
+    return whole, spans
 
 
 def token_spans(
@@ -67,7 +76,7 @@ def token_spans(
         ends: ids that can end a turn: the tokenizer's added tokens, images apart. One does where only white space
             stands between it and the answer.
     """
-    found = []
+    tokens = []
     first = 0
     for start, stop in spans:
         while first < len(ids) and offsets[first][1] <= start:
@@ -80,9 +89,9 @@ def token_spans(
             end += 1
         if end < len(ids) and ids[end] in ends and not text[stop : offsets[end][0]].strip():
             last = end + 1
-        found.append((first, last))
+        tokens.append((first, last))
         first = last
-    return found
+    return tokens
 
 
 def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[Span]:

@@ -149,7 +149,7 @@ def encode(processor: NativeProcessor, record: dict[str, Any], image_folder: str
     """
     try:
         system, turns, paths = _read(record)
-        images = [open_image(find_image(image_folder, path)) for path in paths]
+        images = [open_image(find_image(image_folder, path), upright=True) for path in paths]
     except (BadImage, ValueError) as error:
         raise LeftOut(str(error)) from error
     return encode_turns(processor, system, turns, images)
