@@ -273,6 +273,46 @@ def test_a_template_that_changes_an_answer_leaves_the_record_out(tmp_path: Path)
         native.encode(processor, conversation("Hi", "<think>A greeting.</think>Hello."), "")
 
 
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% set text = message.content[0].text %}"
+    "{% if message.role == 'assistant' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% else %}{% set thought = '' %}{% endif %}"
+    "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{% endif %}{{ text }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["<think>\nA greeting.\n</think>\n\nHello.", "Hello.", " Hello. "])
+def test_a_template_that_prints_thoughts_whole_supervises_the_answer_where_it_stands(
+    answer: str, tmp_path: Path
+) -> None:
+    processor = with_template("internvl", lambda _: THINKING, tmp_path)
+    item = native.encode(processor, conversation("Hi", answer), "")
+    supervised = item.inputs.labels[item.inputs.labels != -100]
+    assert processor.library.tokenizer.decode(supervised) == answer + "<|im_end|>"
+
+
+def test_thoughts_that_a_template_drops_from_an_earlier_turn_leave_the_record_out(tmp_path: Path) -> None:
+    processor = with_template("internvl", lambda _: THINKING, tmp_path)
+    thought = "<think>\nA greeting.\n</think>\n\nHello."
+    with pytest.raises(LeftOut, match="changes an answer"):
+        native.encode(processor, conversation("Hi", thought, "Again", thought), "")
+
+
+def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
+    lying, exif = Image.effect_noise((84, 140), 50).convert("RGB"), Image.Exif()
+    lying.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    exif[0x0112] = 6
+    lying.save(tmp_path / "photo.png", exif=exif)
+    processor = loaded("qwen2_5_vl").processor
+    seen = [
+        native.encode(processor, conversation("<image>What?", "Noise.", image=image), str(tmp_path)).inputs.arrays
+        for image in ("photo.png", "upright.png")
+    ]
+    assert np.array_equal(seen[0]["pixel_values"], seen[1]["pixel_values"])
+    assert np.array_equal(seen[0]["image_grid_thw"], seen[1]["image_grid_thw"])
+
+
 def test_a_template_that_strips_answers_supervises_what_it_prints(tmp_path: Path) -> None:
     processor = with_template(
         "internvl", lambda text: text.replace("content['text']", "content['text'] | trim"), tmp_path

@@ -13,20 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 from tive.data.conversations import image_of
 from tive.data.images import BadImage, find_image, open_image
-from tive.data.problems import problem_of as record_problem
+from tive.data.problems import problem_of
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
-from tive.models.bunny_encoding import ImageRules, TextRules, encode_text, pixels_of, read_image_rules, read_text_rules
+from tive.models.bunny_encoding import (
+    ENDS,
+    ImageRules,
+    TextRules,
+    encode_text,
+    pixels_of,
+    read_image_rules,
+    read_text_rules,
+)
 from tive.models.common import (
     base_folder,
     base_of,
     decoder_layers,
     fingerprint,
+    first_line,
     freeze,
     library_versions,
     load_pretrained,
@@ -35,56 +43,17 @@ from tive.models.common import (
     refuse_options,
     refuse_other_shape,
 )
-from tive.models.spliced import record_losses
+from tive.models.spliced import pads_images as pads_images
+from tive.models.spliced import record_losses as record_losses
 from tive.util.errors import UserError
-from tive.util.files import read_json
 
-__all__ = [
-    "answers",
-    "check_files",
-    "encode",
-    "generate",
-    "identity",
-    "load",
-    "pads_images",
-    "record_losses",
-    "record_problem",
-    "versions",
-]
+record_problem = problem_of
 
 TRAINED_FILE = "non_lora_trainables.bin"
 TRAIN_IN_ONE_GO = (
     "Bunny writes it only when training ends, and going on from a checkpoint-N starts the projector afresh: train the "
     "reference model in one go (save_strategy no) and name its output_dir"
 )
-
-
-@dataclass(frozen=True)
-class BunnyKind:
-    """A language model that Bunny trains.
-
-    Attributes:
-        base: the `model_type` of the base's config.
-        end: what ends an answer in the template of this model type, which is stored nowhere.
-        since: the first release of transformers that has it; None where none has.
-        pads_with_end: whether Bunny makes `end` the padding, whatever the tokenizer says.
-    """
-
-    base: str
-    end: str
-    since: str | None
-    pads_with_end: bool = False
-
-
-KINDS = {
-    "bunny-phi": BunnyKind("phi", "<|endoftext|>", "4.37.0"),
-    "bunny-qwen2": BunnyKind("qwen2", "<|endoftext|>", "4.37.0"),
-    "bunny-qwen": BunnyKind("qwen2", "<|endoftext|>", "4.37.0"),
-    "bunny-llama": BunnyKind("llama", "<|end_of_text|>", "4.37.0", pads_with_end=True),
-    "bunny-stablelm": BunnyKind("stablelm", "<|endoftext|>", "4.38.0"),
-    "bunny-phi3": BunnyKind("phi3", "<|endoftext|>", "4.41.0"),
-    "bunny-minicpm": BunnyKind("minicpm", "</s>", None),
-}
 
 
 @dataclass(frozen=True)
@@ -132,36 +101,31 @@ def check_files(files: ModelFiles) -> None:
     config = read_config(folder)
     if config.get("use_s2"):
         raise UserError(f"{folder}/config.json: use_s2 is not supported; train the reference model without use_s2")
-    kind = _kind_of(folder, config)
-    of_base = read_config(base)
-    if "mm_vision_tower" in of_base or of_base.get("model_type") != kind.base:
+    model_type = str(config.get("model_type"))
+    if model_type not in ENDS:
+        raise UserError(f"{folder}/config.json: the model type {model_type} is none of {', '.join(ENDS)}")
+    of_base = read_config(base).get("model_type")
+    if of_base != {"bunny-qwen": "qwen2"}.get(model_type, model_type.removeprefix("bunny-")):
         raise UserError(
-            f"the base model {base} is of type {of_base.get('model_type')}, the adapter in {folder} "
-            f"({config['model_type']}) was trained on a {kind.base}; name the language model that Bunny's trainer "
-            "started from (an adapter that was trained on a Bunny model is not supported)"
+            f"the base model {base} is of type {of_base}, the adapter in {folder} was trained as {model_type}; name "
+            "the language model that Bunny's trainer started from (an adapter on a Bunny model is not supported)"
         )
+    _language_config(base)
     refuse_other_shape(folder, base)
     read_processor(files)
 
 
-def _kind_of(folder: Path, config: dict[str, Any]) -> BunnyKind:
-    """The language model of a Bunny's config, which the installed transformers has."""
-    model_type = config.get("model_type")
-    kind = KINDS.get(str(model_type))
-    if kind is None:
-        raise UserError(f"{folder}/config.json: the model type {model_type!r} is none of {', '.join(KINDS)}")
-    if kind.since is None:
+def _language_config(base: Path) -> Any:
+    """The base's config, of a language model that the installed transformers has."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    except Exception as error:  # an unknown type raises several kinds
         raise UserError(
-            f"{folder}/config.json: {model_type} cannot be computed, no release of transformers has the language model "
-            f"{kind.base}; train a reference model on another base"
-        )
-    installed = library_versions("transformers")["transformers"]
-    if Version(installed) < Version(kind.since):
-        raise UserError(
-            f"{folder}/config.json: {model_type} needs transformers {kind.since} or later, this is {installed}; use an "
-            "environment that has it (bash scripts/setup.sh native)"
-        )
-    return kind
+            f"{base}/config.json: {first_line(error)}; where transformers {transformers.__version__} is too "
+            "old for it, use the other environment (bash scripts/setup.sh native)"
+        ) from error
 
 
 def tower_folder(files: ModelFiles) -> Path:
@@ -198,19 +162,13 @@ def read_processor(files: ModelFiles) -> BunnyProcessor:
             f"{folder}/config.json: tokenizer_model_max_length is {maximum}; Bunny's trainer writes the "
             "model_max_length that it cut records at: put it there"
         )
-    kind = _kind_of(folder, config)
     tower = tower_folder(files)
     with loading(f"{tower}/config.json"):
         vision = SiglipVisionConfig.from_pretrained(str(tower))
     return BunnyProcessor(
-        read_text_rules(base_of(files), kind.end, kind.pads_with_end, maximum),
+        read_text_rules(base_of(files), config["model_type"], maximum),
         read_image_rules(tower, pads_images(files), vision.image_size, vision.patch_size),
     )
-
-
-def pads_images(files: ModelFiles) -> bool:
-    """Whether images are padded to a square."""
-    return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
 
 
 def identity(files: ModelFiles) -> str:
@@ -241,11 +199,10 @@ def load(
         UserError: a part is missing or does not fit the others; the file is named.
     """
     check_files(files)
-    from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
+    from transformers import AutoModelForCausalLM, SiglipVisionModel
 
     folder, base = Path(files.model_path), base_of(files)
-    with loading(str(base)):
-        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False)
+    config = _language_config(base)
     # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
     config.attention_dropout = 0.0
     config.use_cache = False

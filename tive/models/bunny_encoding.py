@@ -27,6 +27,9 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 ANSWER = " ASSISTANT: "
+# What ends an answer in the template of each model type, which is stored nowhere.
+ENDS = dict.fromkeys(("bunny-phi", "bunny-phi3", "bunny-qwen", "bunny-qwen2", "bunny-stablelm"), "<|endoftext|>")
+ENDS |= {"bunny-llama": "<|end_of_text|>", "bunny-minicpm": "</s>"}
 # Older ones read Llama-3's `ignore_merges` and do not heed it (huggingface/tokenizers issue 1512).
 _HEEDS_IGNORE_MERGES = Version("0.19.1")
 
@@ -72,18 +75,19 @@ class ImageRules:
     patches: int
 
 
-def read_text_rules(base: Path, end: str, pads_with_end: bool, maximum: int) -> TextRules:
+def read_text_rules(base: Path, model_type: str, maximum: int) -> TextRules:
     """The text rules of a base model, from its tokenizer's files alone.
 
     transformers' own tokenizer classes are not used: release 5 builds some of them anew, with other ids.
 
     Args:
-        pads_with_end: Bunny makes `end` both the padding and the end of sequence, whatever the tokenizer says (Llama).
+        model_type: one of `ENDS`, whose text ends an answer.
 
     Raises:
-        UserError: a file is missing, or needs a newer library, or its parts contradict each other, or `end` is not one
-            token of it.
+        UserError: a file is missing, or needs a newer library, or its parts contradict each other, or that text is not
+            one token of it.
     """
+    end = ENDS[model_type]
     file, settings_file = base / "tokenizer.json", base / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(
@@ -119,7 +123,7 @@ def read_text_rules(base: Path, end: str, pads_with_end: bool, maximum: int) -> 
             f"{file}: {end}, which ends an answer of this Bunny model, is {len(ends)} tokens of it and not one; "
             "name the base that the adapter was trained on"
         )
-    if pads_with_end:
+    if model_type == "bunny-llama":  # its end is both padding and end of sequence, whatever the tokenizer says
         return TextRules(tokenizer, end, ends[0], True, begins, maximum)
     names = ("pad", "unk", "eos")
     special = {name: _token_text(settings.get(f"{name}_token")) for name in names}

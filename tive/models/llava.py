@@ -9,7 +9,6 @@ import contextlib
 import functools
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,31 +16,18 @@ import numpy as np
 
 from tive.data.conversations import image_of
 from tive.data.images import BadImage, find_image, open_image, resize_padded
-from tive.data.problems import problem_of as record_problem
-from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
+from tive.data.problems import problem_of
+from tive.models import Answer, Encoded, LeftOut, Reference, spliced
 from tive.models.common import library_versions
-from tive.models.llava_checkpoint import LlavaProcessor, check_files, identity, load
+from tive.models.llava_checkpoint import LlavaProcessor
+from tive.models.llava_checkpoint import check_files as check_files
+from tive.models.llava_checkpoint import identity as identity
+from tive.models.llava_checkpoint import load as load
 from tive.models.losses import IGNORE
-from tive.models.spliced import record_losses
-from tive.util.files import read_json
+from tive.models.spliced import pads_images as pads_images
+from tive.models.spliced import record_losses as record_losses
 
-__all__ = [
-    "answers",
-    "check_files",
-    "encode",
-    "generate",
-    "identity",
-    "load",
-    "pads_images",
-    "record_losses",
-    "record_problem",
-    "versions",
-]
-
-
-def pads_images(files: ModelFiles) -> bool:
-    """Whether images are padded to a square."""
-    return read_json(Path(files.model_path) / "config.json").get("image_aspect_ratio") == "pad"
+record_problem = problem_of
 
 
 def versions() -> dict[str, str]:

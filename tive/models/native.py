@@ -35,29 +35,12 @@ from tive.models.common import (
 )
 from tive.models.generation import greedy, until_end
 from tive.models.losses import losses_of_logits, supervised_tokens
-from tive.models.native_encoding import (
-    answers,
-    encode,
-    encode_turns,
-    load_processor,
-    processor_folder,
-    record_problem,
-)
+from tive.models.native_encoding import answers as answers
+from tive.models.native_encoding import encode as encode
+from tive.models.native_encoding import encode_turns, load_processor, processor_folder
+from tive.models.native_encoding import record_problem as record_problem
 from tive.models.optimizer_files import MOMENTS_FILE
 from tive.util.errors import UserError
-
-__all__ = [
-    "answers",
-    "check_files",
-    "encode",
-    "generate",
-    "identity",
-    "load",
-    "pads_images",
-    "record_losses",
-    "record_problem",
-    "versions",
-]
 
 OLDEST = (4, 57)
 _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tive.models import Answer, Encoded, LeftOut, RecordLosses, Reference
+from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
+from tive.models.common import read_config
 from tive.models.generation import generate_ids
 from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens
 
@@ -30,6 +32,11 @@ class SplicedRecord:
     ids: np.ndarray
     labels: np.ndarray
     pixels: np.ndarray | None
+
+
+def pads_images(files: ModelFiles) -> bool:
+    """Whether images are padded to a square."""
+    return read_config(Path(files.model_path)).get("image_aspect_ratio") == "pad"
 
 
 def splice(ids: np.ndarray, labels: np.ndarray, features: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
