@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tive.method.adam import adam_step, release_step
 from tive.method.gradients import gradient_features
 from tive.method.projection import Projector, make_projector
-from tive.util.device import device_name
-from tive.util.memory import forget_peak, peak_memory
+from tive.util.device import device_name, forget_peak, peak_memory
 
 from . import cases
 from .cases import Case
@@ -98,7 +97,7 @@ def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Meas
     if arguments.rounds > 1:
         compute(case.batches[0])
     gc.collect()
-    reset_peak(case.reference.device)
+    forget_peak(case.reference.device)
     records, begin = 0, now(case.reference.device)
     for batch in case.batches:
         compute(batch)
@@ -106,7 +105,7 @@ def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Meas
         seconds = now(case.reference.device) - begin
         if seconds > arguments.seconds:
             break
-    return Measured(records, seconds, peak(case.reference.device))
+    return Measured(records, seconds, peak_memory(case.reference.device))
 
 
 def print_table(measured: dict[str, Measured]) -> None:
@@ -282,18 +281,3 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        forget_peak()
-
-
-def peak(device: torch.device) -> int:
-    """Most memory in use since `reset_peak`, in bytes, the model's weights and torch itself included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory()

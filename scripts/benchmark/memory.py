@@ -8,9 +8,7 @@ import torch
 
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector
-from tive.util.device import device_of
-
-from .gradients import peak, reset_peak
+from tive.util.device import device_of, forget_peak, peak_memory
 
 HIDDEN, RANK, MATRICES = 4096, 128, 256
 
@@ -30,14 +28,14 @@ def run(arguments: argparse.Namespace) -> None:
     projector = make_projector("auto", 0, arguments.proj_dim, device)
     inputs = torch.randn(arguments.batch_size, arguments.tokens, HIDDEN, device=device)
     matrix(inputs[:1, :1])  # what torch sets up once
-    reset_peak(device)
-    before = peak(device)
+    forget_peak(device)
+    before = peak_memory(device)
     for number in range(MATRICES):
         projector.project(f"matrix {number}", torch.zeros(1, HIDDEN * RANK, device=device))
     gradient_features(lambda: matrix(inputs).square().mean((1, 2)), {"matrix 0": matrix}, projector)
     print(f"projector {projector.kind}: {projector.about}")
     print(
         f"{arguments.batch_size} records of {arguments.tokens} tokens, {MATRICES} matrices of rank {RANK}, "
-        f"{MATRICES * HIDDEN * RANK:,} parameters: {(peak(device) - before) / 2**30:.2f} GiB beside the model and its "
-        "activations"
+        f"{MATRICES * HIDDEN * RANK:,} parameters: {(peak_memory(device) - before) / 2**30:.2f} GiB beside the model "
+        "and its activations"
     )

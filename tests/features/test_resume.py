@@ -188,7 +188,7 @@ def test_a_second_process_on_the_chunk_stops(begun):
         (["--grad_modules", "all"], "grad_modules self_attn, now all"),
         (["--num_chunks", 2, "--chunk_idx", 0], "num_chunks 1, now 2"),
         (["--num_chunks", 2, "--chunk_idx", 1], "num_chunks 1, now 2"),
-        (["--projector", "trak"], "projector sparse, now trak"),
+        (["--projector", "trak"], "projector sparse/2, now trak"),
         (["data"], "data_sha256"),
         (["model"], "model "),
     ],

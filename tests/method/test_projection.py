@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compute_gradient_features
 from tests.helpers.reference import CPU, EXPECTED, encode_golden, in_batches, load_golden, step_of
-from tive.method.philox import key_of, philox, random_words
 from tive.method.projection import (
     KINDS,
     Sparse,
@@ -24,6 +23,8 @@ from tive.method.projection import (
     sparse_projection,
 )
 
+SIGNS = [250, 55, 113, 24, 81, 109, 251, 173, 182, 78, 0, 130, 247, 59, 190, 139]
+ROTATIONS = [69, 28, 61, 41, 34, 28, 47, 60, 64, 54]
 SIZES = [(64, 10), (64, 64), (64, 65), (300, 1000), (1024, 257), (7, 1000), (1, 5)]
 
 
@@ -31,27 +32,10 @@ def make(kind: str, proj_dim: int = 256, seed: int = 0):
     return make_projector(kind, seed, proj_dim, CPU)
 
 
-@pytest.mark.parametrize(
-    "counter, key, expected",
-    [
-        ((0, 0, 0, 0), (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-)
-def test_the_generator_gives_the_published_philox_words(counter, key, expected):
-    assert philox(np.array([counter]), key).tolist() == [expected]
-
-
-def test_a_random_word_is_a_function_of_key_stream_and_position_alone():
-    words = random_words(103, (5, 6), stream=1)
-    assert words[42] == philox(np.array([[10, 1, 0, 0]]), (5, 6))[0, 2]
-    assert np.array_equal(random_words(50, (5, 6), stream=1), words[:50])
-    assert np.array_equal(sign_octets(3, "m", 1000)[:4], random_words(1, key_of(3, "m"), stream=0).view(np.uint8))
+def test_signs_and_rotations_are_the_same_on_every_machine_and_do_not_depend_on_how_many_are_drawn():
+    assert sign_octets(0, "layers.0.self_attn.q_proj.A", 128).tolist() == SIGNS
+    assert block_rotations(0, "layers.0.self_attn.q_proj.A", 1000, 100).tolist() == ROTATIONS
+    assert np.array_equal(sign_octets(3, "m", 1000)[:8], sign_octets(3, "m", 64))
 
 
 def test_every_bit_of_the_seed_and_the_name_count_and_their_streams_are_unlike():
@@ -201,7 +185,7 @@ def test_a_projector_that_returns_zeros_or_nonsense_is_refused(monkeypatch):
 
 
 def test_auto_is_sparse_without_a_gpu_and_a_named_one_that_cannot_work_is_an_error():
-    assert make("auto").kind == "sparse"
+    assert make("auto").kind == "sparse/2"
     with pytest.raises(ValueError, match="trak does not work here: "):
         make_projector("trak", 0, 64, torch.device("cuda"))
     with pytest.raises(ValueError, match="to 0 features"):
@@ -228,7 +212,7 @@ def test_auto_takes_traks_on_a_gpu_where_it_works_and_says_what_else_there_is(mo
     monkeypatch.setattr("tive.method.projection.TrakCuda", broken)
     monkeypatch.setattr("tive.method.projection.Sparse", lambda seed, proj_dim, device: Sparse(seed, proj_dim, CPU))
     taken = make_projector("auto", 0, 64, gpu)
-    assert taken.kind == "sparse" and taken.about.endswith("trak does not work here: no kernel image is available")
+    assert taken.kind == "sparse/2" and taken.about.endswith("trak does not work here: no kernel image is available")
 
 
 def test_every_projector_of_the_command_line_proves_itself_or_says_why_not(monkeypatch, capsys):

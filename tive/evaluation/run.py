@@ -19,7 +19,7 @@ from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
 from tive.evaluation.results import Conditions, HeldOutResult, differing
 from tive.features.batches import Batches
-from tive.features.loader import EncodedRecords, Loader, usable
+from tive.features.loader import Loader, usable
 from tive.features.store import LeftOutRecord, Store, Window, hold
 from tive.models import NOT_FINITE, Encoded, Family, Reference
 from tive.util.errors import UserError
@@ -76,11 +76,11 @@ def evaluate(
     """
     windows = store.missing(options.window)
     readable = [row for rows in windows for row in rows if row not in checked.reasons]
-    dataset = EncodedRecords(family, reference.processor, scan.records, options.image_folder)
+    loader = Loader(family, reference.processor, scan.records, options.image_folder, options.num_workers)
     batches = Batches(options.batch_size, options.max_batch_tokens)
     total = len(scan.records)
     bar = tqdm(total=total, initial=total - sum(map(len, windows)), desc="Evaluating", unit=" records")
-    with bar, Loader(dataset, options.num_workers).read(readable) as items:
+    with bar, loader.read(readable) as items:
         for rows in windows:
             reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
             of_window = islice(items, len(rows) - len(reasons))

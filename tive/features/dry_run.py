@@ -10,10 +10,11 @@ from dataclasses import replace
 from tive.data.scan import Scan, check_chunk
 from tive.features.batches import Batches
 from tive.features.chunk import Match
-from tive.features.gradient_pass import PassOptions, loader_of, peak_memory
+from tive.features.gradient_pass import PassOptions, loader_of
 from tive.features.left_out import list_file, report_bad_records
 from tive.features.step import GradientStep
 from tive.models import Encoded
+from tive.util.device import peak_memory
 from tive.util.errors import UserError
 from tive.util.stopwatch import Stopwatch
 from tive.util.text import duration

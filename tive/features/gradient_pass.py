@@ -34,12 +34,11 @@ from tive.features.left_out import (
     refuse_many,
     report_bad_records,
 )
-from tive.features.loader import EncodedRecords, Loader, usable, workers_beside
+from tive.features.loader import Loader, usable, workers_beside
 from tive.features.step import GradientStep
 from tive.features.store import Window
 from tive.models import NOT_FINITE
-from tive.util import memory
-from tive.util.device import device_name
+from tive.util.device import device_name, peak_memory
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,8 @@ def compute_windows(
 
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
     """What reads and encodes a chunk's records for a step."""
-    dataset = EncodedRecords(step.family, step.reference.processor, checked.records, options.image_folder)
-    return Loader(dataset, workers_beside(step.reference.device, options.num_workers))
+    workers = workers_beside(step.reference.device, options.num_workers)
+    return Loader(step.family, step.reference.processor, checked.records, options.image_folder, workers)
 
 
 def of_window(
@@ -229,13 +228,6 @@ def versions(step: GradientStep) -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
     common = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return common | step.family.versions()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use at one time: of the GPU's memory, or of this process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return memory.peak_memory()
 
 
 def _now() -> str:

@@ -30,14 +30,25 @@ def workers_beside(device: torch.device, wanted: int | None) -> int:
     return wanted if wanted is not None else 4 if device.type == "cuda" else 1
 
 
-class EncodedRecords(Dataset):
-    """Row of the data file -> row and encoded record, or the reason why there is none, or the lack of memory for it."""
+class Loader(Dataset):
+    """Reads and encodes records in `num_workers` processes, or in this one.
 
-    def __init__(self, family: Family, processor: Any, records: Records, image_folder: str) -> None:
+    As torch's data set it maps a row to the row and its encoded record, the reason why there is none, or the lack of
+    memory for it.
+
+    Attributes:
+        waited: seconds that its user has waited for records.
+    """
+
+    def __init__(
+        self, family: Family, processor: Any, records: Records, image_folder: str, num_workers: int = 0
+    ) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.processor, self.records, self.image_folder = family.encode, processor, records, image_folder
+        self.num_workers, self.waited = num_workers, 0.0
         # Of each worker: its process, and the row that it is reading, for when it is killed.
-        self.processes, self.reading = multiprocessing.RawArray("q", 0), multiprocessing.RawArray("q", 0)
+        self.processes = multiprocessing.RawArray("q", num_workers)
+        self.reading = multiprocessing.RawArray("q", [_NOTHING] * num_workers)
 
     def __getitem__(self, row: int) -> tuple[int, Encoded | str | MemoryError]:
         worker = get_worker_info()
@@ -58,23 +69,6 @@ class EncodedRecords(Dataset):
         except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
             return f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
-    def name(self, row: int) -> str:
-        """How an error names the record of a row, with its image."""
-        record = self.records[row]
-        images = images_named(record)
-        return name_of(self.records.path, row, record) + (f", image {images}" if images else "")
-
-
-class Loader:
-    """Reads and encodes records in `num_workers` processes, or in this one.
-
-    Attributes:
-        waited: seconds that its user has waited for records.
-    """
-
-    def __init__(self, dataset: EncodedRecords, num_workers: int) -> None:
-        self.dataset, self.num_workers, self.waited = dataset, num_workers, 0.0
-
     @contextlib.contextmanager
     def read(self, rows: Sequence[int]) -> Iterator[Iterator[tuple[int, Encoded | str]]]:
         """Each row and its encoded record or the reason why there is none, in order, while the block runs.
@@ -82,16 +76,13 @@ class Loader:
         Raises:
             UserError: a worker was killed, which torch reports wherever the block is; or memory ran out.
         """
-        dataset, count = self.dataset, self.num_workers
-        dataset.processes = multiprocessing.RawArray("q", count)
-        dataset.reading = multiprocessing.RawArray("q", [_NOTHING] * count)
         loader = DataLoader(
-            dataset,
+            self,
             sampler=rows,
             batch_size=None,
             collate_fn=_as_it_is,
-            num_workers=count,
-            prefetch_factor=max(2, _AHEAD // count) if count else None,
+            num_workers=self.num_workers,
+            prefetch_factor=max(2, _AHEAD // self.num_workers) if self.num_workers else None,
             worker_init_fn=_prepare_worker,
         )
         others = multiprocessing.active_children()
@@ -103,7 +94,7 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(_how_one_ended(workers, dataset)) from error
+            raise UserError(self._how_one_ended(workers)) from error
         finally:
             records.close()  # type: ignore[attr-defined]
             del items  # the last that holds the loader: torch waits for the workers to end
@@ -118,10 +109,30 @@ class Loader:
                 return
             if isinstance(item, MemoryError):
                 raise UserError(
-                    f"memory ran out while {self.dataset.name(row)} was read; free memory or lower num_workers, or "
+                    f"memory ran out while {self._name(row)} was read; free memory or lower num_workers, or "
                     "remove the record if it happens again; the same command continues"
                 )
             yield row, item
+
+    def _name(self, row: int) -> str:
+        """How an error names the record of a row, with its image."""
+        record = self.records[row]
+        images = images_named(record)
+        return name_of(self.records.path, row, record) + (f", image {images}" if images else "")
+
+    def _how_one_ended(self, workers: list[BaseProcess]) -> str:
+        """What is known of a worker that was killed, and of the record that it was reading."""
+        reading = dict(zip(self.processes, self.reading, strict=True))
+        what, row = "ended", _NOTHING
+        for process in workers:
+            if code := process.exitcode:
+                what = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+                row = reading.get(process.pid, _NOTHING)
+        where = f" while it read {self._name(row)}" if row != _NOTHING else ""
+        return (
+            f"a process that reads records {what}{where}, most often because memory ran out; free memory or lower "
+            "num_workers, or remove the record if it happens again; the same command continues"
+        )
 
 
 def usable(
@@ -172,16 +183,3 @@ def _end(workers: list[BaseProcess]) -> None:
         process.kill()
         process.join()
     signal.signal(signal.SIGCHLD, torchs_handler)
-
-
-def _how_one_ended(workers: list[BaseProcess], dataset: EncodedRecords) -> str:
-    """What is known of a worker that was killed, and of the record that it was reading."""
-    reading = dict(zip(dataset.processes, dataset.reading, strict=True))
-    remedy = "free memory or lower num_workers, or remove the record if it happens again; the same command continues"
-    for process in workers:
-        if code := process.exitcode:
-            ended = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
-            row = reading.get(process.pid, _NOTHING)
-            while_reading = f" while it read {dataset.name(row)}" if row != _NOTHING else ""
-            return f"a process that reads records {ended}{while_reading}, most often because memory ran out; {remedy}"
-    return f"a process that reads records ended; {remedy}"

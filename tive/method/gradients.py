@@ -65,31 +65,7 @@ def gradient_features(
             projection.
         loss_scale: lifts small gradients above what half precision loses; lowered where they overflow.
     """
-    while True:
-        losses, sketch, squared_norms = _one_pass(forward, matrices, projector, transform, loss_scale, measure)
-        overflow = torch.isfinite(losses) & ~torch.isfinite(squared_norms)
-        if loss_scale == 1.0 or not overflow.any():
-            break
-        loss_scale = max(1.0, loss_scale / 64)
-    norms = squared_norms.sqrt()
-    good = torch.isfinite(norms) & (norms > 0) & torch.isfinite(sketch).all(dim=1)
-    unit = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    features = torch.where(good[:, None], unit, torch.zeros_like(unit))
-    if transform is None:
-        norms = norms / loss_scale
-    return GradientFeatures(features, norms, losses)
-
-
-def _one_pass(
-    forward: Callable[[], Tensor],
-    matrices: Mapping[str, nn.Linear],
-    projector: Projector,
-    transform: Transform | None,
-    loss_scale: float,
-    measure: Measure,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[B]`, the sum of the matrices' projections `[B, proj_dim]`, and the sum of their squared norms `[B]`."""
-    sums: list[Tensor] = []
+    sums: list[Tensor] = []  # projections [B, proj_dim] and squared norms [B] of the matrices so far
 
     def add(name: str, gradients: Tensor) -> None:
         if transform is not None:
@@ -100,19 +76,26 @@ def _one_pass(
             squared_norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
         with measure("projection"):
             sketch = projector.project(name, flat)
-        if not sums:
-            sums.extend([sketch, squared_norms])
-        else:
-            sums[0] += sketch
-            sums[1] += squared_norms
+        sums[:] = [sums[0].add_(sketch), sums[1].add_(squared_norms)] if sums else [sketch, squared_norms]
 
-    with RecordGradients(matrices, add, measure) as gradients:
-        with measure("forward"):
-            losses = forward()
-        with measure("backward"):
-            gradients.backward(losses * loss_scale)
-    sketch, squared_norms = sums
-    return losses.detach().float(), sketch, squared_norms
+    while True:
+        sums.clear()
+        with RecordGradients(matrices, add, measure) as gradients:
+            with measure("forward"):
+                losses = forward()
+            with measure("backward"):
+                gradients.backward(losses * loss_scale)
+        losses = losses.detach().float()
+        sketch, squared_norms = sums
+        # The last test waits for a GPU, so only half precision makes it.
+        if loss_scale == 1.0 or not (torch.isfinite(losses) & ~torch.isfinite(squared_norms)).any():
+            break
+        loss_scale = max(1.0, loss_scale / 64)
+    norms = squared_norms.sqrt()
+    good = torch.isfinite(norms) & (norms > 0) & torch.isfinite(sketch).all(dim=1)
+    unit = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    features = torch.where(good[:, None], unit, torch.zeros_like(unit))
+    return GradientFeatures(features, norms if transform is not None else norms / loss_scale, losses)
 
 
 class RecordGradients:
@@ -147,41 +130,43 @@ class RecordGradients:
             if not output.requires_grad:
                 # No parameter is trainable, so the first target module starts the graph: nothing below it is computed.
                 output = output.detach().requires_grad_()
-            tapped: Tensor = _Tap.apply(output, inputs[0].detach(), lambda x, dy: self._collect(name, x, dy))
+            tapped: Tensor = _Tap.apply(output, inputs[0].detach(), self, name)
             return tapped
 
         return hook
-
-    def _collect(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
-        with self.measure("per-record gradients"):
-            gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)
-        if name in self.sums:
-            gradients += self.sums.pop(name)
-        self.uses[name] -= 1
-        if self.uses[name]:
-            self.sums[name] = gradients  # the matrix was used again in this pass: its gradients add up
-        else:
-            self.consume(name, gradients)
 
     def backward(self, losses: Tensor) -> None:
         """Run the backward pass of the summed losses `[B]`."""
         self.in_backward = True
         losses.sum().backward()
 
+    def add(self, name: str, gradients: Tensor) -> None:
+        """Take a matrix's gradients of one use; those of several uses add up."""
+        if name in self.sums:
+            gradients += self.sums.pop(name)
+        self.uses[name] -= 1
+        if self.uses[name]:
+            self.sums[name] = gradients
+        else:
+            self.consume(name, gradients)
+
 
 class _Tap(torch.autograd.Function):
-    """The identity on a linear map's output, which sees the map's input and its output's gradient.
+    """The identity on a linear map's output, which sees the map's input X and its output's gradient dY.
 
     The input is a saved tensor, so gradient checkpointing drops it and computes it again.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, gradients: RecordGradients, name: str) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.collect = collect
+        ctx.gradients, ctx.name = gradients, name
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.collect(ctx.saved_tensors[0], output_gradient)
-        return output_gradient, None, None
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        with ctx.gradients.measure("per-record gradients"):
+            gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)  # dY^T X of each record
+        ctx.gradients.add(ctx.name, gradients)
+        return output_gradient, None, None, None

@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tive.method.philox import key_of, random_words
-
 KINDS = ("auto", "sparse", "trak")
-_SIGNS, _ROTATIONS = 0, 1  # the generator's streams
 # Entries that are projected at once: on a CPU what its cache holds, on a GPU enough to keep it busy.
 _ENTRIES_AT_ONCE = {"cpu": 2**18}
 _ENTRIES_AT_ONCE_ELSEWHERE = 2**24
@@ -51,7 +48,7 @@ class Sparse:
     Kept between batches: one bit for each entry of a matrix and eight bytes for each block.
     """
 
-    kind = "sparse"
+    kind = "sparse/2"  # drew its signs from another generator before
 
     def __init__(self, seed: int, proj_dim: int, device: torch.device) -> None:
         self.about = "sparse projection in torch"
@@ -94,14 +91,19 @@ class Sparse:
 
 def sign_octets(seed: int, matrix_name: str, entries: int) -> np.ndarray:
     """A matrix's signs, uint8 `[8 ceil(entries / 64)]`: where bit `i % 8` of octet `i // 8` is set, `s_i` is -1."""
-    words = random_words(2 * -(-entries // 64), key_of(seed, matrix_name), _SIGNS)
-    return words.astype("<u4").view(np.uint8)
+    return _random_words(seed, matrix_name, "signs", -(-entries // 64)).astype("<u8").view(np.uint8)
 
 
 def block_rotations(seed: int, matrix_name: str, entries: int, proj_dim: int) -> np.ndarray:
     """The rotation `o_n` of each block of a matrix, int64 `[ceil(entries / proj_dim)]`, of `0 .. proj_dim - 1`."""
-    words = random_words(-(-entries // proj_dim), key_of(seed, matrix_name), _ROTATIONS)
-    return (words.astype(np.int64) * proj_dim) >> 32
+    words = _random_words(seed, matrix_name, "rotations", -(-entries // proj_dim))
+    return ((words >> np.uint64(32)).astype(np.int64) * proj_dim) >> 32
+
+
+def _random_words(seed: int, matrix_name: str, use: str, count: int) -> np.ndarray:
+    """The first words, uint64 `[count]`, of NumPy's Philox: the same on every machine (Salmon et al., SC 2011)."""
+    key = hashlib.sha256(f"{seed} {use} {matrix_name}".encode()).digest()[:16]
+    return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
 
 def sparse_projection(seed: int, matrix_name: str, vectors: np.ndarray, proj_dim: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from tive.util import memory
 from tive.util.errors import UserError
 
 _WIDE = 1024
@@ -81,3 +82,17 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     """The device as a result names it: the GPU's kind, or the CPU's threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at one time, since the start or `forget_peak`: of a GPU's memory, else of this process's."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_memory()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start `peak_memory` afresh."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        memory.forget_peak()
