@@ -10,9 +10,9 @@ import lzma
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import threading
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -32,12 +32,29 @@ def read(path):
     return list(open_records(path))
 
 
-def tar(content: bytes) -> bytes:
+def made_by_the_command(path, said):
+    """The records in the file that the command in the message makes, pasted in another folder."""
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and said in message and "\n" not in message
+    subprocess.run(re.search("`(.*)`", message)[1], shell=True, check=True, cwd="/")
+    (made,) = [other for other in path.parent.iterdir() if other.name.endswith("_records.json")]
+    return read(made)
+
+
+def archive(kind: str, members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        entry = tarfile.TarInfo("data.json")
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as made:
+            for name, content in members.items():
+                made.writestr(name, content)
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode="w") as made:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            made.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -45,7 +62,7 @@ CONTAINERS = {
     "gzip": ("a b.json.gz", gzip.compress(TEXT.encode()), "is gzip"),
     "bzip2": ("a.bz2", bz2.compress(TEXT.encode()), "is bzip2"),
     "xz": ("a.xz", lzma.compress(TEXT.encode()), "is xz"),
-    "tar": ("a.tar", tar(TEXT.encode()), "is a tar archive"),
+    "tar": ("a.tar", archive("tar", {"data.json": TEXT.encode()}), "is a tar archive"),
     "UTF-16 with a mark": ("a.json", TEXT.encode("utf-16"), "is UTF-16 text"),
     "UTF-16 without": ("a.json", TEXT.encode("utf-16-be"), "is UTF-16BE text"),
     "UTF-32 with a mark": ("a.json", TEXT.encode("utf-32"), "is UTF-32 text"),
@@ -72,43 +89,70 @@ CONTAINERS = {
 @pytest.mark.parametrize(("name", "content", "said"), CONTAINERS.values(), ids=CONTAINERS)
 def test_a_container_is_named_and_the_command_that_is_told_makes_the_records(tmp_path, name, content, said):
     path = write(tmp_path / name, content)
-    with pytest.raises(UserError) as caught:
+    assert made_by_the_command(path, said)[: len(RECORDS)] == RECORDS
+
+
+def test_a_table_by_columns_is_named_and_the_command_makes_records_of_it(tmp_path):
+    columns = {key: [record[key] for record in RECORDS] for key in RECORDS[0]}
+    path = write(tmp_path / "a table.json", json.dumps(columns))
+    assert made_by_the_command(path, "a table by columns") == RECORDS
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_shard_of_samples_becomes_records_and_an_image_folder_by_one_command(tmp_path, kind):
+    members = {f"0/{row}.{end}": b"" for row in range(3) for end in ("json", "png")}
+    members |= {f"0/{row}.json": json.dumps(record).encode() for row, record in enumerate(RECORDS)}
+    path = write(tmp_path / f"a shard.{kind}", archive(kind, members))
+    made = made_by_the_command(path, "WebDataset")
+    assert made == [record | {"image": f"0/{row}.png"} for row, record in enumerate(RECORDS)]
+    assert (tmp_path / "a shard_unpacked" / "0" / "2.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_of_images_is_no_data_file_and_becomes_a_folder(tmp_path, kind):
+    path = write(tmp_path / f"images.{kind}", archive(kind, {"a/0.png": b"x", "1.JPG": b"y"}))
+    with pytest.raises(UserError, match=f"{kind} of images") as caught:
         read(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path} {said}")
-    assert "\n" not in message
-    command = re.search("`(.*)`", message)[1]
-    subprocess.run(command.replace("python -c", f"{sys.executable} -c"), shell=True, check=True)
-    (made,) = [other for other in tmp_path.iterdir() if other != path]
-    assert read(made)[: len(RECORDS)] == RECORDS
+    subprocess.run(re.search("`(.*)`", str(caught.value))[1], shell=True, check=True, cwd="/")
+    assert (tmp_path / "images_unpacked" / "a" / "0.png").read_bytes() == b"x"
+    assert str(tmp_path / "images_unpacked") in str(caught.value)
 
 
-SAID = {
-    "Parquet": (b"PAR1\x15\x04", "Parquet", "read_parquet"),
-    "Arrow": (b"ARROW1\0\0", "Arrow", "read_feather"),
-    "zstd": (b"\x28\xb5\x2f\xfd\x24", "zstd", "zstd -dc"),
-    "zip": (b"PK\x03\x04\x14", "zip", "unzip -p"),
-    "a YAML mixture": (b"datasets:\n  - json_path: a.json\n", "YAML", "JSON files that it names"),
-    "a YAML list": (b"# data\n- a.json\n", "YAML", "JSON files that it names"),
-    "SQLite": (b"SQLite format 3\0\x10", "SQLite", "JSON Lines"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n\0", "HDF5", "JSON Lines"),
-    "a pickle": (b"\x80\x04\x95", "pickle", "JSON Lines"),
-    "a NumPy array": (b"\x93NUMPY\x01", "NumPy", "JSON Lines"),
-    "CSV": (b"id,image,text\n1,a.png,hello\n", "CSV", "`conversations`"),
-    "CSV in quotes": (b'"id","text"\r\n1,"[a]"\r\n', "CSV", "`conversations`"),
-    "columns between tabs": (b"id\timage\n1\ta.png\n", "CSV", "`conversations`"),
-    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS", "git lfs pull"),
-    "a web page": (b"\n<!DOCTYPE html><html>", "web page", "download"),
+FILES = {
+    "InternVL's": {"sharegpt": {"root": "coco/", "annotation": "sharegpt.jsonl", "repeat_time": 1}},
+    "LLaMA-Factory's": {"demo": {"file_name": "demo.json", "formatting": "sharegpt"}, "other": {"hf_hub_url": "a/b"}},
 }
 
 
-@pytest.mark.parametrize(("content", "kind", "remedy"), SAID.values(), ids=SAID)
-def test_what_needs_more_than_a_command_is_named_with_the_remedy(tmp_path, content, kind, remedy):
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
+def test_a_list_of_data_files_is_no_record(tmp_path, content):
+    with pytest.raises(UserError, match="list of data files"):
+        read(write(tmp_path / "a.json", json.dumps(content)))
+
+
+SAID = {
+    "Parquet": (b"PAR1\x15\x04", "Parquet"),
+    "Arrow": (b"ARROW1\0\0", "Arrow"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x24", "zstd -dc"),
+    "a cut zip": (b"PK\x03\x04\x14", "zip archive that is damaged"),
+    "SQLite": (b"SQLite format 3\0\x10", "JSON"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n\0", "JSON"),
+    "a pickle": (b"\x80\x04\x95", "JSON"),
+    "a NumPy array": (b"\x93NUMPY\x01", "JSON"),
+    "YAML": (b"datasets:\n  - json_path: a.json\n", "JSON"),
+    "CSV": (b"id,image,text\n1,a.png,hello\n", "JSON"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "a web page": (b"\n<!DOCTYPE html><html>", "download"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), SAID.values(), ids=SAID)
+def test_what_needs_more_than_a_command_is_named_in_one_line(tmp_path, content, named):
     path = write(tmp_path / "a.json", content)
     with pytest.raises(UserError) as caught:
         read(path)
-    assert str(caught.value).startswith(str(path))
-    assert kind in str(caught.value) and remedy in str(caught.value)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_a_pipe_is_refused_as_a_pipe_and_not_read(tmp_path):

@@ -8,44 +8,46 @@ import os
 import re
 import shlex
 import stat
-from pathlib import Path
-from typing import Any, BinaryIO
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
+from tive.data.images import EXTENSIONS
 from tive.util.errors import UserError
 from tive.util.text import shown_value
 
 _HEAD_BYTES = 1 << 20
-# A record has one of these keys; an object that has none may hold records.
-_TURNS = ("conversations", "messages")
-
-# First bytes -> what the file is, and how it becomes records; {source} and {target} are the files.
-_UNPACK = {
-    b"\x1f\x8b": ("gzip", "gunzip -c {source} > {target}"),
-    b"BZh": ("bzip2", "bunzip2 -c {source} > {target}"),
-    b"\xfd7zXZ\0": ("xz", "unxz -c {source} > {target}"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc {source} > {target}"),
-    b"PK\x03\x04": ("a zip archive", "unzip -p {source} > {target}"),
+_PYTHON = shlex.quote(sys.executable or "python")
+# First bytes -> what the file is, and what to do: {source} is the file, {target} the records, {folder} a new folder.
+_KINDS = {
+    b"\x1f\x8b": "is gzip: unpack it with `gunzip -c {source} > {target}`",
+    b"BZh": "is bzip2: unpack it with `bunzip2 -c {source} > {target}`",
+    b"\xfd7zXZ\0": "is xz: unpack it with `unxz -c {source} > {target}`",
+    b"\x28\xb5\x2f\xfd": "is zstd: unpack it with `zstd -dc {source} > {target}`",
+    b"PAR1": "is Parquet, which is not read yet: export it as JSON Lines",
+    b"ARROW1": "is Arrow, which is not read yet: export it as JSON Lines",
+    codecs.BOM_UTF32_LE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
+    codecs.BOM_UTF32_BE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
+    codecs.BOM_UTF16_LE: "is UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8 {source} > {target}`",
+    codecs.BOM_UTF16_BE: "is UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8 {source} > {target}`",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder",
+    b"<": "is a web page or XML: a download may have failed; download the data file itself",
 }
-_TABLES = {
-    b"PAR1": ("Parquet", "read_parquet"),
-    b"ARROW1": ("Arrow", "read_feather"),
-}
-_TEXTS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-_BINARIES = {
-    b"SQLite format 3\0": "an SQLite database",
-    b"\x89HDF\r\n\x1a\n": "HDF5",
-    b"\x93NUMPY": "a NumPy array",
-    **{b"\x80" + bytes([protocol]): "a Python pickle" for protocol in range(2, 6)},
-}
-# The first line of a table holds its columns' names; a list, an object or a text of JSON starts otherwise.
-_COLUMNS = re.compile(rb"[A-Za-z_\"][^\n{}\[\]]*[,\t][^\n{}\[\]]*(?:\n|$)")
-_LFS = b"version https://git-lfs.github.com/spec/"
-_YAML = re.compile(rb"(?:%YAML|---\s|(?:#[^\n]*\n|\s)*(?:- |[A-Za-z_][\w.-]*:(?:\s|$)))")
+_FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
+# The keys that hold a record's turns.
+_TURNS = ("conversations", "messages", "texts")
+# A list of data files has these in its entries: InternVL's, LLaMA-Factory's.
+_FILE_KEYS = ("annotation", "file_name", "hf_hub_url", "ms_hub_url", "script_url")
+_RECORDS_OF_SAMPLES = (
+    'import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); files = sorted(folder.rglob("*.*")); '
+    'images = {file.with_suffix(""): str(file.relative_to(folder)) for file in files if file.suffix != ".json"}; '
+    'records = [json.loads(file.read_text()) | {"image": images[file.with_suffix("")]} '
+    'for file in files if file.suffix == ".json"]; json.dump(records, open(sys.argv[2], "w"))'
+)
+_ROWS_OF_COLUMNS = "[dict(zip(data, row)) for row in zip(*data.values())]"
 
 
 def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -81,89 +83,100 @@ def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
 def container_of(head: bytes, path: Path) -> str | None:
     """What a file that begins with `head` is, with the remedy, going on from its name; None for a JSON list, for JSON
     Lines, and for what is not known."""
-    source = shlex.quote(str(path))
-    target = shlex.quote(str(path.with_name(path.name.split(".")[0] + "_records.json")))
-    for magic, (kind, command) in _UNPACK.items():
-        if head.startswith(magic):
-            return f"is {kind}: unpack it with `{command.format(source=source, target=target)}`"
-    for magic, (kind, reader) in _TABLES.items():
-        if head.startswith(magic):
-            code = "import pandas, sys; pandas.{}(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
-            command = f'python -c "{code.format(reader)}" {source} {target}l'
-            return f"is {kind}: export it as JSON Lines with `{command}` (needs pandas and pyarrow)"
-    for magic, kind in _BINARIES.items():
-        if head.startswith(magic):
-            return f"is {kind}: write its records as JSON Lines, one object on each line"
-    if head[257:262] == b"ustar":
-        return f"is a tar archive: unpack it with `tar -xOf {source} > {target}`"
-    for mark, encoding in _TEXTS.items():
-        if head.startswith(mark):
-            return _encoded(encoding, source, target)
-    if head[:4].count(0) == 3:
-        return _encoded("UTF-32BE" if head[:1] == b"\0" else "UTF-32LE", source, target)
-    if head[:4].count(0) == 2:
-        return _encoded("UTF-16BE" if head[:1] == b"\0" else "UTF-16LE", source, target)
-    if head.startswith(_LFS):
-        return "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder, or download the file"
+    stem = Path(os.path.abspath(path)).with_name(path.name.split(".")[0] or "data")
+    names = {"source": os.path.abspath(path), "target": f"{stem}_records.json", "folder": f"{stem}_unpacked"}
+    quoted = {name: shlex.quote(value) for name, value in names.items()}
+    is_tar = head[257:262] == b"ustar"
+    if is_tar or head.startswith(b"PK\x03\x04"):
+        return _archive(path, "tar" if is_tar else "zip", quoted)
     text = head.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
-    if text.startswith(b"<"):
-        return "is a web page or XML: a download may have failed; download the data file itself"
-    if _YAML.match(text):
-        return (
-            "looks like YAML, a list of data files perhaps: give the scripts the JSON files that it names, each by "
-            "itself or joined into one list"
-        )
-    if _COLUMNS.match(text):
-        return "looks like a table (CSV): write each of its rows as a JSON object with `conversations`"
-    return _wrapper(text, source, target) if text.startswith(b"{") else None
+    for first, what in _KINDS.items():
+        if head.startswith(first) or (first == b"<" and text.startswith(first)):
+            return what.format(**quoted)
+    zeros = head[:4].count(0)
+    if zeros in (2, 3):
+        encoding = f"UTF-{16 if zeros == 2 else 32}" + ("LE" if head[0] else "BE")
+        return _KINDS[codecs.BOM_UTF16_LE].format(**quoted).replace("UTF-16", encoding)
+    return _object(codecs.utf_8_decode(text, "ignore")[0], quoted) if text.startswith(b"{") else None
 
 
-def _encoded(encoding: str, source: str, target: str) -> str:
-    return f"is {encoding} text: make it UTF-8 with `iconv -f {encoding} -t UTF-8 {source} > {target}`"
-
-
-def _wrapper(head: bytes, source: str, target: str) -> str | None:
-    """What an object is whose values are records, or that has a list of records under a key; None for a record."""
-    found = _first_holder(codecs.utf_8_decode(head, "ignore")[0])
-    if found is None:
-        return None
-    key, is_list = found
-    if is_list:
-        what, take = f"is an object with a list of records under {shown_value(key)}", f"[{key!r}]"
-    else:
-        what, take = "is an object whose values are records", ".values()"
-    code = f"import json, sys; json.dump(list(json.load(open(sys.argv[1])){take}), open(sys.argv[2], 'w'))"
-    quoted = shlex.quote(code) if re.search(r'["$`\\!]', code) else f'"{code}"'
-    return f"{what}: make it a list with `python -c {quoted} {source} {target}`"
-
-
-def _first_holder(text: str) -> tuple[str, bool] | None:
-    """The first key of the object that `text` begins with whose value is a record or a list of records, and whether it
-    is a list; None where there is none before the text breaks off, or the object is a record itself."""
-    parse = json.JSONDecoder().raw_decode
-    found = None
-    position = 1
+def _archive(path: Path, kind: str, quoted: dict[str, str]) -> str:
+    """What is in a zip or tar, and the command that unpacks it."""
     try:
-        while text[position := _skip(text, position, ", \t\r\n")] == '"':
-            key, position = parse(text, position)
-            position = _skip(text, position, ": \t\r\n")
-            if key in _TURNS:
-                return None
-            is_list = text[position] == "["
-            inner = _skip(text, position + 1, " \t\r\n") if is_list else position
-            if found is None and text[inner] == "{" and _is_record(parse(text, inner)[0]):
-                found = key, is_list
-            _, position = parse(text, position)
+        if kind == "zip":
+            members = zipfile.ZipFile(path).namelist()
+        else:
+            with tarfile.open(path) as archive:
+                members = [member.name for _, member in zip(range(1000), archive, strict=False)]
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError):
+        return f"is a {kind} archive that is damaged: download it again"
+    files = [PurePath(name) for name in members]
+    images = {file.with_suffix("") for file in files if file.suffix in EXTENSIONS}
+    texts = {file.with_suffix("") for file in files if file.suffix == ".json"}
+    unpack = f"{_PYTHON} -m {kind}file -e {{source}} {{folder}}".format(**quoted)
+    if images & texts:
+        make = "{python} -c {code} {folder} {target}".format(
+            python=_PYTHON, code=shlex.quote(_RECORDS_OF_SAMPLES), **quoted
+        )
+        return (
+            f"is a WebDataset (an image and a .json a sample): unpack it and make records of it with `{unpack} && "
+            f"{make}`; the image folder is {quoted['folder']}"
+        )
+    if images:
+        return f"is a {kind} of images: unpack it with `{unpack}`, and name {quoted['folder']} as the image folder"
+    to_text = "unzip -p {source} > {target}" if kind == "zip" else "tar -xOf {source} > {target}"
+    return f"is a {kind} archive: unpack it with `{to_text.format(**quoted)}`"
+
+
+def _object(text: str, quoted: dict[str, str]) -> str | None:
+    """What an object is that holds records, or names files; None for a record."""
+    what, records = "", ""
+    entries = []
+    try:
+        for key, start in entries_of(text):
+            is_list = text[start] == "["
+            inner = _FIRST_ITEM.match(text, start).end() if is_list else start  # type: ignore[union-attr]
+            if text[inner] != "]":
+                entries.append((key, json.JSONDecoder().raw_decode(text, inner)[0], is_list))
     except (ValueError, IndexError, RecursionError):
         pass  # the text breaks off, or is no JSON, which its reader says better
-    return found
+    for key, value, is_list in entries:
+        holds_turns = isinstance(value, dict) and any(turns in value for turns in _TURNS)
+        if key in _TURNS and not isinstance(value, list):
+            return None
+        if key in _TURNS:
+            what, records = "is a table by columns", _ROWS_OF_COLUMNS
+        elif holds_turns and is_list and not what:
+            what, records = f"is an object with a list of records under {shown_value(key)}", f"data[{json.dumps(key)}]"
+        elif holds_turns and not what:
+            what, records = "is an object whose values are records", "list(data.values())"
+    if entries and all(
+        isinstance(value, dict) and not is_list and any(name in value for name in _FILE_KEYS)
+        for _, value, is_list in entries
+    ):
+        return "is a list of data files, not of records: give the scripts the files that it names"
+    if not what:
+        return None
+    code = f'import json, sys; data = json.load(open(sys.argv[1])); json.dump({records}, open(sys.argv[2], "w"))'
+    return f"{what}: make it a list with `{_PYTHON} -c {shlex.quote(code)} {quoted['source']} {quoted['target']}`"
 
 
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and any(key in value for key in _TURNS)
+def entries_of(text: str) -> Iterator[tuple[str, int]]:
+    """The keys of the JSON object that a text begins with, and where the value of each starts.
 
+    Raises:
+        ValueError, IndexError, RecursionError: the text breaks off, or is no JSON; what is before that is yielded.
+    """
+    parse = json.JSONDecoder().raw_decode
+    position = 1
 
-def _skip(text: str, position: int, characters: str) -> int:
-    while text[position] in characters:
-        position += 1
-    return position
+    def skip(position: int, characters: str) -> int:
+        while text[position] in characters:
+            position += 1
+        return position
+
+    while text[position := skip(position, ", \t\r\n")] == '"':
+        key, position = parse(text, position)
+        start = skip(position, ": \t\r\n")
+        yield key, start
+        position = parse(text, start)[1]

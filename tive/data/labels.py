@@ -12,30 +12,40 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from tive.data.containers import entries_of
 from tive.data.conversations import image_paths, to_llava
 from tive.data.media import IMAGE_TAG
 from tive.data.tasks import value_at
 from tive.util.errors import UserError
 from tive.util.text import shown
 
-# Whether a record, its image (or None) and its questions (the text of the human turns) meet a condition.
-Test = Callable[[dict[str, Any], str | None, list[str]], bool]
+
+class Facts(NamedTuple):
+    """What the rules tell a task from: the record, its (first) image's path, and the texts of its human turns."""
+
+    record: dict[str, Any]
+    image: str | None
+    questions: list[str]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A task, the conditions that a record of it meets (all of them), and the finer tasks it splits into."""
+    """A task, the conditions that a record of it meets (all of them), and the finer tasks it splits into.
+
+    Attributes:
+        conditions: names in `CONDITIONS`, and what was read of the value beside each.
+    """
 
     task: str
-    tests: list[Test]
+    conditions: list[tuple[str, Any]]
     split: list[Rule] = field(default_factory=list)
 
-    def matches(self, record: dict[str, Any], image: str | None, questions: list[str]) -> bool:
-        return all(test(record, image, questions) for test in self.tests)
+    def matches(self, facts: Facts) -> bool:
+        return all(CONDITIONS[name][1](facts, value) for name, value in self.conditions)
 
 
 @dataclass(frozen=True)
@@ -60,23 +70,17 @@ class Rules:
             ValueError: the record has none of the forms (`to_llava`).
         """
         conversation = to_llava(record)
-        image = next(iter(image_paths(conversation)), None)
         questions = [turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"]
-        for rule in self.rules:
-            if rule.matches(record, image, questions):
-                if not (split and rule.split):
-                    return rule.task
-                return next((part.task for part in rule.split if part.matches(record, image, questions)), None)
-        return None
+        facts = Facts(record, next(iter(image_paths(conversation)), None), questions)
+        rule = next((rule for rule in self.rules if rule.matches(facts)), None)
+        if rule is not None and split and rule.split:
+            rule = next((part for part in rule.split if part.matches(facts)), None)
+        return None if rule is None else rule.task
 
 
 def bare(question: str) -> str:
     """A question without the image's tag and the white space and full stop around it, for `first_question_is`."""
     return question.replace(IMAGE_TAG, "").strip().rstrip(".").strip()
-
-
-# The vocabulary. Each entry turns the value beside a condition's name into a test, or raises ValueError with what
-# the value must be.
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -92,63 +96,45 @@ def _count(value: Any) -> int:
     return value
 
 
-def _image(value: Any) -> Test:
+def _presence(value: Any) -> bool:
     if value not in ("present", "absent"):
         raise ValueError("must be `present` or `absent`")
-    return lambda record, image, questions: bool(image) == (value == "present")
+    return value == "present"
 
 
-def _image_prefix(value: Any) -> Test:
-    prefixes = _texts(value)
-    return lambda record, image, questions: image is not None and image.startswith(prefixes)
+def _key_and_texts(value: Any) -> tuple[str, tuple[str, ...]]:
+    if not isinstance(value, dict) or len(value) != 1 or not isinstance(next(iter(value)), str):
+        raise ValueError("must be one key and its texts, as in `{task_name: [a, b]}`")
+    ((key, texts),) = value.items()
+    return key, _texts(texts)
 
 
-def _any_question_contains(value: Any) -> Test:
-    texts = _texts(value)
-    return lambda record, image, questions: any(text in question for question in questions for text in texts)
+def _text_at(facts: Facts, key: str) -> str:
+    value = value_at(facts.record, key)
+    return value if isinstance(value, str) else ""
 
 
-def _first_question_is(value: Any) -> Test:
-    texts = {bare(text) for text in _texts(value)}
-    return lambda record, image, questions: bool(questions) and bare(questions[0]) in texts
-
-
-def _min_questions(value: Any) -> Test:
-    count = _count(value)
-    return lambda record, image, questions: len(questions) >= count
-
-
-def _max_questions(value: Any) -> Test:
-    count = _count(value)
-    return lambda record, image, questions: len(questions) <= count
-
-
-def _on_key(met: Callable[[str, tuple[str, ...]], bool]) -> Callable[[Any], Test]:
-    def build(value: Any) -> Test:
-        if not isinstance(value, dict) or len(value) != 1 or not isinstance(next(iter(value)), str):
-            raise ValueError("must be one key and its texts, as in `{task_name: [a, b]}`")
-        ((key, wanted),) = value.items()
-        texts = _texts(wanted)
-
-        def test(record: dict[str, Any], image: str | None, questions: list[str]) -> bool:
-            found = value_at(record, key)
-            return isinstance(found, str) and met(found, texts)
-
-        return test
-
-    return build
-
-
-CONDITIONS: dict[str, Callable[[Any], Test]] = {
-    "image": _image,
-    "image_prefix": _image_prefix,
-    "any_question_contains": _any_question_contains,
-    "first_question_is": _first_question_is,
-    "min_questions": _min_questions,
-    "max_questions": _max_questions,
-    "key_is": _on_key(lambda found, texts: found in texts),
-    "key_prefix": _on_key(lambda found, texts: found.startswith(texts)),
-    "key_contains": _on_key(lambda found, texts: any(text in found for text in texts)),
+# The vocabulary: what reads the value beside a condition's name, or raises ValueError with what it must be; and whether
+# a record meets the condition.
+CONDITIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Facts, Any], bool]]] = {
+    "image": (_presence, lambda facts, wanted: bool(facts.image) == wanted),
+    "image_prefix": (_texts, lambda facts, texts: facts.image is not None and facts.image.startswith(texts)),
+    "any_question_contains": (
+        _texts,
+        lambda facts, texts: any(text in one for one in facts.questions for text in texts),
+    ),
+    "first_question_is": (
+        lambda value: frozenset(map(bare, _texts(value))),
+        lambda facts, texts: bool(facts.questions) and bare(facts.questions[0]) in texts,
+    ),
+    "min_questions": (_count, lambda facts, count: len(facts.questions) >= count),
+    "max_questions": (_count, lambda facts, count: len(facts.questions) <= count),
+    "key_is": (_key_and_texts, lambda facts, wanted: _text_at(facts, wanted[0]) in wanted[1]),
+    "key_prefix": (_key_and_texts, lambda facts, wanted: _text_at(facts, wanted[0]).startswith(wanted[1])),
+    "key_contains": (
+        _key_and_texts,
+        lambda facts, wanted: any(text in _text_at(facts, wanted[0]) for text in wanted[1]),
+    ),
 }
 
 
@@ -175,13 +161,8 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path of the rules") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(
-            f"{path}{line}: not YAML that can be used ({error.problem or error.context}); correct it"
-        ) from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        what = shown(" ".join(str(error).split()), 120)
+        what = shown(" ".join(str(error).split()), 200)
         raise UserError(f"{path}: not YAML that can be used ({what}); correct it") from error
     if not isinstance(content, dict) or not isinstance(content.get("rules"), list) or not content["rules"]:
         raise UserError(f"{path}: has no list under `rules:`; see scripts/rules/llava_v1_5.yaml for the form")
@@ -208,20 +189,20 @@ def _rule(where: str, entry: Any, is_part: bool = False) -> Rule:
     conditions = {name: value for name, value in entry.items() if name not in ("task", "split")}
     if not conditions:
         raise UserError(f"{where}: has no condition; for the records that are left over name a default task")
-    tests = []
+    read = []
     for name, value in conditions.items():
         if name not in CONDITIONS:
             raise UserError(f"{where}: unknown condition `{name}` (known: {', '.join(CONDITIONS)})")
         try:
-            tests.append(CONDITIONS[name](value))
+            read.append((name, CONDITIONS[name][0](value)))
         except ValueError as error:
             raise UserError(f"{where}: `{name}` {error}") from error
     if "split" not in entry:
-        return Rule(entry["task"], tests)
+        return Rule(entry["task"], read)
     if is_part or not isinstance(entry["split"], list) or not entry["split"]:
         raise UserError(f"{where}: `split` must be a list of rules, themselves without `split`")
     parts = [_rule(f"{where}: part {number}", part, True) for number, part in enumerate(entry["split"], start=1)]
-    return Rule(entry["task"], tests, parts)
+    return Rule(entry["task"], read, parts)
 
 
 def add_key(raw: bytes, key: str, value: str) -> bytes:
@@ -235,25 +216,7 @@ def replace_key(raw: bytes, key: str, value: str) -> bytes:
     """The text of a JSON object with another value under a `key` that it has (wherever the key stands, if it stands
     more than once); every other byte stays as it was."""
     text = raw.decode()
-    for start, end in reversed(_value_spans(text, key)):
-        text = text[:start] + json.dumps(value) + text[end:]
+    starts = [start for name, start in entries_of(text) if name == key]
+    for start in reversed(starts):
+        text = text[:start] + json.dumps(value) + text[json.JSONDecoder().raw_decode(text, start)[1] :]
     return text.encode()
-
-
-def _value_spans(text: str, key: str) -> list[tuple[int, int]]:
-    """Where the values of a top-level key of a JSON object start and end, in characters."""
-    decode = json.JSONDecoder().raw_decode
-    spans, position = [], 1
-
-    def skip(position: int, marks: str) -> int:
-        while text[position] in marks:
-            position += 1
-        return position
-
-    while text[position := skip(position, " \t\r\n,")] == '"':
-        name, position = decode(text, position)
-        start = skip(position, " \t\r\n:")
-        _, position = decode(text, start)
-        if name == key:
-            spans.append((start, position))
-    return spans
