@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,16 @@ from tqdm import tqdm
 from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+RUN_MODULE = ROOT / "scripts" / "shell" / "run_module.py"
 # What `finetune.sh` and `finetune_lora.sh` leave last in a folder.
 TUNED, REFERENCE = "training_args.bin", "non_lora_trainables.bin"
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where things lie in the experiment's folder, and the program that stands in for Python."""
+    """Where things lie in the experiment's folder."""
 
     folder: Path
-    python: Path
 
     @property
     def data(self) -> Path:
@@ -51,12 +52,11 @@ class Paths:
         return self.folder / "logs" / f"{'_'.join(result.relative_to(self.folder).parts)}.log"
 
 
-def command(paths: Paths, result: Path, *parts: object, **environment: object) -> None:
-    """Run a script from the project's folder, unless the file that it writes last is there.
+def command(paths: Paths, result: Path, script: Path | str, *arguments: object) -> None:
+    """Run a Python script from the project's folder, unless the file that it writes last is there.
 
     Args:
         result: that file; its name may be a pattern.
-        parts: a `.sh` or `.py` script and its arguments.
 
     Raises:
         UserError: it failed; its last line is quoted.
@@ -65,52 +65,66 @@ def command(paths: Paths, result: Path, *parts: object, **environment: object) -
         return
     log = paths.log(result.parent)
     log.parent.mkdir(parents=True, exist_ok=True)
-    program = "bash" if str(parts[0]).endswith(".sh") else paths.python
-    settings = {name: str(value) for name, value in environment.items()}
+    program = [sys.executable, str(ROOT / script), *map(str, arguments)]
     with open(log, "wb") as file:
-        code = subprocess.run(
-            [str(program), *map(str, parts)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHON": str(paths.python), **settings},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        ).returncode
+        code = subprocess.run(program, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
     if code or not any(result.parent.glob(result.name)):
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise UserError(f"{parts[0]} failed ({lines[-1] if lines else 'no output'}); see {log}")
+        raise UserError(f"{script} failed ({lines[-1] if lines else 'no output'}); see {log}")
 
 
-def train(paths: Paths, script: str, data: Path, output: Path, *more: object, **settings: object) -> None:
-    """Train from the base (the base itself: from the random parts) with one of the project's own scripts."""
-    last = REFERENCE if script == "finetune_lora.sh" else TUNED
-    if output.exists() and not (output / last).exists():
+@dataclass(frozen=True)
+class Evaluate:
+    """Where the held-out losses of a model go, and its answers where `max_new_tokens` is not 0."""
+
+    folder: Path
+    max_new_tokens: int
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "evaluation.json"
+
+
+def train(
+    paths: Paths, script: str, data: Path, output: Path, then: Evaluate | None, *more: object, **settings: object
+) -> None:
+    """Train as `finetune.sh` or `finetune_lora.sh` does, then evaluate, in one Python.
+
+    From the base, or the base itself from the random parts.
+    """
+    last = output / (REFERENCE if script == "finetune_lora.sh" else TUNED)
+    if (then.result if then else last).exists():
+        return
+    if output.exists() and not last.exists():
         shutil.rmtree(output)  # what a training that broke off left behind is no model
     start = {"MODEL": paths.base, "PROJECTOR": "auto"}
     if output == paths.base:
         start = {"MODEL": paths.model / "vicuna", "PROJECTOR": paths.model / "mm_projector.bin"}
-    command(
-        paths,
-        output / last,
-        # The model is tiny: what gradient checkpointing saves is not needed.
-        *(script, "--logging_steps", 10, "--gradient_checkpointing", False, *more),
-        **start,
-        VISION_TOWER=paths.model / "clip",
-        DATA_PATH=data,
-        IMAGE_FOLDER=paths.images,
-        OUTPUT_DIR=output,
-        **{"GPUS": "none", "WORKERS": 0, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3} | settings,
-    )
+    places = {"VISION_TOWER": paths.model / "clip", "DATA_PATH": data, "IMAGE_FOLDER": paths.images}
+    how = {"OUTPUT_DIR": output, "GPUS": "none", "WORKERS": 0, "BATCH_SIZE": 8, "LEARNING_RATE": 1e-3}
+    # The model is tiny: what gradient checkpointing saves is not needed.
+    arguments = ("--logging_steps", 10, "--gradient_checkpointing", False, *more)
+    steps: list[object] = []
+    if not last.exists():
+        steps = [RUN_MODULE, *trainer_arguments(script, arguments, start | places | how | settings)]
+    if then is not None:
+        steps += ["--then"] * bool(steps)
+        steps += ["scripts/evaluate.py", "--input_file", paths.data / "held_out.json", "--image_folder", paths.images]
+        steps += ["--save_path", then.folder, "--num_workers", 0, "--device", "cpu", "--batch_size", 32]
+        steps += ["--max_new_tokens", then.max_new_tokens, "--model", output.name, output]
+    command(paths, then.result if then else last, "scripts/experiment/one_python.py", *steps)
 
 
-def evaluate(paths: Paths, model: Path, name: str, save_path: Path, max_new_tokens: int) -> None:
-    """The held-out losses of a model, and its answers where `max_new_tokens` is not 0."""
-    command(
-        paths,
-        save_path / "evaluation.json",
-        *("scripts/evaluate.py", "--input_file", paths.data / "held_out.json", "--image_folder", paths.images),
-        *("--save_path", save_path, "--num_workers", 0, "--device", "cpu", "--max_new_tokens", max_new_tokens),
-        *("--batch_size", 32, "--model", name, model),
-    )
+def trainer_arguments(script: str, arguments: Sequence[object], settings: Mapping[str, object]) -> list[str]:
+    """The module, and its arguments, that a training script starts on a CPU, from the script itself.
+
+    In the place of Python it is given a program that prints its arguments, one a line; the trainer's come last.
+    """
+    program = ROOT / "scripts" / "experiment" / "print_arguments.sh"
+    environment = {name: str(value) for name, value in {"PYTHON": program, **settings}.items()}
+    shell = ["bash", str(ROOT / script), *map(str, arguments)]
+    said = subprocess.run(shell, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    return said.stdout.split(f"{RUN_MODULE}\n")[-1].splitlines()
 
 
 def gradients(paths: Paths, data: Path, model: Path, output: Path, *more: object) -> None:

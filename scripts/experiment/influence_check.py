@@ -7,7 +7,6 @@ means what it says, a record with more of it lowers the held-out loss of its tas
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.experiment.datamodel import VARIANT
-from scripts.experiment.results import first_selection, step_results
-from scripts.experiment.statistics import rank_interval
+from scripts.experiment.results import first_selection, write_csv
 from tive.features.batches import Batches
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.common import target_modules
 from tive.util.device import device_of
 from tive.util.errors import UserError, run
-from tive.util.files import read_json, write_json
-from tive.util.text import print_table
+from tive.util.files import read_json
 
 
 def unit_gradient(family: Family, reference: Reference, weights: Sequence[Tensor], record: Encoded) -> list[Tensor]:
@@ -75,10 +72,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, help="an experiment that was run")
+    add("--result", type=Path, required=True, metavar="CSV", help="where the steps are written")
     add("--reference", type=int, default=0, help="which of its reference models (0)")
-    add("--records", type=int, default=40, help="records of each task, 4 or more (40)")
+    add("--records", type=int, default=30, help="records of each task, 4 or more (30)")
     add("--step", type=float, default=1e-2, help="length of the step in the space of the counted matrices (0.01)")
-    add("--seed", type=int, default=0, help="of the draw of the records (0)")
     arguments = parser.parse_args()
     if arguments.records < 4:
         raise UserError(f"--records {arguments.records} is too few for a correlation; give 4 or more")
@@ -96,32 +93,20 @@ def main() -> None:
     def encoded(record: dict[str, Any]) -> Encoded:
         return family.encode(reference.processor, record, str(folder / "data" / "images"))
 
-    found: dict[str, Any] = {}
-    rows = [("task", "records", "rank correlation", "95% interval")]
+    steps: list[dict[str, object]] = []
     for index, task in enumerate(tqdm(selection.tasks, desc="Steps", unit=" tasks")):
-        usable = selection.rows_of(index)
-        usable = usable[np.isfinite(influence[usable])]
-        drawn = np.random.default_rng(arguments.seed).permutation(usable)[: arguments.records].tolist()
-        own = [encoded(record) for record in held_out if record["dataset"] == task.name]
-        changes = loss_changes(family, reference, [encoded(records[row]) for row in drawn], own, arguments.step)
-        # More influence, less loss: of the fall of the loss.
-        falls = [-change for change in changes]
-        middle, low, high = rank_interval(influence[drawn].tolist(), falls)
-        known = bool(np.isfinite(middle))
-        found[task.name] = {
-            "rows": drawn,
-            "influence": influence[drawn].tolist(),
-            "fall_of_loss": falls,
-            "rank_correlation": middle if known else None,
-            "interval": [low, high] if known else None,
-        }
-        interval = f"{low:+.2f} to {high:+.2f}" if known else "-"
-        rows.append((task.name, f"{len(drawn)}", f"{middle:+.2f}" if known else "-", interval))
-    target = step_results(folder, arguments.reference)
-    settings = json.loads(json.dumps(vars(arguments), default=str))
-    write_json(target, {"arguments": settings, "tasks": found})
-    print_table(rows)
-    print(f"written: {target}")
+        rows = selection.rows_of(index)
+        rows = rows[np.isfinite(influence[rows])]
+        drawn = np.random.default_rng(0).permutation(rows)[: arguments.records].tolist()
+        of_task = [encoded(record) for record in held_out if record["dataset"] == task.name]
+        changes = loss_changes(family, reference, [encoded(records[row]) for row in drawn], of_task, arguments.step)
+        steps += [
+            {"reference": arguments.reference, "task": task.name, "row": row, "influence": influence[row]}
+            | {"fall_of_loss": -change}
+            for row, change in zip(drawn, changes, strict=True)
+        ]
+    write_csv(arguments.result, steps)
+    print(f"written: {arguments.result}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,17 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.experiment.commands import Paths, command, evaluate, gradients, in_parallel, train
+from scripts.experiment.commands import (
+    RUN_MODULE,
+    Evaluate,
+    Paths,
+    command,
+    gradients,
+    in_parallel,
+    train,
+)
 from scripts.experiment.data import make_data
-from scripts.experiment.datamodel import train_halves
-from scripts.experiment.measures import base_answers_tell, exact_answers_tell
+from scripts.experiment.datamodel import collect_halves, train_halves
 from scripts.experiment.plan import (
     ARMS,
     FULL,
@@ -29,9 +36,17 @@ from scripts.experiment.plan import (
     seeds,
     variants,
 )
-from scripts.experiment.results import evaluation_of, first_selection, read_result, step_results
-from scripts.experiment.tables import write_results
-from scripts.experiment.warm import served
+from scripts.experiment.results import (
+    base_answers_tell,
+    collect_losses,
+    evaluation_of,
+    exact_answers_tell,
+    first_selection,
+    read_csv,
+    read_result,
+    write_csv,
+)
+from scripts.experiment.tables import write_tables
 from tive.report.sections import choice_curves, q_where
 from tive.selection.files import SUMMARY_END, find_summary
 from tive.util.errors import UserError
@@ -44,8 +59,8 @@ def prepare(paths: Paths, plan: Plan) -> None:
         make_data(paths.data, plan)
     parts = ("scripts/quickstart/model.py", "--data", paths.data / "vocabulary.json", "--folder", paths.model)
     command(paths, paths.model / "mm_projector.bin", *parts)
-    train(paths, "finetune.sh", paths.data / "base.json", paths.base, EPOCHS=plan.base_epochs)
-    evaluate(paths, paths.base, "base", paths.folder / "base_evaluation", plan.max_new_tokens)
+    evaluation = Evaluate(paths.folder / "base_evaluation", plan.max_new_tokens)
+    train(paths, "finetune.sh", paths.data / "base.json", paths.base, evaluation, EPOCHS=plan.base_epochs)
 
 
 def make_reference(paths: Paths, plan: Plan, variant: str, number: int) -> None:
@@ -57,7 +72,7 @@ def make_reference(paths: Paths, plan: Plan, variant: str, number: int) -> None:
     # LESS weighs its checkpoints by the learning rates that are logged.
     keep = ("--logging_steps", 1, "--save_strategy", "epoch", "--save_total_limit", plan.epochs, "--seed", number)
     settings = {"LORA_R": 8, "LORA_ALPHA": 16, "PROJECTOR_LEARNING_RATE": 1e-3, "EPOCHS": plan.epochs}
-    train(paths, "finetune_lora.sh", warm_up, adapter, *keep, **settings)
+    train(paths, "finetune_lora.sh", warm_up, adapter, None, *keep, **settings)
     gradients(paths, data, adapter, folder / f"gradients_{number}", "--el2n")
     # The first selection says where the effective sample size is half.
     select(paths, variant, Run("tive", P, 0, number))
@@ -114,15 +129,15 @@ def do(paths: Paths, plan: Plan, variant: str, run: Run, max_new_tokens: int) ->
     more: list[object] = ["--seed", run.seed]
     if ARMS[run.arm].whole == "steps":
         more += ["--max_steps", math.ceil(P * sum(plan.records.values()) / 8) * plan.epochs]
-    train(paths, "finetune.sh", select(paths, variant, run), model, *more, EPOCHS=plan.epochs)
-    evaluate(paths, model, run.name, evaluation_of(paths.folder, variant, run, max_new_tokens > 0), max_new_tokens)
+    evaluation = Evaluate(evaluation_of(paths.folder, variant, run, max_new_tokens > 0), max_new_tokens)
+    train(paths, "finetune.sh", select(paths, variant, run), model, evaluation, *more, EPOCHS=plan.epochs)
 
 
 def check_influence(paths: Paths, plan: Plan, number: int) -> None:
     """One small step along the gradient of records, with one reference (influence_check.py)."""
-    module = ("scripts/shell/run_module.py", "scripts.experiment.influence_check")
-    options = ("--records", plan.steps, "--reference", number)
-    command(paths, step_results(paths.folder, number), *module, paths.folder, *options)
+    module = (RUN_MODULE, "scripts.experiment.influence_check", paths.folder)
+    result = paths.folder / "steps" / f"{number}.csv"
+    command(paths, result, *module, "--records", plan.steps, "--reference", number, "--result", result)
 
 
 def experiment(paths: Paths, plan: Plan) -> None:
@@ -158,7 +173,11 @@ def experiment(paths: Paths, plan: Plan) -> None:
     in_parallel(wanted(False, tokens), "Arms")
     in_parallel(train_halves(paths, plan), "Random halves")
     in_parallel([functools.partial(check_influence, paths, plan, number) for number in range(plan.references)], "Steps")
-    write_results(paths.folder, plan, tokens > 0)
+    collect_losses(paths.folder, plan, tokens > 0)
+    collect_halves(paths.folder, plan)
+    steps = [row for number in range(plan.references) for row in read_csv(paths.folder / "steps" / f"{number}.csv")]
+    write_csv(paths.folder / "results" / "steps.csv", steps)
+    write_tables(paths.folder / "results")
 
 
 def main() -> None:
@@ -166,8 +185,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--small", action="store_true", help="a variant of minutes, which shows that it works")
     arguments = parser.parse_args()
-    with served() as python:
-        experiment(Paths(arguments.folder.resolve(), python), SMALL if arguments.small else FULL)
+    experiment(Paths(arguments.folder.resolve()), SMALL if arguments.small else FULL)
 
 
 if __name__ == "__main__":

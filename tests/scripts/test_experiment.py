@@ -11,10 +11,9 @@ import pytest
 from scripts.experiment import plan, statistics, tables
 from scripts.experiment.data import make_data, with_wrong_answers
 from scripts.experiment.datamodel import half_of
-from scripts.experiment.measures import measures
 from scripts.experiment.plan import FULL, SMALL, Run, runs
+from scripts.experiment.results import measures
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
-from tive.evaluation.results import Conditions, ModelResult, TaskResult
 
 
 # Tables of Student's t, two-sided.
@@ -112,14 +111,14 @@ def test_a_noisy_mixture_is_the_clean_one_with_answers_of_other_records_of_the_t
     assert with_wrong_answers(clean, "varied") == noisy
 
 
-def result(name: str, losses: dict[str, float]) -> ModelResult:
-    tasks = [TaskResult(task, 2, 0, loss, 2, 1) for task, loss in losses.items()]
-    return ModelResult(name, "", None, Conditions("", 2, "", "float32", 4, "dataset"), "CPU", 1.0, tasks, [], {})
-
-
 def test_measures_are_the_means_that_they_are_named_for():
     losses = {task: float(number + 1) for number, task in enumerate(FULL.records)}
-    found = measures(result("x", losses), FULL.records)
+    records = FULL.records
+    found = measures(
+        {task: {"loss": x, "answers": 2, "exact": 1, "mixture_records": records[task]} for task, x in losses.items()}
+    )
+    weighted = sum(losses[task] * records[task] for task in losses) / sum(records.values())
+    assert found["weighted"] == pytest.approx(weighted)
     assert found["mean"] == 4.0 and found["worst"] == 7.0
     assert found["geometric"] == pytest.approx(math.exp(sum(map(math.log, losses.values())) / 7))
     assert found["known"] == pytest.approx(2.0) and found["new"] == pytest.approx(5.5)
@@ -135,7 +134,7 @@ def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_be
     assert found.mean == pytest.approx(-0.5) and found.error == pytest.approx(0.0, abs=1e-9)
     assert Run("random", plan.P, 0, None) in measured and Run("tive", plan.P, 0, 0) in measured
     both = {f"{mixture}_clean": measured for mixture in plan.MIXTURES}
-    assert {answer.hypothesis: answer.word for answer in tables.answers(both, SMALL)}["tive_q_half below tive"] != "yes"
+    assert {answer.hypothesis: answer.word for answer in tables.answers(both)}["tive_q_half below tive"] != "yes"
 
 
 def test_the_difference_of_equal_runs_is_no_difference():
