@@ -21,7 +21,6 @@ from tive.method.gradients import gradient_features
 from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
 from tive.models import Encoded, llava
 from tive.models.common import target_modules
-from tive.models.optimizer_state import AdamState
 
 DATA = {name: json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("data", "target")}
 FORMS = {"sgd": None, "adam": "adam", "release": "release"}
@@ -170,20 +169,15 @@ def test_in_alphabetical_order_or_corrected_for_the_wrong_step_the_golden_norms_
     assert error(mistaken) > 1e-2
 
 
-def test_the_correction_is_that_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tive.gradient_pass.optimizer as optimizer
-
+def test_the_correction_is_that_of_the_next_step() -> None:
     golden, path = golden_of(10), CHECKPOINTS[10]
-    real = optimizer.adam_state
-
-    def of_the_step_before(*given: object) -> AdamState:
-        state = real(*given)
-        return replace(state, constants=replace(state.constants, t=state.constants.t - 1))
-
-    monkeypatch.setattr(optimizer, "adam_state", of_the_step_before)
     reference = load_less(path)
     matrices = target_modules(reference)
-    transform = transform_of(gradient_kind(str(path), "adam"), reference, matrices, str(path))
+    kind = gradient_kind(str(path), "adam")
+    assert kind.state is not None
+    constants = replace(kind.state.constants, t=kind.state.constants.t - 1)
+    kind = replace(kind, state=replace(kind.state, constants=constants))
+    transform = transform_of(kind, reference, matrices, str(path))
     assert transform is not None
     parts = [
         transform(name, part_of(golden.gradients, golden.starts[name], shape)).flatten(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ from tive.models import Reference
 from tive.models.optimizer_files import StoredState, read_optimizer_state
 from tive.models.optimizer_state import (
     TrainerState,
-    adam_state,
     find_optimizer_state,
+    moments_of_matrices,
     optimizer_state_identity,
     read_trainer_state,
 )
@@ -84,16 +84,17 @@ def transform_of(
     """
     if kind.state is None:
         return None
-    state = adam_state(kind.state, reference.model, matrices, model_path)
-    t, b1, b2, eps = state.constants.t, state.constants.b1, state.constants.b2, state.constants.eps
+    moments = moments_of_matrices(kind.state, reference.model, matrices, model_path)
+    t, b1, b2, eps = astuple(kind.state.constants)
     print(f"optimizer's state {kind.state.path}: Adam after step {t}, betas {b1:g} and {b2:g}, eps {eps:g}")
-    if state.stored_dtype != torch.float32:
+    dtype = next(iter(moments.values())).m.dtype
+    if dtype != torch.float32:
         print(
-            f"warning: Adam's moments were kept in {str(state.stored_dtype).removeprefix('torch.')}, in which v "
-            f"cannot decay with b2 = {b2:g} and stays too large; DeepSpeed keeps them in float32"
+            f"warning: Adam's moments were kept in {str(dtype).removeprefix('torch.')}, in which v cannot decay with "
+            f"b2 = {b2:g} and stays too large; DeepSpeed keeps them in float32"
         )
-    m = {name: moment.to(reference.device) for name, moment in state.m.items()}
-    v = {name: moment.to(reference.device) for name, moment in state.v.items()}
+    m = {name: of.m.to(reference.device, torch.float32) for name, of in moments.items()}
+    v = {name: of.v.to(reference.device, torch.float32) for name, of in moments.items()}
     if kind.name == "adam_release":
         return lambda name, g: release_step(g, m[name], v[name])
     return lambda name, g: adam_step(g, m[name], v[name], t, b1, b2, eps)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.models.adapter import adapter_file, read_tensors
-from tive.models.optimizer_files import MOMENTS_FILE, AdamConstants, Moments, StoredState
+from tive.models.optimizer_files import MOMENTS_FILE, Moments, StoredState
 from tive.util.errors import UserError
 from tive.util.files import read_json, sha256_of
 
@@ -22,19 +22,6 @@ _CONVERTED = "universal"
 # bfloat16 keeps 8 bits, and the adapter is saved in the training's precision: float32 weights are not rounded.
 _RELATIVE, _ABSOLUTE = 2.0**-8, 1e-7
 _DROPPED = {"base_model", "module", "model", "language_model", "text_model", "modules_to_save", "default"}
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """Adam's moments after step `t`: `m` and `v` by canonical matrix name, float32 `[out, in]` on the CPU.
-
-    `stored_dtype` is the precision that they were kept in during training.
-    """
-
-    m: dict[str, Tensor]
-    v: dict[str, Tensor]
-    constants: AdamConstants
-    stored_dtype: torch.dtype
 
 
 def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
@@ -84,8 +71,10 @@ def optimizer_state_identity(path: Path) -> str:
     return digest.hexdigest()
 
 
-def adam_state(state: StoredState, model: nn.Module, matrices: Mapping[str, nn.Linear], model_path: str) -> AdamState:
-    """The moments of `matrices` (canonical name -> LoRA matrix of `model`), by name or by the trainers' order.
+def moments_of_matrices(
+    state: StoredState, model: nn.Module, matrices: Mapping[str, nn.Linear], model_path: str
+) -> dict[str, Moments]:
+    """The moments of `matrices` (canonical name -> LoRA matrix `[out, in]` of `model`), on the CPU, as they were kept.
 
     Raises:
         UserError: names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
@@ -94,38 +83,32 @@ def adam_state(state: StoredState, model: nn.Module, matrices: Mapping[str, nn.L
     named = state.by_name or _named(state, model, Path(model_path))
     stored = {plain_name(name): moments for name, moments in named.items()}
     names = {id(weight): plain_name(name) for name, weight in model.named_parameters()}
-    m: dict[str, Tensor] = {}
-    v: dict[str, Tensor] = {}
-    dtype = torch.float32
+    checked = {}
     for canonical, matrix in matrices.items():
-        moments = stored.get(names[id(matrix.weight)])
-        if moments is None:
+        moments, weight = stored.get(names[id(matrix.weight)]), matrix.weight.detach().float().cpu()
+        absent = "there are none: it is of another adapter, or the matrix was never stepped"
+        wrong = _problem_of(moments, weight) if moments else absent
+        if wrong or not moments:
             raise UserError(
-                f"{state.path} has no moments of {canonical}: it belongs to another adapter than {model_path}, or the "
-                "matrix was never stepped; name the state of this adapter"
+                f"{state.path}, moments of {canonical}: {wrong}; name the state of the adapter in {model_path}"
             )
-        wrong = _problem_of(moments, matrix.weight.detach().float().cpu())
-        if wrong:
-            raise UserError(f"{state.path}: of {canonical}, {wrong}; name the state of the adapter in {model_path}")
-        dtype = moments.m.dtype
-        shape = matrix.weight.shape
-        m[canonical], v[canonical] = (moment.float().reshape(shape).clone() for moment in (moments.m, moments.v))
-    return AdamState(m, v, state.constants, dtype)
+        checked[canonical] = Moments(moments.m.reshape(weight.shape), moments.v.reshape(weight.shape), moments.weight)
+    return checked
 
 
 def _problem_of(moments: Moments, weight: Tensor) -> str | None:
     """Why moments cannot be those of a matrix, in a few words. DeepSpeed's tool flattens some."""
     for part in (moments.m, moments.v, moments.weight):
         if part is not None and part.shape not in (weight.shape, (weight.numel(),)):
-            return f"the moments have shape {list(part.shape)}, the matrix {list(weight.shape)}"
+            return f"they have shape {list(part.shape)}, the matrix {list(weight.shape)}"
     if not (torch.isfinite(moments.m).all() and torch.isfinite(moments.v).all()):
-        return "the moments are not finite: the training diverged or the file is damaged"
+        return "they are not finite: the training diverged or the file is damaged"
     if (moments.v < 0).any():
         return "second moments are below zero: the file is damaged"
     if moments.weight is not None:
         kept = moments.weight.detach().float().reshape(weight.shape)
         if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
-            return "the weights are not the adapter's, so the moments are not either"
+            return "the weights beside them are not the adapter's"
     return None
 
 

@@ -174,21 +174,20 @@ def load_deepspeed_checkpoint(engine: Any, checkpoint_path: str, **_: Any) -> No
 
 def make_savable(model: Any) -> None:
     """Give a model a generation config that transformers agrees to save; the base's files stay as they are."""
-    config = model.generation_config
-    if _complaints(config):
-        config.do_sample = True
-    if _complaints(config):
+    if not _is_valid(model.generation_config):
+        model.generation_config.do_sample = True
+    if not _is_valid(model.generation_config):
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
-def _complaints(config: GenerationConfig) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def _is_valid(config: GenerationConfig) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         try:
             config.validate()
-        except ValueError as error:
-            return [str(error)]
-    return [str(warning.message) for warning in caught]
+        except (UserWarning, ValueError):
+            return False
+    return True
 
 
 def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any]) -> None:
@@ -213,29 +212,19 @@ def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any
             )
 
 
-def without(arguments: list[str], name: str) -> list[str]:
-    """Arguments without an option and its value, in either form (`--name value`, `--name=value`)."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith(f"--{name}="):
-            skip = False
-        elif argument == f"--{name}":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
-
-
 def llava_arguments(arguments: list[str], settings: argparse.Namespace, projector: str | None) -> list[str]:
-    """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold anywhere."""
-    arguments = without(arguments, "pretrain_mm_mlp_adapter")
-    if projector is not None:
-        arguments += ["--pretrain_mm_mlp_adapter", projector]
-    for name in ("model_name_or_path", "vision_tower"):
-        path = getattr(settings, name)
-        if path and os.path.isdir(path):
-            arguments += [f"--{name}", os.path.abspath(path)]
-    return arguments
+    """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold from any folder."""
+    parts = {
+        "model_name_or_path": settings.model_name_or_path,
+        "vision_tower": settings.vision_tower,
+        "pretrain_mm_mlp_adapter": projector,
+    }
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in parts:
+        parser.add_argument(f"--{name}")
+    _, others = parser.parse_known_args(arguments)
+    paths = {name: os.path.abspath(part) if os.path.exists(part) else part for name, part in parts.items() if part}
+    return others + [word for name, path in paths.items() for word in (f"--{name}", path)]
 
 
 def main() -> None:

@@ -19,28 +19,31 @@ from tive.util.files import read_json
 PRETRAINED_PROJECTOR = "./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"
 # Names of --version that LLaVA's trainer knows and that are of use to whole models alone.
 _OTHER_TEMPLATES = ("v0", "v0.5", "default", "plain", "v0_plain", "mpt", "chatml_direct", "mistral_direct")
-_NEEDED = ("data_path", "output_dir", "model_name_or_path")
-_PARTS = ("image_folder", "vision_tower", "pretrain_mm_mlp_adapter")
-# LLaVA's own defaults.
-_WORDS = {
+# The settings that are looked at, with LLaVA's own defaults; switches are True or False.
+_DEFAULTS = {
+    "data_path": None,
+    "output_dir": None,
+    "model_name_or_path": None,
+    "image_folder": None,
+    "vision_tower": None,
+    "pretrain_mm_mlp_adapter": None,
+    "cache_dir": None,
     "version": "v0",
     "image_aspect_ratio": "square",
     "mm_projector_type": "linear",
     "mm_patch_merge_type": "flat",
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": "-1",
-    "lora_bias": "none",
+    "mm_use_im_start_end": "False",
+    "mm_use_im_patch_token": "True",
     "bits": "16",
     "fsdp": "",
-    "cache_dir": None,
+    "lora_enable": "False",
+    "lora_bias": "none",
+    "tune_mm_mlp_adapter": "False",
+    "freeze_mm_mlp_adapter": "False",
 }
-_SWITCHES = {
-    "lora_enable": False,
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": True,
-    "tune_mm_mlp_adapter": False,
-    "freeze_mm_mlp_adapter": False,
-}
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # The values of a setting that are taken, as one pattern, and why no other is.
 _TAKEN = {
     "version": ("|".join((*TEMPLATES, *_OTHER_TEMPLATES)), "LLaVA's trainer would take vicuna_v1 for an unknown one"),
@@ -68,27 +71,17 @@ def read_settings(arguments: list[str] | None = None) -> argparse.Namespace:
         UserError: a switch is neither true nor false.
     """
     parser = argparse.ArgumentParser(prog="tive.training", allow_abbrev=False, add_help=False)
-    for name in _NEEDED:
-        parser.add_argument(f"--{name}", required=True)
-    for name in _PARTS:
-        parser.add_argument(f"--{name}")
-    for name, default in _WORDS.items():
-        parser.add_argument(f"--{name}", default=default)
-    for name, on in _SWITCHES.items():
-        parser.add_argument(f"--{name}", nargs="?", const="true", default=str(on))
+    for name, default in _DEFAULTS.items():
+        needed = name in ("data_path", "output_dir", "model_name_or_path")
+        parser.add_argument(f"--{name}", nargs="?", const="True", default=default, required=needed)
     settings, _ = parser.parse_known_args(arguments)
-    for name in _SWITCHES:
-        setattr(settings, name, _truth(name, getattr(settings, name)))
+    for name, default in _DEFAULTS.items():
+        if default in ("True", "False"):  # what transformers' parser makes of a switch
+            word = getattr(settings, name).lower()
+            if word not in (*_TRUE, *_FALSE):
+                raise UserError(f"--{name} {getattr(settings, name)} is neither True nor False")
+            setattr(settings, name, word in _TRUE)
     return settings
-
-
-def _truth(name: str, word: str) -> bool:
-    """What transformers' parser makes of a switch."""
-    if word.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if word.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise UserError(f"--{name} {word} is neither True nor False")
 
 
 def check_settings(settings: argparse.Namespace) -> None:
