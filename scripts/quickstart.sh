@@ -7,25 +7,11 @@
 # Sets up .venv first where it is missing. The steps are the README's, with the scripts and LLaVA's trainer that a 7B
 # model takes; only paths and sizes differ. What is there already is skipped: remove the folder to start anew.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit
-fi
-folder=$(realpath -m "${1:-$ROOT/quickstart}")
-cd "$ROOT"
-[[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
-# shellcheck source=scripts/shell/python.sh
-source scripts/shell/python.sh
 # shellcheck source=scripts/shell/steps.sh
-source scripts/shell/steps.sh
-export PYTHON
-
-# The model is tiny: a second thread costs more than it brings.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
+begin quickstart llava "${1:-}"
 # What the libraries warn of here concerns nobody: no GPU, Vicuna's own generation config.
-export DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
-SECONDS=0
+setting HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
     "$PYTHON" scripts/quickstart/data.py --folder "$folder"
@@ -34,10 +20,8 @@ step "Model: a tiny Vicuna, CLIP and projector" "$folder/model" \
     "$PYTHON" scripts/quickstart/model.py --data "$folder/data.json" --folder "$folder/model"
 
 # For all the trainings.
-settings=(MODEL="$folder/model/vicuna" VISION_TOWER="$folder/model/clip" PROJECTOR="$folder/model/mm_projector.bin"
-    IMAGE_FOLDER="$folder/images" GPUS=none WORKERS=0 BATCH_SIZE=8)
-export "${settings[@]}"
-show export "${settings[@]}"
+setting MODEL="$folder/model/vicuna" VISION_TOWER="$folder/model/clip" PROJECTOR="$folder/model/mm_projector.bin" \
+    IMAGE_FOLDER="$folder/images" GPUS=none WORKERS=0 BATCH_SIZE=8
 
 step "Step 1: sample the warm-up data" "$folder/warm_up.json" \
     "$PYTHON" select_warm_up_data.py --source_path "$folder/data.json" --target_path "$folder/warm_up.json" \

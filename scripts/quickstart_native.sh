@@ -7,25 +7,10 @@
 # Sets up .venv-native first where it is missing. The processor, the chat template and the trainer are the real ones;
 # only paths and sizes differ from a real run. What is there already is skipped: remove the folder to start anew.
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit
-fi
-folder=$(realpath -m "${1:-$ROOT/quickstart-native}")
-cd "$ROOT"
-if [[ -z ${PYTHON:-} ]]; then
-    bash scripts/setup.sh native
-    PYTHON=$ROOT/.venv-native/bin/python
-fi
-# shellcheck source=scripts/shell/python.sh
-source scripts/shell/python.sh
 # shellcheck source=scripts/shell/steps.sh
-source scripts/shell/steps.sh
-
-# The model is tiny: a second thread costs more than it brings.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$folder/cache PYTHONWARNINGS=ignore
-SECONDS=0
+source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
+begin quickstart-native native "${1:-}"
+setting HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$folder/cache" PYTHONWARNINGS=ignore
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
     "$PYTHON" scripts/quickstart/data.py --folder "$folder"

@@ -24,6 +24,7 @@ from tive.models.common import prepare_torchvision
 
 prepare_torchvision()
 
+import torch  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
 
@@ -36,6 +37,7 @@ from tive.data.training_record import (  # noqa: E402
     write_record,
 )
 from tive.training.moments import save_moments  # noqa: E402
+from tive.util.device import leave_a_core  # noqa: E402
 from tive.util.errors import UserError, run  # noqa: E402
 
 
@@ -110,6 +112,9 @@ def main() -> None:
         model=model.model_name_or_path, args=training, train_dataset=opened(data), peft_config=get_peft_config(model)
     )
     trainer.record = record_of(trainer, model)
+    if training.device.type == "cpu":
+        leave_a_core(trainer.model.config.get_text_config().hidden_size)
+        print(f"{torch.get_num_threads()} threads on the CPU (OMP_NUM_THREADS sets another number)")
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
 

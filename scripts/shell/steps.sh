@@ -1,5 +1,35 @@
 # shellcheck shell=bash
-# Sourced by the quickstarts: runs steps that are not done yet, and shows their commands.
+# Sourced by the quickstarts: runs steps that are not done yet, and shows their commands and all that they set.
+SECONDS=0
+
+# begin FOLDER ENVIRONMENT ARGUMENT: shows the help where it is asked for; else makes the environment (`llava` or
+# `native`) where PYTHON names none, and sets ROOT, PYTHON and folder: the argument, or FOLDER in the project's.
+begin() {
+    ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    if [[ $3 == -h || $3 == --help ]]; then
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit
+    fi
+    # shellcheck disable=SC2034 # the quickstarts use it
+    folder=$(realpath -m "${3:-$ROOT/$1}")
+    cd "$ROOT" || exit
+    if [[ -z ${PYTHON:-} && $2 == native ]]; then
+        bash scripts/setup.sh native
+        PYTHON=$ROOT/.venv-native/bin/python
+    elif [[ -z ${PYTHON:-} ]]; then
+        bash scripts/setup.sh
+    fi
+    # shellcheck source=scripts/shell/python.sh
+    source scripts/shell/python.sh
+    export PYTHON
+}
+
+# setting NAME=VALUE...: exports the variables, and shows it.
+setting() {
+    # shellcheck disable=SC2163 # the arguments are NAME=VALUE
+    export "$@"
+    show export "$@"
+}
 
 # step TITLE RESULT COMMAND...: runs the command, unless the file that it writes last is there.
 step() {

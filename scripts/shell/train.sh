@@ -71,5 +71,6 @@ train_llava() {
 # train_on_cpu REASON ARGUMENT...
 train_on_cpu() {
     echo "device        CPU: $1"
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # else DeepSpeed warns that it sees no GPU
     run_module tive.training.llava_trainer --use_cpu True "${@:2}"
 }

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -45,11 +46,18 @@ from tive.training.settings import (
     projector_of,
     read_settings,
 )
+from tive.util.device import leave_a_core
 from tive.util.errors import UserError, run
 from tive.util.files import sha256_of
 from tive.util.packages import package_in_use
 
 PROJECTOR_FILE = "non_lora_trainables.bin"
+# What LLaVA's trainer warns of in every run, and nobody has to act on.
+_WARNED_IN_VAIN = (
+    r"`do_sample` is set to `False`",  # Vicuna's generation config, which is put right
+    r"torch\.utils\.checkpoint: the use_reentrant",
+    r"None of the inputs have requires_grad",  # of the frozen vision tower
+)
 
 
 class CompleteTrainer(LLaVATrainer):
@@ -244,6 +252,15 @@ def main() -> None:
         check_projector(projector, settings, base)
     sys.argv[1:] = llava_arguments(sys.argv[1:], settings, projector)
 
+    if arguments.use_cpu:
+        leave_a_core(base.get("hidden_size", 0))
+        print(f"threads       {torch.get_num_threads()} (OMP_NUM_THREADS sets another number)", flush=True)
+    for message in _WARNED_IN_VAIN:
+        warnings.filterwarnings("ignore", message)
+    # A LLaMA base becomes a LLaVA model, which is what is wanted.
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: "to instantiate a model of type llava" not in record.getMessage()
+    )
     describe = functools.partial(record_of, settings, projector)
     llava_train.LLaVATrainer = functools.partial(CompleteTrainer, describe=describe)
     if settings.lora_enable:
