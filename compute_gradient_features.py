@@ -103,10 +103,10 @@ def main() -> None:
     from tive.data.scan import scan_records
     from tive.features.chunk import Match
     from tive.features.dry_run import dry_run
+    from tive.features.gradient_kind import gradient_kind
     from tive.features.gradient_pass import PassOptions, compute_chunk
     from tive.features.launch import compute_open_chunks, place_of
     from tive.features.step import load_step
-    from tive.gradient_pass.optimizer import gradient_kind
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
     from tive.util.device import device_of, dtype_of

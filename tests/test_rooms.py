@@ -18,8 +18,7 @@ ROOMS = {
     "method": ((), {"trak"}),
     "models": (("data", "util"), {"llava", "transformers", "peft", "accelerate", "safetensors"}),
     "data": (("util",), set()),
-    "features": (("method", "models", "data", "gradient_pass", "util"), set()),
-    "gradient_pass": (("method", "models", "data", "features", "util"), set()),
+    "features": (("method", "models", "data", "util"), set()),
     "selection": (("method", "features", "data", "util"), set()),
     "training": (
         ("models", "data", "util"),

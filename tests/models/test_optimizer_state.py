@@ -59,7 +59,7 @@ def assert_equal(first: dict[str, Moments], second: dict[str, Moments]) -> None:
         assert torch.equal(of.m, second[name].m) and torch.equal(of.v, second[name].v), name
 
 
-# optimizer.pt: what the order gives is in the golden numbers of tests/gradient_pass/test_adam_gradients.py.
+# optimizer.pt: what the order gives is in the golden numbers of tests/features/test_adam_gradients.py.
 
 
 @pytest.mark.parametrize("form", ["projector with the adapter", "empty group", "adapter alone"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.features.chunk import Match
-from tive.gradient_pass.optimizer import GradientKind, transform_of
+from tive.features.gradient_kind import GradientKind, transform_of
 from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector, make_projector
 from tive.models import Encoded, Family, ModelFiles, RecordLosses, Reference

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.helpers.golden_model import Finished, fork_step, log_of
 from tests.helpers.less import CHECKPOINTS, EXPECTED, GOLDEN, less_arguments, load_less, run_less
 from tests.helpers.reference import WholeGradients
+from tive.features.gradient_kind import gradient_kind, transform_of
 from tive.features.step import GradientStep
-from tive.gradient_pass.optimizer import gradient_kind, transform_of
 from tive.method.gradients import gradient_features
 from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
 from tive.models import Encoded, llava

@@ -1,1 +1,0 @@
-"""One chunk from records to features."""
