@@ -81,7 +81,7 @@ def opened(data: DataArguments) -> Any:
 
 def image_of(data: DataArguments, path: str) -> Any:
     try:
-        return open_image(find_image(os.path.abspath(data.image_folder), path))
+        return open_image(find_image(os.path.abspath(data.image_folder), path), upright=True)
     except BadImage as error:
         raise UserError(
             f"{data.data_path}: {path} below {data.image_folder or 'the working folder'}: {error}; set --image_folder, "

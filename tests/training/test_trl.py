@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny_native import QWEN
-from tive.data.images import open_image
 from tive.data.training_record import difference, read_record
-from tive.models import ModelFiles, native
+from tive.models import ModelFiles, native, native_encoding
 from tive.models.common import target_modules
 from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
 from tive.models.optimizer_state import find_optimizer_state, moments_of_matrices
@@ -75,7 +74,7 @@ def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_numb
     assert find_optimizer_state(str(checkpoint)).name == MOMENTS_FILE
 
 
-def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path) -> None:
+def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A photo that lies on its side, as phones write it."""
     from scripts.train_trl import DataArguments, opened
 
@@ -87,6 +86,14 @@ def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A photo."}]},
     ]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.jpg"]}) + "\n")
-    (image,) = opened(DataArguments(str(tmp_path / "data.jsonl"), str(tmp_path)))[0]["images"]
-    assert np.array_equal(np.asarray(image), np.asarray(open_image(str(tmp_path / "a.jpg"))))
+    record = {"messages": messages, "images": ["a.jpg"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    (of_the_trainer,) = opened(DataArguments(str(tmp_path / "data.jsonl"), str(tmp_path)))[0]["images"]
+
+    seen: list[Image.Image] = []
+    real = native_encoding.encode_turns
+    monkeypatch.setattr(native_encoding, "encode_turns", lambda *given: seen.extend(given[3]) or real(*given))
+    processor = native_encoding.load_processor(ModelFiles(str(QWEN), None))
+    native_encoding.encode(processor, record, str(tmp_path))
+    (of_step_3,) = seen
+    assert of_step_3.size == (84, 140) and np.array_equal(np.asarray(of_the_trainer), np.asarray(of_step_3))
