@@ -21,6 +21,8 @@ the paper's selection, 15% of the records:
   python select_data_TIVE.py --data_path data.json --gradient_path features --save_path selected
 influence decides within a task (docs/selection.md, "Choosing q"), and no task is left out:
   python select_data_TIVE.py ... --q 50 --exclude_tasks none
+half of the budget by difficulty, half in equal numbers, and no record twice:
+  python select_data_TIVE.py ... --task_budget difficulty+equal --at_most_once
 gradient norm instead of influence, the best instead of a draw:
   python select_data_TIVE.py ... --instance_score norm --sampling top
 
@@ -51,7 +53,13 @@ def parse_arguments() -> argparse.Namespace:
         help="tasks to leave out, or none (textcaps)",
     )
     add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
-    add("--task_budget", default="difficulty", choices=TASK_BUDGETS, help="what a task's budget follows (difficulty)")
+    add(
+        "--task_budget",
+        default="difficulty",
+        metavar="RULE[+RULE]",
+        help=f"what a task's budget follows: {', '.join(TASK_BUDGETS)}, or a sum as difficulty+equal (difficulty)",
+    )
+    add("--at_most_once", action="store_true", help="what a budget has above its task's records goes to other tasks")
     add("--instance_score", default="influence", choices=INSTANCE_SCORES, help="what decides within it (influence)")
     add("--sampling", default="weighted", choices=SAMPLINGS, help="draw by weight, or take the best (weighted)")
     add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tive.method.value import capped
 from tive.selection.choose import choose
 from tive.selection.options import TiveOptions
 from tive.selection.printing import print_choice
 from tive.util.errors import UserError
+
+SUMS = ["difficulty+equal", "difficulty+size", "equal+size+difficulty", "loss+length"]
 
 
 def arrays(sizes: list[int], seed: int = 0) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]]:
@@ -127,9 +130,65 @@ def test_a_budget_far_below_the_tasks_share_of_the_records_is_said(capsys):
     scores["norm"][task == 0] = 0.1
     said = printed(capsys, [1000, 40, 40], TiveOptions(), norm=scores["norm"])
     line = next(line for line in said.splitlines() if line.startswith("budget below a fifth"))
-    assert "t0 (" in line and "by its records 150)" in line and "t1" not in line
+    assert "t0 (" in line and "by its records 150;" in line and "t1" not in line
     assert "above the records" in said
     assert "budget below" not in printed(capsys, [1000, 40, 40], TiveOptions(task_budget="size"), norm=scores["norm"])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0.05, 1), st.sampled_from(SUMS))
+def test_a_sum_of_rules_is_the_mean_of_what_each_gives_and_spends_the_same(sizes, p, rules):
+    names, task, scores = arrays(sizes)
+
+    def budgets(rule):
+        options = TiveOptions(p=p, task_budget=rule, rounding="largest_remainder")
+        return [entry.budget_before_rounding for entry in choose(names, task, scores, {}, options).tasks]
+
+    if p * len(task) < 1:
+        return
+    assert budgets(rules) == pytest.approx(np.mean([budgets(rule) for rule in rules.split("+")], axis=0))
+    assert sum(budgets(rules)) == pytest.approx(p * len(task))
+    assert budgets("+".join(reversed(rules.split("+")))) == budgets(rules)
+
+
+def test_the_table_shows_each_part_of_a_sum_and_the_sum(capsys):
+    said = printed(capsys, [50, 150], TiveOptions(task_budget="equal+size", p=0.2)).splitlines()
+    assert said[0].split("  ")[-1] and "by size" in said[0] and "by equal" in said[0]
+    assert said[1].split()[3:6] == ["10.0", "20.0", "15.0"] and said[2].split()[3:6] == ["30.0", "20.0", "25.0"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.floats(0.05, 1), st.sampled_from(["equal", "loss"]))
+def test_at_most_once_no_record_is_taken_twice_and_the_total_holds(sizes, p, rule):
+    names, task, scores = arrays(sizes)
+    options = TiveOptions(p=p, task_budget=rule, rounding="largest_remainder", at_most_once=True)
+    total = int(p * len(task) + 1e-9)
+    if total:
+        chosen = choose(names, task, scores, {}, options)
+        assert chosen.times_selected.max() <= 1 and chosen.times_selected.sum() == total
+
+
+def test_what_a_small_task_has_over_goes_to_the_others_in_proportion(capsys):
+    names, task, scores = arrays([5, 100, 200])
+    scores["norm"] = np.array([4.0, 1.0, 2.0])[task]
+    budgets = [
+        entry.budget_before_rounding
+        for entry in choose(names, task, scores, {}, TiveOptions(p=0.2, at_most_once=True)).tasks
+    ]
+    assert budgets == pytest.approx([5, 56 / 3, 2 * 56 / 3])
+    said = printed(capsys, [5, 100, 200], TiveOptions(p=0.2, at_most_once=True), norm=scores["norm"])
+    assert "taken whole: t0" in said
+    # Where that fills another task too, it goes on to the rest.
+    assert capped(np.array([50.0, 20.0, 10.0]), np.array([10, 40, 100])).tolist() == pytest.approx([10, 40, 30])
+
+
+def test_a_starved_task_is_told_what_other_rules_would_give_it(capsys):
+    _, task, scores = arrays([1000, 40, 40])
+    scores["norm"][task == 0] = 0.1
+    means = np.array([scores["norm"][task == index].mean() for index in range(3)])
+    said = printed(capsys, [1000, 40, 40], TiveOptions(), norm=scores["norm"])
+    difficulty = 162 * means[0] / means.sum()
+    assert f"with equal 54, with difficulty+equal {(54 + difficulty) / 2:.0f})" in said
 
 
 def test_the_table_shows_what_the_budgets_are_in_proportion_to(capsys):
@@ -155,6 +214,8 @@ def test_names_of_tasks_are_printed_short_and_harmless(capsys):
         {"q": float("nan")},
         {"seed": -1},
         {"task_budget": "loudness"},
+        {"task_budget": "equal+equal"},
+        {"task_budget": "difficulty+"},
         {"instance_score": "gut feeling"},
         {"sampling": "bottom"},
         {"rounding": "up"},

@@ -109,6 +109,8 @@ def test_no_choice_overwrites_the_files_of_another(made):
         ["--exclude_tasks", "vqa"],
         ["--rounding", "largest_remainder"],
         ["--task_budget", "loss"],
+        ["--task_budget", "loss+equal"],
+        ["--at_most_once"],
         ["--instance_score", "loss"],
         ["--instance_score", "loss", "--sampling", "top"],
         ["--task_key", "id:/", "--exclude_tasks", "none"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,6 +27,30 @@ def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
     """
     values = np.asarray(values, np.float64)
     return p * records * values / values.sum()
+
+
+def mean_budgets(values: Sequence[np.ndarray], p: float, records: int) -> np.ndarray:
+    """`p * N * mean over k of (values_k,t / sum over t' of values_k,t')`: each rule k spends its K-th part.
+
+    Args:
+        values: K arrays as `task_budgets` takes them; of one alone, the result is that of `task_budgets`, bit for bit.
+    """
+    return np.mean([task_budgets(one, p, records) for one in values], axis=0)
+
+
+def capped(budgets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Budgets `[T]` of which none is above its task's size: what is over goes to the others in proportion to theirs.
+
+    It goes on until all is spent or every task gives all it has.
+    """
+    result, full = np.array(budgets, np.float64), np.zeros(len(budgets), bool)
+    while (over := ~full & (result > sizes)).any():
+        full |= over
+        result[full] = sizes[full]
+        left, rest = float(np.sum(budgets)) - float(result[full].sum()), ~full
+        if budgets[rest].sum() > 0:
+            result[rest] = budgets[rest] * left / budgets[rest].sum()
+    return result
 
 
 def rounded_down(amount: float) -> int:

@@ -8,10 +8,12 @@ import numpy as np
 from msgspec import structs
 
 from tive.method.value import (
+    capped,
     draw,
     draw_top,
     effective_sample_size,
     instance_weights,
+    mean_budgets,
     rounded,
     task_budgets,
     task_value,
@@ -66,15 +68,21 @@ def choose(
                 "repair them and take their gradients again, or exclude the task"
             )
 
-    bases = [_basis(options.task_budget, scores, len(rows_of[index]), counted[index]) for index in included]
-    budgets, whole = _budgets(np.array(bases), len(task), options)
+    bases = {
+        rule: np.array([_basis(rule, scores, len(rows_of[index]), counted[index]) for index in included])
+        for rule in options.budget_rules
+    }
+    sizes = np.array([len(counted[index]) for index in included])
+    budgets, whole = _budgets(bases, sizes, len(task), options)
+    parts = {rule: task_budgets(values, options.p, len(task)) for rule, values in bases.items()}
+    basis = next(iter(bases.values())) if len(bases) == 1 else mean_budgets(list(bases.values()), 1.0, 1)
     weights, times = np.full(len(task), np.nan), np.zeros(len(task), np.int64)
     tasks = [
         Task(name, records=len(rows), counted=len(left), selected=0, distinct=0, excluded=True)
         for name, rows, left in zip(task_names, rows_of, counted, strict=True)
     ]
-    for index, basis, budget, records in zip(included, bases, budgets.tolist(), whole.tolist(), strict=True):
-        rows = counted[index]
+    for place, index in enumerate(included):
+        rows, records = counted[index], int(whole[place])
         instance_scores = _instance_scores(options, scores, rows)
         weights[rows] = instance_weights(instance_scores, options.q)
         times[rows] = _times_selected(instance_scores, records, task_names[index], options)
@@ -82,9 +90,10 @@ def choose(
             tasks[index],
             excluded=False,
             value=task_value(scores["norm"][rows]),
-            basis=basis,
+            basis=float(basis[place]),
             budget=records,
-            budget_before_rounding=budget,
+            budget_before_rounding=float(budgets[place]),
+            budget_parts={rule: float(part[place]) for rule, part in parts.items()} if len(parts) > 1 else None,
             selected=records,
             distinct=int(np.count_nonzero(times[rows])),
             effective_sample_size=effective_sample_size(weights[rows]),
@@ -92,19 +101,28 @@ def choose(
     return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons))
 
 
-def _budgets(bases: np.ndarray, records: int, options: TiveOptions) -> tuple[np.ndarray, np.ndarray]:
+def _budgets(
+    bases: Mapping[str, np.ndarray], sizes: np.ndarray, records: int, options: TiveOptions
+) -> tuple[np.ndarray, np.ndarray]:
     """Each task's budget before and after rounding, both `[T]`.
+
+    Args:
+        bases: `[T]` by rule.
+        sizes: int `[T]`, the records that can be drawn.
 
     Raises:
         UserError: no task gets a whole record.
     """
-    if not bases.sum() > 0:
-        raise UserError(f"the mean {options.task_budget} of every task is 0; choose another task_budget")
-    budgets = task_budgets(bases, options.p, records)
+    for rule, values in bases.items():
+        if not values.sum() > 0:
+            raise UserError(f"the mean {rule} of every task is 0; choose another task_budget")
+    budgets = mean_budgets(list(bases.values()), options.p, records)
+    if options.at_most_once:
+        budgets = capped(budgets, sizes)
     whole = rounded(budgets, options.rounding)
     if not whole.any():
         raise UserError(
-            f"p = {options.p} of {records:,} records in {len(bases):,} tasks is less than one record for every task; "
+            f"p = {options.p} of {records:,} records in {len(sizes):,} tasks is less than one record for every task; "
             "give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
         )
     return budgets, whole

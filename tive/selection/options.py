@@ -39,10 +39,12 @@ class TiveOptions:
         q: sharpness of the instance weights `softmax(q * score)`, from 0 up.
         seed: of the draw.
         exclude_tasks: names of tasks from which nothing is drawn.
-        task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`.
+        task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`, or several with `+` between:
+            the mean of their shares.
         instance_score: what decides within a task, one of `INSTANCE_SCORES`.
         sampling: a `weighted` draw, or the `top` scores.
         rounding: of the budgets, `down` or `largest_remainder`.
+        at_most_once: what a task's budget has above its records goes to the other tasks.
 
     Raises:
         UserError: a value is not one of those.
@@ -56,6 +58,7 @@ class TiveOptions:
     instance_score: str = "influence"
     sampling: str = "weighted"
     rounding: str = "down"
+    at_most_once: bool = False
 
     def __post_init__(self) -> None:
         _check_share(self.p)
@@ -63,7 +66,11 @@ class TiveOptions:
             raise UserError(f"q = {self.q} is not a sharpness; give a number from 0 up")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative; give a number from 0 up")
-        _check_known("task_budget", self.task_budget, TASK_BUDGETS)
+        names = self.task_budget.split("+")
+        for name in names:
+            _check_known("task_budget", name, TASK_BUDGETS)
+        if len(set(names)) < len(names):
+            raise UserError(f"task_budget {self.task_budget} names one rule twice; name each once")
         _check_known("instance_score", self.instance_score, INSTANCE_SCORES)
         _check_known("sampling", self.sampling, SAMPLINGS)
         _check_known("rounding", self.rounding, ROUNDINGS)
@@ -71,11 +78,16 @@ class TiveOptions:
             raise UserError(f"sampling {self.sampling} has no meaning for random scores; leave one of them out")
 
     @property
+    def budget_rules(self) -> tuple[str, ...]:
+        """The names in `task_budget`, in the order of `TASK_BUDGETS`: how they are written changes nothing."""
+        return tuple(name for name in TASK_BUDGETS if name in self.task_budget.split("+"))
+
+    @property
     def columns(self) -> set[str]:
         """The columns of scores that these options need."""
         columns = {"norm", "influence"}
         columns |= {SCORE_COLUMNS[name] for name in (self.instance_score,) if name in SCORE_COLUMNS}
-        return columns | {BUDGET_COLUMNS[name] for name in (self.task_budget,) if name in BUDGET_COLUMNS}
+        return columns | {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
 
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
         """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.
@@ -83,10 +95,11 @@ class TiveOptions:
         Two selections of the same data and features have the same name only where every choice is the same.
         """
         parts = {
-            "budget": _unless(TiveOptions.task_budget, self.task_budget),
+            "budget": _unless(TiveOptions.task_budget, "+".join(self.budget_rules)),
             "score": _unless(TiveOptions.instance_score, self.instance_score),
             "sampling": _unless(TiveOptions.sampling, self.sampling),
             "rounding": _unless(TiveOptions.rounding, self.rounding),
+            "at_most_once": "yes" if self.at_most_once else "",
             "seed": _unless(TiveOptions.seed, self.seed),
         }
         if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from tive.method.value import rounded_down
+from tive.method.value import mean_budgets, rounded_down
 from tive.selection.files import Chosen, Files
 from tive.selection.less import CheckpointFeatures, Subtask
 from tive.selection.options import TiveOptions
 from tive.selection.summary import Task
-from tive.util.text import listed, print_table
+from tive.util.text import LABEL_LIMIT, listed, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
+_NAMED = 8
 
 
 def bar(title: str, records: int) -> tqdm:
@@ -44,21 +45,26 @@ def print_choice(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> None
 
 
 def _table(chosen: Chosen, options: TiveOptions) -> list[tuple[str, ...]]:
-    by = options.task_budget
-    further = by if by not in ("difficulty", "size", "equal") else ""
+    rules = options.budget_rules
+    further = [f"mean {rule}" for rule in rules if rule not in ("difficulty", "size", "equal")]
+    if len(rules) > 1:
+        further = [f"by {rule}" for rule in rules]
     rows: list[tuple[str, ...]] = [
-        ("task", "records", "mean gradient norm", f"mean {further}", "budget", "selected", "effective sample size")
+        ("task", "records", "mean gradient norm", *further, "budget", "selected", "effective sample size")
     ]
     for task in chosen.tasks:
         effective = "excluded"
         if task.effective_sample_size is not None:
             effective = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
         value, basis = (f"{number:.4g}" if number is not None else "" for number in (task.value, task.basis))
+        parts = [f"{(task.budget_parts or {}).get(rule, 0):,.1f}" for rule in rules] if len(rules) > 1 else [basis]
         budget = f"{task.budget_before_rounding:,.1f}" if task.budget_before_rounding is not None else ""
-        rows.append((task.name, f"{task.records:,}", value, basis, budget, f"{task.selected:,}", effective))
+        numbers = (value, *(["" for _ in further] if task.excluded else parts[: len(further)]), budget)
+        rows.append((task.name, f"{task.records:,}", *numbers, f"{task.selected:,}", effective))
     selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    rows.append(("total", f"{records:,}", "", "", f"{_budget(chosen):,.1f}", f"{selected:,}", ""))
-    return rows if further else [row[:3] + row[4:] for row in rows]
+    blank = ["" for _ in further]
+    rows.append(("total", f"{records:,}", "", *blank, f"{_budget(chosen):,.1f}", f"{selected:,}", ""))
+    return rows
 
 
 def _budget(chosen: Chosen) -> float:
@@ -78,14 +84,19 @@ def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterat
     else:
         yield _weights(chosen, task, options)
     yield from _rounding(chosen)
-    yield from _small_shares(chosen)
+    yield from _small_shares(chosen, options)
     repeated = [
         f"{task.name} ({task.selected:,} of {task.distinct:,} records)"
         for task in _included(chosen)
         if task.selected > task.distinct
     ]
     if repeated:
-        yield f"taken more than once, because the budget is above the records: {listed(repeated)}"
+        yield (
+            f"taken more than once, because the budget is above the records: {listed(repeated)}; at_most_once gives "
+            "what is over to the other tasks"
+        )
+    if options.at_most_once and (full := [task.name for task in _included(chosen) if task.selected == task.counted]):
+        yield f"taken whole: {listed(full)}; what their budgets have over went to the other tasks in proportion"
     if chosen.reasons:
         yield (
             f"left out: {len(chosen.reasons):,} records that count in no mean and are never drawn "
@@ -134,16 +145,30 @@ def _rounding(chosen: Chosen) -> Iterator[str]:
     yield f"{', and '.join(parts)}; {remedy}"
 
 
-def _small_shares(chosen: Chosen) -> Iterator[str]:
-    """Tasks that get far less than their share of the records."""
-    records = sum(task.records for task in _included(chosen))
-    small = [
-        f"{task.name} ({task.selected:,}, by its records {share:,.0f})"
-        for task in _included(chosen)
-        if (task.budget_before_rounding or 0) < SMALL_SHARE * (share := _budget(chosen) * task.records / records)
-    ]
+def _small_shares(chosen: Chosen, options: TiveOptions) -> Iterator[str]:
+    """Tasks that get far less than their share of the records, and what other budgets would give them."""
+    included, total = _included(chosen), _budget(chosen)
+    records = np.array([task.records for task in included])
+    shares = total * records / records.sum()
+    rules = {"difficulty": np.array([task.value for task in included]), "equal": np.ones(len(included))}
+    others = {
+        name: mean_budgets([rules[rule] for rule in name.split("+")], options.p, len(chosen.times_selected))
+        for name in ("equal", "difficulty+equal")
+        if name != "+".join(options.budget_rules)
+    }
+    small = []
+    for place, task in enumerate(included):
+        if (task.budget_before_rounding or 0) < SMALL_SHARE * shares[place]:
+            remedies = ", ".join(f"with {name} {budgets[place]:,.0f}" for name, budgets in others.items())
+            small.append(
+                f"{shown(task.name, LABEL_LIMIT)} ({task.selected:,}, by its records {shares[place]:,.0f}; {remedies})"
+            )
     if small:
-        yield f"budget below a fifth of the task's share of the records: {listed(small)} (docs/selection.md, Budgets)"
+        more = f" and {len(small) - _NAMED:,} more" if len(small) > _NAMED else ""
+        yield (
+            f"budget below a fifth of the task's share of the records: {', '.join(small[:_NAMED])}{more} "
+            "(docs/selection.md, Budgets)"
+        )
 
 
 def _most_common(reasons: Mapping[int, str]) -> str:

@@ -23,9 +23,11 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
     Attributes:
         records: of the data file; `counted` those that the method takes into account.
         value: `V_t`, its mean gradient norm.
-        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1.
+        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1; the mean of their shares
+            where there are several.
         budget: in records; `budget_before_rounding` is `p * N * basis / sum of basis`.
         selected: records written, a repeated one each time; `distinct` counts it once.
+        budget_parts: where several rules share the total, what each gives this task, in records.
         effective_sample_size: of its instance weights, between 1 and `counted`.
     """
 
@@ -39,6 +41,7 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
     basis: Size | None = None
     budget: Count | None = None
     budget_before_rounding: Size | None = None
+    budget_parts: dict[str, Size] | None = None
     effective_sample_size: Size | None = None
 
 
