@@ -51,10 +51,9 @@ def test_the_ranking_is_the_golden_one_where_scores_are_apart(golden: Path, tmp_
     ranks, scores = outcome.column("rank"), np.array(EXPECTED["scores"])
     apart = [(a, b) for a in range(40) for b in range(40) if scores[a] > scores[b] + 0.03]
     assert len(apart) > 250 and all(ranks[a] < ranks[b] for a, b in apart)
-    chosen = set(np.flatnonzero(outcome.drawn).tolist())
-    certain = scores > np.sort(scores)[-10] + 0.03
-    assert set(np.flatnonzero(certain).tolist()) <= chosen and len(chosen) == 10
-    assert set(EXPECTED["ranking"][:3]) <= chosen
+    # No record is passed over for one that is worse by more than the projection's error.
+    assert outcome.drawn.sum() == 10
+    assert scores[~outcome.drawn].max() < scores[outcome.drawn].min() + 0.03
 
 
 def test_the_golden_projected_norms_are_those_of_the_unprojected_gradients(golden: Path) -> None:
