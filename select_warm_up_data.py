@@ -44,7 +44,7 @@ def main() -> None:
 
     from tive.data.problems import form_problem, listing_beside
     from tive.data.records import open_records, write_records
-    from tive.data.scan import refuse_problems, scan_records
+    from tive.data.scan import refuse_problems, scan_records, tag_notes
     from tive.data.tasks import rows_by_task
     from tive.method.value import draw, equal_shares, rounded_down
     from tive.util.text import print_table
@@ -77,10 +77,8 @@ def main() -> None:
             f"{without:,} of {len(groups):,} tasks give nothing: the sample has fewer records than there are tasks; "
             "raise --sample_ratio, or merge small tasks"
         )
-    if scan.tags_alone:
-        print(
-            f"{len(scan.tags_alone):,} records have <image> in their text and no image: it is trained on as plain text"
-        )
+    for note in tag_notes(scan, range(len(records))):
+        print(note)
     print(f"written: {target}")
 
 

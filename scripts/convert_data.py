@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
-from tive.data.problems import check_listed, listed_records, with_remedy
+from tive.data.problems import check_listed, listed_records, listing_beside, refuse_bad_records
 from tive.data.records import name_of, open_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
@@ -70,9 +70,10 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
     """Yield the text of every record in its new form, counting on the way.
 
     Raises:
-        UserError: a record is of no known form, or holds what the new one has no place for; or a record that is to be
-            dropped is not there, or is another one.
+        UserError: records are of no known form, or hold what the new one has no place for (all are listed beside the
+            target); or a record that is to be dropped is not there, or is another one.
     """
+    problems: dict[int, str] = {}
     to_drop = listed_records(arguments.drop)
     records = open_records(arguments.source_path)
     for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
@@ -89,8 +90,8 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             llava = to_llava(record)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
         except (ValueError, RecursionError) as error:
-            what = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise UserError(f"{name} {with_remedy(what)}") from error
+            problems[row] = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            continue
         found.with_system += isinstance(llava.get("system"), str)
         tags, images = count_tags(llava)
         if tags != images:
@@ -101,6 +102,8 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             f"record {min(to_drop)} is listed in {listed(arguments.drop)}, and {arguments.source_path} ends before it; "
             "the list is of another data file"
         )
+    if problems:
+        refuse_bad_records(records, problems, listing_beside(arguments.target_path))
 
 
 def text_of(record: dict[str, Any]) -> bytes:

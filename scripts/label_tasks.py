@@ -18,6 +18,7 @@ from tive.data.labels import Rules, add_key, read_rules, replace_key
 from tive.data.media import IMAGE_KEYS, is_empty
 from tive.data.problems import listing_beside, refuse_bad_records
 from tive.data.records import Records, name_of, open_records, write_raw
+from tive.data.scan import described_keys
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
@@ -122,6 +123,12 @@ def labelled(arguments: argparse.Namespace, records: Records, rules: Rules, foun
     listing.unlink(missing_ok=True)
     if found.unmatched and arguments.default is None:
         show(rules, found, arguments.split_llava)
+        if 2 * found.unmatched > found.tasks.total():
+            raise UserError(
+                f"most records ({found.unmatched:,} of {found.tasks.total():,}) match no rule of {rules.path}: it is "
+                "of another mixture, and nothing was written; write rules for this one, or give the steps --task_key "
+                f"with a key of the records (they have {described_keys(records)})"
+            )
         raise UserError(
             f"{found.unmatched:,} of {found.tasks.total():,} records match no rule of {rules.path}, nothing was "
             "written; add a rule for them, or --default NAME"

@@ -17,6 +17,7 @@ on from the record's name.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tive.data.media import IMAGE_TAG, is_empty, media_of, path_in, plain_path
@@ -192,6 +193,12 @@ def count_tags(record: dict[str, Any]) -> tuple[int, int]:
     return sum(turn["value"].count(IMAGE_TAG) for turn in record["conversations"]), len(_images(record))
 
 
+def placeholder_in(turns: list[dict[str, Any]]) -> str | None:
+    """What stands for an image in the questions of records that were made for another model: `<image 1>`, say."""
+    questions = (turn["value"] for turn in turns if turn["from"] == "human")
+    return next((mark[0] for text in questions if (mark := _OTHER_TAG.search(text))), None)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
     try:
@@ -224,6 +231,8 @@ def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str
     return None
 
 
+# <image 1>, <image_1>, <|image_pad|>, <img>, <ImageHere>, [IMG] and others like them.
+_OTHER_TAG = re.compile(r"<(?!image>)[|/]?(?:image|img)[^<>]{0,24}>|\[img[^\[\]]{0,8}\]", re.IGNORECASE)
 _LISTS = ("conversations", "messages")
 
 

@@ -118,11 +118,6 @@ def _unknown_role(role: Any, index: int) -> str:
     return problem
 
 
-def with_remedy(problem: str) -> str:
-    """A problem with what to do about it, where it does not say so itself."""
-    return problem if ";" in problem else f"{problem}; repair or remove it"
-
-
 def listing_beside(target: str | os.PathLike[str]) -> Path:
     """Where a script that writes `target` lists the records that it cannot use."""
     target = Path(target)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tive.data.conversations import image_paths, to_llava
+from tive.data.containers import open_data_file
+from tive.data.conversations import image_paths, placeholder_in, to_llava
 from tive.data.images import look_for
 from tive.data.media import IMAGE_TAG, is_empty
 from tive.data.problems import refuse_bad_records, writable
@@ -131,6 +132,24 @@ def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
     refuse_bad_records(scan.records, scan.problems, listing)
 
 
+def tag_notes(scan: Scan, rows: range) -> list[str]:
+    """How many of these records have a tag and no image, or an image and no tag, a sentence each."""
+    notes = []
+    if tags := [row for row in scan.tags_alone if row in rows]:
+        notes.append(
+            f"{len(tags):,} records have {IMAGE_TAG} in their text and no image, and it is trained on as text (the "
+            f"first: record {tags[0]}); where an image is meant, name it under `image`"
+        )
+    if images := [row for row in scan.images_alone if row in rows]:
+        mark = placeholder_in(to_llava(scan.records[images[0]])["conversations"])
+        instead = f", in which `{mark}` stands" if mark else ""
+        notes.append(
+            f"{len(images):,} records name an image and have no {IMAGE_TAG} in their text, and the model does not see "
+            f"it (the first: record {images[0]}{instead}); write {IMAGE_TAG} where the image belongs"
+        )
+    return notes
+
+
 @dataclass
 class Checked:
     """The records of one chunk, and what is wrong with them.
@@ -139,18 +158,20 @@ class Checked:
         rows: the chunk's rows.
         reasons: row -> why the record cannot be used.
         renamed: row -> the file that stands in for an image, whose name differs from the record's.
-        tags_alone: rows whose text has the image's tag, and no image.
+        notes: what is odd about records that can be used, a sentence each.
     """
 
     records: Records
     rows: range
     reasons: dict[int, str] = field(default_factory=dict)
     renamed: dict[int, str] = field(default_factory=dict)
-    tags_alone: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
     """Raise a `UserError` when records of a chunk have images, and the image folder is not there."""
+    if os.path.isfile(image_folder):
+        open_data_file(image_folder).close()  # an archive is named, with the command that unpacks it
     if not os.path.isdir(image_folder) and any(scan.images[row] for row in rows):
         raise UserError(f"the image folder {image_folder or '(not given)'} is not there, and records have images")
 
@@ -168,7 +189,7 @@ def check_chunk(
     """
     check_image_folder(scan, rows, image_folder)
     checked = Checked(scan.records, rows, {row: scan.problems[row] for row in rows if row in scan.problems})
-    checked.tags_alone = [row for row in scan.tags_alone if row in rows]
+    checked.notes = tag_notes(scan, rows)
     looked = look_for(image_folder, itertools.chain.from_iterable(scan.images[row] for row in rows), read_image)
     for row in rows:
         paths = scan.images[row]

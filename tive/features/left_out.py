@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tive.data import problems as bad_records
-from tive.data.media import IMAGE_TAG
 from tive.data.scan import Checked
 from tive.features.store import LeftOutRecord
 from tive.models import NOT_FINITE, UNSUPERVISED
@@ -33,11 +32,8 @@ def report_bad_records(checked: Checked, listing: Path, skip: bool) -> None:
     Raises:
         UserError: records are bad, and they are not to be skipped.
     """
-    if checked.tags_alone:
-        print(
-            f"{len(checked.tags_alone)} records have {IMAGE_TAG} in their text and no image, and it is read as text "
-            f"(the first: record {checked.tags_alone[0]}); where an image is meant, name it under `image`"
-        )
+    for note in checked.notes:
+        print(note)
     if checked.renamed:
         first, stand_in = next(iter(checked.renamed.items()))
         name, used = bad_records.images_named(checked.records[first]), os.path.basename(stand_in)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tive.data.conversations import conversation_of, is_trained_on
+from tive.data.conversations import conversation_of, is_trained_on, placeholder_in
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
@@ -135,7 +135,8 @@ def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
     images = [images] if isinstance(images, str) else images
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
     if images and tags != len(images):
-        raise LeftOut(f"has {len(images)} images and {tags} tags {IMAGE_TAG}")
+        mark = placeholder_in(turns)
+        raise LeftOut(f"has {len(images)} images and {tags} tags {IMAGE_TAG}" + (f" (but `{mark}`)" if mark else ""))
     if images and any(IMAGE_TAG in turn["value"] for turn in turns if turn["from"] == "gpt"):
         raise LeftOut("has an image in an answer")
     return converted.get("system"), turns, images

@@ -24,6 +24,7 @@ from tive.training.settings import (
     projector_of,
     read_settings,
 )
+from tive.util.commands import command
 from tive.util.errors import UserError, run
 from tive.util.packages import package_in_use
 from tive.util.text import shown
@@ -73,7 +74,8 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
     records = open_records(path)
     if records.is_lines:
         raise UserError(
-            f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with scripts/convert_data.py"
+            f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with "
+            + command("scripts/convert_data.py", source_path=Path(path), target_path=Path(path).with_suffix(".json"))
         )
     scan = scan_records(records, partial(training_problem, template=template))
     images = {row: paths[0] for row, paths in enumerate(scan.images) if paths}
@@ -91,17 +93,15 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
             stand_in = shown(os.path.basename(checked.renamed[row]), _LONGEST_NAME)
             problems[row] = f"{names}, and the file is {stand_in}; rename one of them"
     refuse_bad_records(records, problems, listing)
-    notes = {
-        "have <image> in their text and no image: it is trained on as text": scan.tags_alone,
-        "end with the user's turn: LLaVA's trainer may learn nothing from them": scan.unanswered,
-    }
+    notes = list(checked.notes)
+    if scan.unanswered:
+        notes.append(
+            f"{len(scan.unanswered):,} end with the user's turn: LLaVA's trainer may learn nothing from them (the "
+            f"first: record {scan.unanswered[0]})"
+        )
     return [
         f"data          {path}: {len(records):,} records, {len(images):,} with an image",
-        *(
-            f"              {len(rows):,} {note} (the first is record {rows[0]})"
-            for note, rows in notes.items()
-            if rows
-        ),
+        *(f"              {note}" for note in notes),
         f"images        {f'{image_folder}: {len(set(images.values())):,} files, all there' if images else 'none'}",
     ]
 
