@@ -413,12 +413,21 @@ def test_json_lines_stay_json_lines(tmp_path):
 
 def test_records_that_no_rule_matches_are_counted_and_shown_and_stop_the_run(tmp_path):
     strange = [{**record(f"new/{number}.jpg", ["What?"]), "id": f"odd{number}"} for number in range(12)]
-    done, written = run_on(tmp_path, [SHAPES["GQA"], *strange])
-    assert_refused(done, "12 of 13 records", "llava_v1_5.yaml", "--default")
+    done, written = run_on(tmp_path, [SHAPES["GQA"]] * 12 + strange)
+    assert_refused(done, "12 of 24 records", "llava_v1_5.yaml", "--default")
     assert written is None
     shown = [line for line in done.stdout.splitlines() if "odd" in line]
     assert len(shown) == 10
-    assert "record 1 (id 'odd0'), image new/0.jpg" in shown[0]
+    assert "record 12 (id 'odd0'), image new/0.jpg" in shown[0]
+
+
+def test_rules_of_another_mixture_are_told_and_the_keys_that_could_name_a_task(tmp_path):
+    strange = [
+        {**record(f"new/{number}.jpg", ["What?"]), "id": number, "source": "ab"[number % 2]} for number in range(9)
+    ]
+    done, written = run_on(tmp_path, strange)
+    assert_refused(done, "9 of 9", "llava_v1_5.yaml", "another mixture", "`source`: 2 values", "--task_key")
+    assert written is None
 
 
 def test_a_default_takes_the_records_that_are_left_over(tmp_path):
