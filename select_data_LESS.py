@@ -18,8 +18,9 @@ features of the records and of the target, checkpoint by checkpoint (docs/less.m
 then the best 5% of the records, for the subtask that each serves best:
   python select_data_LESS.py --data_path data.json --train features/105 features/211 \\
       --target_data target.json --target target/105 target/211 --save_path selected --p 0.05
-records that many subtasks agree on:
+records that many subtasks agree on, or the same number for every subtask:
   python select_data_LESS.py ... --over_targets vote
+  python select_data_LESS.py ... --over_targets round_robin
 
 Writes to --save_path, with every option that is not the default in the names:
   Less_p_{p}.json          the subset: records as they came, in the data file's order
@@ -93,7 +94,7 @@ def main() -> None:
 
     scores = subtask_scores(products_of_checkpoints(), checkpoint_weights)
     chosen = less.choose_for_target(mixture, scores, target.task_names, reasons, options)
-    subtasks = less.subtasks_of(target, groups, scores, chosen)
+    subtasks = less.subtasks_of(target, groups, scores, chosen, options)
     details = less.target_details(target, checkpoints, checkpoint_weights, subtasks, target_left_out)
     write_selection(files, mixture, replace(chosen, details=details), vars(arguments), checkpoints[-1].train)
     printing.print_target_choice(chosen, subtasks)

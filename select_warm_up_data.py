@@ -11,6 +11,8 @@ from tive.util.files import refuse_same_file
 EXAMPLE = """
 example:
   python select_warm_up_data.py --source_path data.json --target_path warm_up.json
+a sample whose gradients are enough for the tasks' budgets (docs/selection.md, Budgets from a sample):
+  python select_warm_up_data.py --source_path data.json --target_path sample.json --per_task 1000
 
 Every task gives the same number of records, chosen at random. A task with fewer gives all it has and the others make
 up for it, so that the sample has --sample_ratio of all records; what does not divide is given to tasks drawn by the
@@ -26,12 +28,16 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--source_path", required=True, help="records: a JSON list or JSON Lines")
     add("--target_path", required=True, help="file for the sample, a JSON list")
-    add("--sample_ratio", type=float, default=0.08, help="share of all records to draw, above 0 and up to 1 (0.08)")
+    size = parser.add_mutually_exclusive_group().add_argument
+    size("--sample_ratio", type=float, default=0.08, help="share of all records to draw, above 0 and up to 1 (0.08)")
+    size("--per_task", type=int, metavar="N", help="draw N records of every task instead, all of a smaller one")
     add("--seed", type=int, default=0, help="the same seed draws the same sample on every machine (0)")
     add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
     arguments = parser.parse_args()
     if not 0 < arguments.sample_ratio <= 1:
         raise UserError(f"--sample_ratio {arguments.sample_ratio} is not a share; give a number above 0 and up to 1")
+    if arguments.per_task is not None and arguments.per_task < 1:
+        raise UserError(f"--per_task {arguments.per_task} draws nothing; give a number from 1 up")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
     refuse_same_file(arguments.source_path, arguments.target_path)
@@ -53,13 +59,16 @@ def main() -> None:
     records = open_records(arguments.source_path)
     scan = scan_records(records, form_problem, arguments.task_key)
     refuse_problems(scan, arguments.task_key, listing_beside(target))
+    groups = rows_by_task(scan.tasks)
+    sizes = [len(rows) for rows in groups.values()]
     total = rounded_down(arguments.sample_ratio * len(records))
+    if arguments.per_task:
+        total = sum(min(size, arguments.per_task) for size in sizes)
     if total == 0:
         raise UserError(
             f"--sample_ratio {arguments.sample_ratio} of {len(records)} records is less than one record; raise it"
         )
-    groups = rows_by_task(scan.tasks)
-    sizes = [len(rows) for rows in groups.values()]
+    # Equal shares of this total are N of every task that has as many.
     shares = dict(zip(groups, equal_shares(sizes, total, arguments.seed), strict=True))
     drawn = [rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, task)] for task, rows in groups.items()]
     write_records(target, records, np.sort(np.concatenate(drawn)))

@@ -50,6 +50,13 @@ def test_the_total_holds_and_small_tasks_give_all_they_have(source, ratio):
         assert number >= max(drawn.values()) - 1 or number == sizes[task]
 
 
+@pytest.mark.parametrize("number", [1, 6, 8, 25, 100])
+def test_so_many_of_every_task_are_drawn_and_all_of_a_smaller_one(source, number):
+    drawn = Counter(one["dataset"] for one in warm_up(source, "--per_task", number))
+    sizes = {"vqa": 40, "textcaps": 9, "boxes": 23, "chat": 6}
+    assert drawn == {task: min(size, number) for task, size in sizes.items()}
+
+
 def test_records_are_drawn_once_and_come_unchanged_in_the_order_of_the_source(source):
     sample = warm_up(source, "--sample_ratio", 0.4)
     rows = [one["extra"]["nested"][0] for one in sample]

@@ -15,7 +15,7 @@ import torch
 
 import select_data_LESS
 from tests.helpers.feature_files import call, mixture, random_features, record, refusal, write_features
-from tive.method.target import checkpoint_weights, mean_rates_since, votes
+from tive.method.target import checkpoint_weights, mean_rates_since, round_robin, votes
 from tive.selection.files import find_summary, read_selection
 from tive.selection.less import repeated_in
 from tive.selection.mixture import read_mixture
@@ -176,6 +176,23 @@ def test_mean_and_vote_over_the_subtasks(made: Made, tmp_path: Path) -> None:
         np.testing.assert_allclose(outcome.column("score"), score, atol=1e-10)
         order = np.lexsort((np.arange(len(scores)), -scores.mean(axis=1), -score))
         assert outcome.chosen == sorted(order[:number].tolist())
+
+
+def test_in_turn_every_subtask_takes_its_best_record_that_is_left(made: Made, tmp_path: Path) -> None:
+    call(main, *made.arguments(tmp_path), "--p", 0.13, "--over_targets", "round_robin")
+    outcome, scores = Outcome(tmp_path), pairwise_scores(made, DEFAULT_WEIGHTS)
+    taken: list[int] = []
+    for turn in range(10):
+        left = [row for row in range(len(scores)) if row not in taken]
+        taken.append(max(left, key=lambda row, turn=turn: (round(scores[row, turn % 3], 9), -row)))
+    assert outcome.stem == "Less_p_0.13_over_targets-round_robin" and outcome.chosen == sorted(taken)
+    assert [int(rank) for rank in outcome.column("rank")[taken]] == list(range(1, 11))
+    assert [subtask["selected"] for subtask in outcome.summary["details"]["subtasks"]] == [4, 3, 3]
+
+
+def test_turns_go_on_through_equal_scores_and_past_records_without_a_score() -> None:
+    scores = np.array([[1.0, 1.0], [np.nan, np.nan], [1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    assert round_robin(scores).tolist() == [3, 4, 0, 2]
 
 
 def test_ties_go_to_the_earlier_record() -> None:

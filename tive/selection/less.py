@@ -12,7 +12,15 @@ import numpy as np
 from tive.data.content import record_hash
 from tive.features.chunk import Match
 from tive.features.folder import Chunk, open_chunks
-from tive.method.target import best_subtask, checkpoint_weights, mean_rates_since, mean_subtask, ranking, votes
+from tive.method.target import (
+    best_subtask,
+    checkpoint_weights,
+    mean_rates_since,
+    mean_subtask,
+    ranking,
+    round_robin,
+    votes,
+)
 from tive.method.value import rounded_down
 from tive.selection.files import Chosen
 from tive.selection.mixture import Mixture, reasons_left_out, record_scores
@@ -54,7 +62,7 @@ class Subtask:
     Attributes:
         records: of the target, in its mean.
         mean_score: over all records of the mixture that have a score; `mean_score_of_selected` over the chosen ones.
-        selected: how many of the chosen records serve this subtask best.
+        selected: how many of the chosen records serve this subtask best, or were taken in its turn (`round_robin`).
     """
 
     name: str
@@ -247,8 +255,8 @@ def choose_for_target(
     if options.over_targets == "vote":
         score, tie_break = votes(scores, number), mean_subtask(scores)
     else:
-        score = {"max": best_subtask, "mean": mean_subtask}[options.over_targets](scores)
-    order = ranking(score, tie_break)
+        score = mean_subtask(scores) if options.over_targets == "mean" else best_subtask(scores)
+    order = round_robin(scores) if options.over_targets == "round_robin" else ranking(score, tie_break)
     ranks = np.full(records, np.nan, object)
     ranks[order] = np.arange(1, len(order) + 1)
     times = np.zeros(records, np.int64)
@@ -271,7 +279,9 @@ def _tasks(mixture: Mixture, times: np.ndarray, reasons: Mapping[int, str]) -> t
     )
 
 
-def subtasks_of(target: Mixture, groups: np.ndarray, scores: np.ndarray, chosen: Chosen) -> list[Subtask]:
+def subtasks_of(
+    target: Mixture, groups: np.ndarray, scores: np.ndarray, chosen: Chosen, options: LessOptions
+) -> list[Subtask]:
     """What the choice is for each subtask.
 
     Args:
@@ -282,6 +292,8 @@ def subtasks_of(target: Mixture, groups: np.ndarray, scores: np.ndarray, chosen:
     scored[list(chosen.reasons)] = False
     taken = chosen.times_selected > 0
     best = scores[taken].argmax(axis=1)
+    if options.over_targets == "round_robin":
+        best = (chosen.columns["rank"][taken].astype(np.int64) - 1) % scores.shape[1]
     return [
         Subtask(
             name,

@@ -25,7 +25,7 @@ TASK_BUDGETS = (*BUDGET_COLUMNS, "size", "equal")
 SAMPLINGS = ("weighted", "top")
 ROUNDINGS = ("down", "largest_remainder")
 GRADIENTS = ("adam", "sgd")
-OVER_TARGETS = ("max", "mean", "vote")
+OVER_TARGETS = ("max", "mean", "vote", "round_robin")
 # LLaVA's captions, which the paper leaves out; other mixtures need not have them.
 DEFAULT_EXCLUDED = "textcaps"
 
@@ -113,7 +113,8 @@ class LessOptions:
 
     Attributes:
         p: share of all records to select, above 0 and up to 1.
-        over_targets: the best subtask (`max`), their `mean`, or a `vote`: in how many a record is within the top p.
+        over_targets: the best subtask (`max`), their `mean`, a `vote`: in how many a record is within the top p; or
+            `round_robin`: the subtasks take turns.
         gradient: of the training records, as Adam applies it (`adam`, of either form) or as it is (`sgd`).
         weights: of the checkpoints, in their order; None for the mean logged learning rates.
 
