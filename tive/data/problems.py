@@ -20,10 +20,9 @@ from tive.data.conversations import (
 )
 from tive.data.media import IMAGE_TAG, is_empty, media_of
 from tive.data.records import Records, name_of
-from tive.util.commands import command
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
-from tive.util.text import listed, shown, shown_value
+from tive.util.text import command, listed, shown, shown_value
 
 SHOWN = 10
 

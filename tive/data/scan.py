@@ -17,9 +17,8 @@ from tive.data.media import IMAGE_TAG, is_empty
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records
 from tive.data.tasks import no_task, task_or_problem
-from tive.util.commands import command
 from tive.util.errors import UserError
-from tive.util.text import listed
+from tive.util.text import command, listed
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
-"""Text for the terminal: made harmless, shortened, and laid out in tables."""
+"""Text for the terminal: made harmless, shortened, laid out in tables; commands that can be pasted."""
 
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 LABEL_LIMIT = 60
+_PROJECT = Path(__file__).resolve().parents[2]
 
 
 def shown(text: str, limit: int) -> str:
@@ -80,3 +85,16 @@ def percent(share: float) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def command(script: str, **options: str | os.PathLike[str]) -> str:
+    """The command line that runs one of the project's scripts in this environment, between backquotes.
+
+    Args:
+        script: below the project's folder, as `scripts/convert_data.py`.
+        options: of the script; a path is made absolute, a text stays as it is.
+    """
+    words = [sys.executable or "python", str(_PROJECT / script)]
+    for name, value in options.items():
+        words += ["--" + name, value if isinstance(value, str) else os.path.abspath(value)]
+    return f"`{shlex.join(words)}`"
