@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from tive.evaluation.results import read_evaluation
+from tive.report.comparison import comparison
 from tive.report.page import Pictures, render
 from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
 from tive.report.sections import evaluations, tive_sections
 from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
-from tive.selection.files import SUMMARY_END, Selection, find_summary, read_selection
+from tive.selection.files import SUMMARY_END, Selection, find_summaries, read_selection
 from tive.util.errors import UserError, run
 from tive.util.files import whole_file
 from tive.util.text import percent, plural, shown
 
 EXAMPLE = """\
-example:
+examples:
   python scripts/report.py selected --image_folder playground/data
   writes selected/report.html (one file: send it, print it, open it offline) and selected/report_plots/*.png
+  python scripts/report.py selected --all
+  writes selected/comparison.html: what several selections of the same data took, how far they overlap
 """
 
 
 def main() -> None:
     arguments = parse_arguments()
-    summary = find_summary(arguments.out, arguments.name)
+    summaries = find_summaries(arguments.out)
+    if arguments.all:
+        if len(summaries) < 2:
+            raise UserError(f"{arguments.out} holds one selection; give the folder of several, or leave --all out")
+        selections, pictures = [read_selection(path) for path in summaries], Pictures()
+        sections = comparison(selections, pictures)
+        about = f"{len(selections)} selections in {arguments.out}"
+        html = render("Selections compared", about, [], sections)
+        write_page(arguments.output or arguments.out / "comparison.html", html, pictures)
+        return
+    summary = chosen(summaries, arguments)
     selection = read_selection(summary)
     target = target_of(selection)
     results = [read_evaluation(path) for path in arguments.evaluation]
@@ -42,6 +55,19 @@ def main() -> None:
     if results:
         sections.insert(0, evaluations(results))
     write_page(arguments.output or default_output(summary), render(*header_of(selection), sections), pictures)
+
+
+def chosen(summaries: Sequence[Path], arguments: argparse.Namespace) -> Path:
+    """The one selection that is asked for; else prints the names of all."""
+    stems = {path.name.removesuffix(SUMMARY_END): path for path in summaries}
+    if arguments.name is None and len(stems) == 1:
+        return summaries[0]
+    if arguments.name in stems:
+        return stems[arguments.name]
+    for stem in stems:
+        print(stem, file=sys.stderr)
+    which = f"no selection {arguments.name}" if arguments.name else "several selections"
+    raise UserError(f"{arguments.out} holds {which}; choose one of those above with --name, or compare them with --all")
 
 
 def header_of(selection: Selection) -> tuple[str, str, list[tuple[str, str]]]:
@@ -98,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
         "out", type=Path, metavar="OUT", help="--save_path of the selection, or one _summary.json in it"
     )
     parser.add_argument("--name", metavar="STEM", help="which selection, when OUT holds several: Tive_q_0.001_p_0.15")
+    parser.add_argument("--all", action="store_true", help="one page that compares all selections in OUT")
     parser.add_argument("--image_folder", metavar="DIR", help="where the images lie (default: as in the gradient step)")
     parser.add_argument("--data_path", metavar="FILE", help="where the data file lies, if it was moved")
     parser.add_argument(
@@ -119,6 +146,8 @@ def parse_arguments() -> argparse.Namespace:
         help="records shown at each end of a task, or of a subtask of a target (default: 3)",
     )
     arguments = parser.parse_args()
+    if arguments.all and (arguments.name or arguments.evaluation):
+        raise UserError("--all compares all selections; leave --name and --evaluation out, or --all")
     if arguments.samples < 0:
         raise UserError(f"--samples {arguments.samples} is negative; give 0 for none")
     if arguments.image_folder is not None and not Path(arguments.image_folder).is_dir():

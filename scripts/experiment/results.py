@@ -38,7 +38,7 @@ def read_result(save_path: Path) -> ModelResult:
 
 def first_selection(folder: Path, variant: str, reference: int) -> Selection:
     """TIVE's selection with a reference and seed 0: it has the influence of every record of the mixture."""
-    return read_selection(find_summary(folder / variant / "selected" / Run("tive", P, 0, reference).name, None))
+    return read_selection(find_summary(folder / variant / "selected" / Run("tive", P, 0, reference).name))
 
 
 def collect_losses(folder: Path, plan: Plan, answered: bool) -> None:

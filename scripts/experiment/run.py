@@ -109,7 +109,7 @@ def select(paths: Paths, variant: str, run: Run) -> Path:
             options[options.index(Q_AT_HALF)] = f"{q_at_half(paths, variant, run.reference or 0):.4g}"
         parts += ("--gradient_path", folder / f"gradients_{run.reference or 0}", "--exclude_tasks", "none")
         command(paths, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, "--seed", run.seed, *options)
-    summary = find_summary(target, None)
+    summary = find_summary(target)
     return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
 
 

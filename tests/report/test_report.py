@@ -116,14 +116,20 @@ def report(*arguments: object) -> None:
     script(SCRIPT, *arguments)
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line a failing run prints."""
+def errors_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+    """The lines a failing run prints; the last is the error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         report(*arguments)
     assert stop.value.code == 2
-    out, line = capsys.readouterr()
-    assert out == "" and line.startswith("error: ") and line.count("\n") == 1
+    out, lines = capsys.readouterr()
+    assert out == "" and lines.splitlines()[-1].startswith("error: ")
+    return lines.splitlines()
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line a failing run prints."""
+    (line,) = errors_of(capsys, *arguments)
     return line
 
 
@@ -351,9 +357,9 @@ def test_a_plot_of_many_tasks_shows_the_largest_and_its_table_all(
 def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for end in ("_summary.json", "_scores.csv"):
         shutil.copy(copy / f"{STEM}{end}", copy / f"Other{end}")
-    line = error_of(capsys, copy)
-    assert STEM in line and "Other" in line and "by its name" in line
-    assert "no selection Third" in error_of(capsys, copy, "--name", "Third")
+    for more in ((), ("--name", "Third")):
+        *names, line = errors_of(capsys, copy, *more)
+        assert names == ["Other", STEM] and "--name" in line and "--all" in line
     report(copy / "Other_summary.json", "--samples", 0)
     report(copy, "--name", STEM, "--samples", 0)
     assert (copy / "Other_report.html").is_file() and (copy / f"{STEM}_report.html").is_file()
@@ -361,7 +367,7 @@ def test_one_of_several_selections_is_chosen_by_name_or_file(copy: Path, capsys:
 
 def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remedy = "run select_data_TIVE.py first, with this save_path"
-    assert error_of(capsys, tmp_path) == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}\n"
+    assert error_of(capsys, tmp_path) == f"error: {tmp_path} holds no selection (*_summary.json); {remedy}"
 
 
 @pytest.mark.parametrize(
@@ -605,3 +611,29 @@ def test_an_evaluation_is_shown_by_task_and_model_and_relative_to_the_first(copy
 def test_an_evaluation_that_is_none_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no result of scripts/evaluate.py" in error_of(capsys, copy, "--evaluation", copy / f"{STEM}_summary.json")
     assert "nowhere" in error_of(capsys, copy, "--evaluation", copy / "nowhere")
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_selections_of_the_same_data_are_compared(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = "Tive_q_50.0_p_0.15_with_a_name_that_is_longer_than_any_line_of_a_terminal_would_show_of_it_in_one_piece"
+    header, *rows = csv.reader((copy / f"{STEM}_scores.csv").open(newline=""))
+    for task in ("vqa", "chat", "ocr"):
+        mine = [row for row in rows if row[2] == task]
+        for position, row in enumerate(mine):
+            row[6] = str(int(1 <= position < 4))  # two of three are those of the first selection
+    with (copy / f"{other}_scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    shutil.copy(copy / f"{STEM}_summary.json", copy / f"{other}_summary.json")
+    change_summary(copy, "arguments", "q", value=50.0, stem=other)
+    report(copy, "--all")
+    page = Page(copy / "comparison.html")
+    assert other in page.text
+    assert ["q", "0.001", "50.0"] in page.rows
+    assert ["vqa", "9", "3", "3"] in page.rows
+    assert ["1", "100.0%", "66.7%"] in page.rows and ["by chance", "25.0%", "25.0%"] in page.rows
+    drawn = [float(row[3]) for row in rows if row[6] == "1"]
+    assert ["2", f"{np.mean(drawn):.2f}"] in [row[:2] for row in page.rows]
+
+    change_summary(copy, "inputs", "data_sha256", value="cd" * 32, stem=other)
+    assert "different data" in error_of(capsys, copy, "--all")
+    assert "--name" in error_of(capsys, copy, "--all", "--name", STEM)

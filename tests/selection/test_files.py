@@ -160,7 +160,7 @@ def test_adam_features_are_refused_with_the_remedy(made, capsys):
 def test_what_is_read_is_what_was_written(made):
     folder, arguments = made
     call(main, *arguments, "--instance_score", "loss", "--q", 2)
-    selection = read_selection(find_summary(folder / "out", None))
+    selection = read_selection(find_summary(folder / "out"))
     names, lines = columns(folder / "out" / f"{selection.stem}_scores.csv")
     assert list(selection.numbers) == names[3:-2]
     for name, column in selection.numbers.items():
@@ -189,7 +189,7 @@ def test_another_methods_selection_is_written_and_read_by_the_same_code(made):
     folder, _ = made
     files = write_other(folder / "less", folder / "data.json")
     assert files.subset.name == "Less_p_0.2.json" and len(json.loads(files.subset.read_text())) == 16
-    selection = read_selection(find_summary(folder / "less", None))
+    selection = read_selection(find_summary(folder / "less"))
     assert list(selection.numbers) == ["score", "rank", "score_vqa, part"]
     assert selection.summary.method == "LESS" and selection.summary.details["checkpoints"][0]["weight"] == 0.6
     assert selection.left_out == {3: "features are zero"}
@@ -210,4 +210,4 @@ def test_a_scores_file_of_other_columns_is_refused_with_those_it_must_have(made,
     path = folder / "out" / "Tive_q_0.001_p_0.15_scores.csv"
     path.write_text(f"{header}\n" + path.read_text().partition("\n")[2])
     with pytest.raises(UserError, match="line 1: the columns are not row,id,task, scores, times_selected,left_out"):
-        read_selection(find_summary(folder / "out", None))
+        read_selection(find_summary(folder / "out"))

@@ -214,7 +214,7 @@ def test_records_are_written_as_they_came_in_the_order_of_the_data(made: Made, t
 
 def test_what_is_written_is_read_by_the_same_code(made: Made, tmp_path: Path) -> None:
     call(main, *made.arguments(tmp_path), "--p", 0.2)
-    read = read_selection(find_summary(tmp_path, None))
+    read = read_selection(find_summary(tmp_path))
     assert read.summary.method == "LESS" and int(read.drawn.sum()) == 15
     assert {"score", "rank", "score_a", "score_b", "score_c"} <= read.numbers.keys()
 

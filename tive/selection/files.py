@@ -36,7 +36,7 @@ from tive.selection.summary import (
 )
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, whole_file
-from tive.util.text import LABEL_LIMIT, listed, shown_value
+from tive.util.text import LABEL_LIMIT, shown_value
 
 SUMMARY_END = "_summary.json"
 SCORES_END = "_scores.csv"
@@ -212,28 +212,38 @@ def _cell(number: float) -> float | str:
     return number if number - number == 0 else ""
 
 
-def find_summary(out: Path, name: str | None) -> Path:
-    """The summary file that `out` is, or holds; `name` (its stem) chooses among several.
+def find_summaries(out: Path) -> list[Path]:
+    """The summary file that `out` is, or all that it holds, by name.
 
     Raises:
-        UserError: there is none, or there are several and none is chosen; they are named.
+        UserError: there is none.
     """
-    if out.is_file() and name is None:
+    if out.is_file():
         if out.name.endswith(SUMMARY_END):
-            return out
+            return [out]
         raise UserError(f"{out} is not a summary; name the folder, or a file that ends in {SUMMARY_END}")
     if not out.is_dir():
         raise UserError(f"{out} is not a folder; name the one that a selection was saved to")
-    stems = sorted(path.name.removesuffix(SUMMARY_END) for path in out.glob(f"*{SUMMARY_END}"))
-    if not stems:
+    summaries = sorted(out.glob(f"*{SUMMARY_END}"))
+    if not summaries:
         raise UserError(
             f"{out} holds no selection (*{SUMMARY_END}); run select_data_TIVE.py first, with this save_path"
         )
-    if name is not None and name not in stems:
-        raise UserError(f"{out} holds no selection {name}; there are: {listed(stems)}")
-    if name is None and len(stems) > 1:
-        raise UserError(f"{out} holds {len(stems)} selections; choose one by its name: {listed(stems)}")
-    return out / f"{name or stems[0]}{SUMMARY_END}"
+    return summaries
+
+
+def find_summary(out: Path) -> Path:
+    """The only summary of `out`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    first, *others = find_summaries(out)
+    if others:
+        raise UserError(
+            f"{out} holds {len(others) + 1} selections; name the summary of one ({first.name}, for example)"
+        )
+    return first
 
 
 def read_selection(summary_path: Path) -> Selection:

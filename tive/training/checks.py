@@ -24,10 +24,9 @@ from tive.training.settings import (
     projector_of,
     read_settings,
 )
-from tive.util.commands import command
 from tive.util.errors import UserError, run
 from tive.util.packages import package_in_use
-from tive.util.text import shown
+from tive.util.text import command, shown
 
 # Under these names pip knows LLaVA: from PyPI, or from its repository.
 LLAVA_DISTRIBUTIONS = ("llava-torch", "llava")
