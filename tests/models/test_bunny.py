@@ -389,7 +389,7 @@ def test_a_language_model_that_this_transformers_lacks_is_refused_with_the_envir
     edit(model.reference / "config.json", model_type="bunny-minicpm")
     edit(model.base / "config.json", model_type="minicpm")
     line = refused(model.files)
-    assert "base/config.json" in line and "minicpm" in line and "setup.sh native" in line
+    assert "base" in line and "minicpm" in line and "setup.sh native" in line
 
 
 def test_a_tokenizer_whose_setting_this_library_does_not_heed_is_refused(model, monkeypatch):

@@ -6,7 +6,6 @@ the SigLIP tower, an `nn.Sequential` is the projector. `bunny_encoding.py` holds
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tive.data.conversations import image_of
 from tive.data.images import BadImage, find_image, open_image
 from tive.data.problems import problem_of
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
-from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
+from tive.models.adapter import check_adapter
 from tive.models.bunny_encoding import (
     ENDS,
     ImageRules,
@@ -33,8 +32,6 @@ from tive.models.common import (
     base_folder,
     base_of,
     decoder_layers,
-    fingerprint,
-    first_line,
     freeze,
     library_versions,
     load_pretrained,
@@ -43,13 +40,13 @@ from tive.models.common import (
     refuse_options,
     refuse_other_shape,
 )
+from tive.models.spliced import TRAINED_FILE
 from tive.models.spliced import pads_images as pads_images
 from tive.models.spliced import record_losses as record_losses
 from tive.util.errors import UserError
 
 record_problem = problem_of
 
-TRAINED_FILE = "non_lora_trainables.bin"
 TRAIN_IN_ONE_GO = (
     "Bunny writes it only when training ends, and going on from a checkpoint-N starts the projector afresh: train the "
     "reference model in one go (save_strategy no) and name its output_dir"
@@ -117,15 +114,10 @@ def check_files(files: ModelFiles) -> None:
 
 def _language_config(base: Path) -> Any:
     """The base's config, of a language model that the installed transformers has."""
-    import transformers
+    from transformers import AutoConfig
 
-    try:
-        return transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False)
-    except Exception as error:  # an unknown type raises several kinds
-        raise UserError(
-            f"{base}/config.json: {first_line(error)}; where transformers {transformers.__version__} is too "
-            "old for it, use the other environment (bash scripts/setup.sh native)"
-        ) from error
+    with loading(base):
+        return AutoConfig.from_pretrained(str(base), trust_remote_code=False)
 
 
 def tower_folder(files: ModelFiles) -> Path:
@@ -163,7 +155,7 @@ def read_processor(files: ModelFiles) -> BunnyProcessor:
             "model_max_length that it cut records at: put it there"
         )
     tower = tower_folder(files)
-    with loading(f"{tower}/config.json"):
+    with loading(tower):
         vision = SiglipVisionConfig.from_pretrained(str(tower))
     return BunnyProcessor(
         read_text_rules(base_of(files), config["model_type"], maximum),
@@ -173,16 +165,9 @@ def read_processor(files: ModelFiles) -> BunnyProcessor:
 
 def identity(files: ModelFiles) -> str:
     """SHA-256 over what a reference model is: adapter, projector, tokenizer, settings, the files of base and tower."""
-    folder, base, tower = Path(files.model_path), base_of(files), tower_folder(files)
-    config = read_config(folder)
-    hashed = (
-        *(adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE),
-        *(base / "config.json", base / "tokenizer.json", base / "tokenizer_config.json"),
-        *base.glob("special_tokens_map.json"),
-        *(tower / "config.json", tower / "preprocessor_config.json"),
-    )
     named = ("model_type", "image_aspect_ratio", "mm_projector_type", "tokenizer_model_max_length")
-    return fingerprint(hashed, (base, tower), json.dumps({key: config.get(key) for key in named}))
+    config = read_config(Path(files.model_path))
+    return spliced.identity_of(files, tower_folder(files), {key: config.get(key) for key in named})
 
 
 def versions() -> dict[str, str]:
@@ -213,16 +198,9 @@ def load(
     tower = load_pretrained(SiglipVisionModel, tower_folder(files), dtype, ("text_model.", "logit_"))
     projector = _projector(folder, tower.config.hidden_size, config.hidden_size, dtype)
     model = Bunny(language_model, tower, projector)
-    filled = place_tensors(model, read_tensors(folder / TRAINED_FILE), folder / TRAINED_FILE, dtype)
-    trained = ("mm_projector.", *(["vision_tower."] if read_config(folder).get("unfreeze_vision_tower") else []))
-    absent = [name for name, _ in model.named_parameters() if name.startswith(trained) and name not in filled]
-    if absent:
-        raise UserError(
-            f"{folder / TRAINED_FILE} lacks {len(absent)} weights, {absent[0]} among them: {TRAIN_IN_ONE_GO}"
-        )
-    del _vision_of(tower).encoder.layers[-1]  # features are the last but one's
     layers = decoder_layers(language_model)
-    attach_adapter(model, folder, layers, dtype)
+    spliced.attach_trained(model, folder, layers, dtype)
+    del _vision_of(tower).encoder.layers[-1]  # features are the last but one's
 
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model.to(device).requires_grad_(False).eval()

@@ -54,8 +54,8 @@ prepare_torchvision()
 
 
 @contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turns whatever a library raises while it loads `what` into one line.
+def loading(folder: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises while it loads a model's folder into one line. Code beside a model never runs.
 
     Raises:
         UserError: it could not be loaded.
@@ -65,8 +65,16 @@ def loading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # transformers, sentencepiece and safetensors raise many kinds
+        for path in sorted(Path(folder).glob("*.json")):
+            content = read_json(path)
+            if isinstance(content, dict) and content.get("auto_map"):
+                raise UserError(
+                    f"{path} names code beside the model (auto_map), which is never run; take the model in the form of "
+                    "transformers, whose name mostly ends in -hf"
+                ) from error
         raise UserError(
-            f"cannot load {what}: {first_line(error)}; it is incomplete or damaged: download it again"
+            f"cannot load {folder}: {first_line(error)}; download it again, or use an environment that has what it "
+            "needs (bash scripts/setup.sh native)"
         ) from error
 
 
@@ -187,7 +195,7 @@ def load_pretrained(kind: Any, folder: str | Path, dtype: torch.dtype, apart: tu
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of is looked at below
     try:
-        with loading(str(folder)), warnings.catch_warnings():
+        with loading(folder), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*do_sample.*")  # of a generation config that is not used here
             model, report = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
     finally:

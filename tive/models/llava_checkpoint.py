@@ -5,7 +5,6 @@ Every setting that changes the numbers is checked against what is computed here;
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +26,6 @@ from tive.data.training_record import (
 from tive.models import ModelFiles, Reference
 from tive.models.adapter import (
     CONFIG_FILE,
-    adapter_file,
-    attach_adapter,
     check_adapter,
     place_tensors,
     read_tensors,
@@ -37,7 +34,6 @@ from tive.models.adapter import (
 from tive.models.common import (
     base_of,
     decoder_layers,
-    fingerprint,
     freeze,
     load_pretrained,
     loading,
@@ -45,11 +41,11 @@ from tive.models.common import (
     refuse_options,
     refuse_other_shape,
 )
+from tive.models.spliced import TRAINED_FILE, attach_trained, identity_of
 from tive.util.errors import UserError
 from tive.util.files import read_json
 from tive.util.packages import package_in_use
 
-PROJECTOR_FILE = "non_lora_trainables.bin"
 # The template of a model without a record: the one that LLaVA-1.5's own scripts name.
 DEFAULT_TEMPLATE = "v1"
 # Settings of LLaVA-1.5's models and the values that are computed; None where the key may be missing or null.
@@ -90,9 +86,9 @@ def check_files(files: ModelFiles) -> None:
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is not None:
         check_adapter(folder)
-        if not (folder / PROJECTOR_FILE).is_file():
+        if not (folder / TRAINED_FILE).is_file():
             raise UserError(
-                f"{folder} lacks {PROJECTOR_FILE}, the trained projector, which LLaVA's own trainer writes only when "
+                f"{folder} lacks {TRAINED_FILE}, the trained projector, which LLaVA's own trainer writes only when "
                 "training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end "
                 "with it (the same OUTPUT_DIR) and name that OUTPUT_DIR as the model"
             )
@@ -176,14 +172,11 @@ def template_of(folder: Path) -> str:
 
 def identity(files: ModelFiles) -> str:
     """What tells one reference model from another: adapter, projector, base, tower, and how records are encoded."""
-    folder, base = Path(files.model_path), base_of(files)
-    config = read_config(folder)
-    adapted = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE, folder / PROJECTOR_FILE]
-    tower = model_folder(files.vision_tower or config["mm_vision_tower"])
-    settings = {key: config.get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
+    folder = Path(files.model_path)
+    settings = {key: read_config(folder).get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
+    tower = model_folder(files.vision_tower or str(settings["mm_vision_tower"]))
     settings |= {"mm_vision_tower": None, "template": template_of(folder)}
-    folders = [base, *([tower] if tower else [])]
-    return fingerprint([*adapted, base / "config.json"], folders, json.dumps(settings, sort_keys=True))
+    return identity_of(files, tower, settings)
 
 
 def load(
@@ -204,13 +197,14 @@ def load(
         named = "" if files.model_base is None else read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
         on = f" on {base} (its {CONFIG_FILE} names the base {named})" if named else ""
         print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}{on}")
-    config = LlavaConfig.from_pretrained(files.model_path)
+    with loading(folder):
+        config = LlavaConfig.from_pretrained(files.model_path)
     if files.vision_tower is not None:
         config.mm_vision_tower = files.vision_tower
     config.tokenizer_padding_side = "right"
     # LLaVA would load the tower with the model; its weights come from where the training had them.
     tower_in_base, config.unfreeze_mm_vision_tower = getattr(config, "unfreeze_mm_vision_tower", False), False
-    with loading(f"the tokenizer of {base}"):
+    with loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base, use_fast=False, trust_remote_code=False)
     tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
     tokenizer.pad_token = tokenizer.unk_token
@@ -229,16 +223,11 @@ def load(
     if tower_in_base:
         place_tensors(model, _tower_of_base(base), base, dtype)
     if files.model_base is not None:
-        beside = folder / PROJECTOR_FILE
-        tensors = read_tensors(beside)
-        if not any("mm_projector" in key for key in tensors):
-            raise UserError(f"{beside} holds no mm_projector weights; train the reference model again")
-        place_tensors(model, tensors, beside, dtype)
-        attach_adapter(model, folder, decoder_layers(model), dtype)
-    # The base has no projector: transformers leaves placeholders without memory.
-    placeholders = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if placeholders:
-        raise UserError(f"no file of {folder} or {base} holds {placeholders[0]}; train the model again")
+        attach_trained(model, folder, decoder_layers(model), dtype)
+    # A base has no projector: transformers leaves placeholders without memory.
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise UserError(f"{base} lacks {lacking[0]}; name a model that finetune.sh wrote, or train it again")
     model.to(device=device, dtype=dtype)
 
     freeze(model, gradient_checkpointing)
@@ -256,7 +245,7 @@ def _load_tower(tower: Any) -> None:
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     name = tower.vision_tower_name
-    with loading(f"the vision tower {name}"):
+    with loading(name):
         tower.image_processor = CLIPImageProcessor.from_pretrained(name)
     # A whole CLIP has a text model beside the tower.
     apart = ("text_", "logit_", "visual_projection")

@@ -30,6 +30,7 @@ from tive.models.common import (
     freeze,
     library_versions,
     load_pretrained,
+    loading,
     read_config,
     refuse_options,
 )
@@ -73,12 +74,9 @@ def check_files(files: ModelFiles) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     model_type = read_config(base).get("model_type")
-    try:
-        loaded = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        known = type(loaded) in AutoModelForImageTextToText._model_mapping
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{base}/config.json: {first_line(error)}") from error
-    if not known:
+    with loading(base):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{base}/config.json: {model_type!r} is no vision-language model of transformers")
     if files.chat_template is not None and not Path(files.chat_template).is_file():
         raise UserError(f"the chat template {files.chat_template} is not a file")

@@ -16,7 +16,7 @@ from tive.data.images import BadImage, find_image, open_image
 from tive.data.media import IMAGE_TAG
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
 from tive.models.answer_spans import align, answer_spans, text_message, token_spans
-from tive.models.common import base_of, first_line
+from tive.models.common import base_of, first_line, loading
 from tive.models.losses import IGNORE, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_json
@@ -63,10 +63,8 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
 
     folder, base = Path(files.model_path), base_of(files)
     source = processor_folder(files)
-    try:
+    with loading(source):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # among them that a library is not installed, which the text says
-        raise UserError(f"cannot load the processor of {source}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise UserError(f"{source} holds no processor of text and images ({type(processor).__name__})")
     if not getattr(processor.tokenizer, "is_fast", False):

@@ -1,7 +1,8 @@
-"""LLaVA's way with images, which Bunny shares: an image's features take their place among the text's embeddings."""
+"""What LLaVA and Bunny share: an image's features stand among the text's embeddings, a projector beside the adapter."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.common import read_config
+from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
+from tive.models.common import base_of, fingerprint, read_config
 from tive.models.generation import generate_ids
 from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens
+from tive.util.errors import UserError
 
 IMAGE_ID = -200
+# What was trained beside the LoRA matrices: the projector, and the vision tower where it was tuned.
+TRAINED_FILE = "non_lora_trainables.bin"
+_READ_FILES = (
+    *("config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,36 @@ class SplicedRecord:
 def pads_images(files: ModelFiles) -> bool:
     """Whether images are padded to a square."""
     return read_config(Path(files.model_path)).get("image_aspect_ratio") == "pad"
+
+
+def identity_of(files: ModelFiles, tower: Path | None, settings: dict[str, Any]) -> str:
+    """What tells one model from another: what was trained, base, tower, and settings of the encoding."""
+    folder = Path(files.model_path)
+    trained = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE]
+    folders = [base_of(files), *([] if tower is None else [tower])]
+    read = [part / name for part in folders for name in _READ_FILES if (part / name).is_file()]
+    return fingerprint([*trained, *read], folders, json.dumps(settings, sort_keys=True))
+
+
+def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:
+    """Put what was trained into a model of base and tower; the projector may lack numbers.
+
+    Raises:
+        UserError: as `attach_adapter`; or the file beside the adapter lacks a part of the projector, or of a vision
+            tower that the training tuned.
+    """
+    path, config = folder / TRAINED_FILE, read_config(folder)
+    placed = place_tensors(model, read_tensors(path), path, dtype)
+    tuned = config.get("unfreeze_vision_tower")  # of Bunny; what LLaVA tuned before may stand in the base
+    parts = ("mm_projector.", "vision_tower.") if tuned else ("mm_projector.",)
+    names = [name for name, _ in model.named_parameters() if name.removeprefix("model.").startswith(parts)]
+    absent = [name for name in names if name not in placed]
+    if absent:
+        raise UserError(
+            f"{path} lacks {len(absent)} weights, {absent[0]} among them; train the reference model again, in one go "
+            "from beginning to end"
+        )
+    attach_adapter(model, folder, layers, dtype)
 
 
 def splice(ids: np.ndarray, labels: np.ndarray, features: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
