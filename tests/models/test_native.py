@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny_native import CLASSES, write
+from tive.data.training_record import TrainingRecord, recorded_model, write_record
 from tive.method.gradients import gradient_features
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
 from tive.models.answer_spans import align
@@ -482,6 +487,127 @@ def test_a_base_that_cannot_serve_is_refused_before_loading(
     change_config(files.model_base, "config.json", **values)
     with pytest.raises(UserError, match=message):
         native.check_files(files)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "text_config"])
+def test_a_quantised_base_is_one_wherever_its_config_says_so_and_null_says_nothing(key: str, tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    inner = json.loads((tmp_path / "base" / "config.json").read_text())["text_config"]
+    rests = {"quantization_config": None, "text_config": inner | {"quantization_config": None}}
+    change_config(str(files.model_base), "config.json", **rests)
+    native.check_files(files)
+    method = {"quant_method": "fp8"}
+    value = method if key == "quantization_config" else inner | {"quantization_config": method}
+    change_config(str(files.model_base), "config.json", **{key: value})
+    with pytest.raises(UserError, match=r"config\.json: quantization_config"):
+        native.check_files(files)
+
+
+def change_base(files: ModelFiles, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = Path(str(files.model_base)) / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def test_weights_of_eight_bits_are_refused_before_loading(tmp_path: Path) -> None:
+    files, kind = copied("internvl", tmp_path), torch.float8_e4m3fn
+    change_base(files, lambda t: {key: value.to(kind) if "q_proj.weight" in key else value for key, value in t.items()})
+    with pytest.raises(UserError, match=r"model\.safetensors: .*q_proj\.weight is stored as F8"):
+        native.check_files(files)
+
+
+def test_scales_that_no_parameter_takes_are_refused_and_other_leftovers_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = copied("internvl", tmp_path)
+    change_base(files, lambda t: t | {"a_part_of_another_release.weight": torch.ones(2)})
+    native.load(files, CPU, torch.float32)
+    assert "a_part_of_another_release.weight" in capsys.readouterr().out
+    change_base(files, lambda t: t | {"language_model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1)})
+    with pytest.raises(UserError, match=r"q_proj\.weight_scale_inv.*full precision"):
+        native.load(files, CPU, torch.float32)
+
+
+def test_the_base_that_an_adapter_names_is_printed_where_it_is_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = copied("internvl", tmp_path)
+
+    def printed(named: str | None) -> str:
+        change_config(files.model_path, base_model_name_or_path=named)
+        native.load(files, CPU, torch.float32)
+        return capsys.readouterr().out
+
+    assert "names the base" not in printed(files.model_base)
+    other = printed("someone/another-base")
+    assert "someone/another-base" in other and str(files.model_base) in other and "quantised" not in other
+    assert "quantised" in printed("unsloth/internvl-unsloth-bnb-4bit")
+
+
+def test_the_base_has_to_be_the_one_that_the_training_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = copied("internvl", tmp_path)
+    template = (tmp_path / "base" / "chat_template.jinja").read_text()
+    record = TrainingRecord(
+        trainer="trl",
+        template=hashlib.sha256(template.encode()).hexdigest(),
+        base=recorded_model(str(files.model_base)),
+        lora={},
+        versions={},
+        settings={"assistant_only_loss": False},
+    )
+    write_record(Path(files.model_path), record)
+    native.load(files, CPU, torch.float32)
+    printed = capsys.readouterr().out
+    assert "questions and answers" in printed and "chat template" not in printed
+    write_record(Path(files.model_path), replace(record, template="another", settings={"assistant_only_loss": True}))
+    native.load(files, CPU, torch.float32)
+    printed = capsys.readouterr().out
+    assert "another chat template" in printed and "questions" not in printed
+    change_base(files, lambda t: {key: value + 0.001 for key, value in t.items()})
+    with pytest.raises(UserError, match="is not the one") as refused:
+        native.check_files(files)
+    assert str(files.model_base) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_code_beside_a_model_is_neither_offered_nor_run(name: str, tmp_path: Path) -> None:
+    """Under a standard input that answers yes to whatever is asked."""
+    files = copied("internvl", tmp_path)
+    base = tmp_path / "base"
+    (base / "custom.py").write_text("import pathlib\npathlib.Path('CODE_RAN').touch()\nclass Custom: pass\n")
+    values: dict[str, Any] = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor"), "custom.Custom")}
+    if name == "config.json":
+        values["model_type"] = "custom"
+    else:
+        (base / "processor_config.json").unlink(missing_ok=True)
+        values["processor_class"] = "CustomProcessor"
+    change_config(str(base), name, **values)
+    program = (
+        "from tive.models import ModelFiles, native\n"
+        "from tive.util.errors import run\n"
+        f"run(lambda: native.check_files(ModelFiles({files.model_path!r}, {str(base)!r})))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input="y\n" * 100,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2 and not (tmp_path / "CODE_RAN").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(base / name) in line and "-hf" in line and "[y/N]" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "pytorch_model_fsdp.bin", "optimizer_1.bin"])
+def test_what_fsdp_leaves_beside_an_adapter_is_no_trained_weights(name: str, tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    (Path(files.model_path) / name).write_bytes(b"")
+    native.check_files(files)
 
 
 def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:

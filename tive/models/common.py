@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tive.data.training_record import difference
 from tive.models import ModelFiles, Reference
 from tive.util.errors import UserError
 from tive.util.files import read_json, sampled_sha256, sha256_of
@@ -51,6 +52,8 @@ def prepare_torchvision() -> None:
 _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 # Before transformers and peft are imported, also in a loader's worker that is not forked.
 prepare_torchvision()
+
+_QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hqq|w[48]a\d+)(?![a-z])")
 
 
 @contextlib.contextmanager
@@ -177,6 +180,33 @@ def refuse_other_shape(folder: Path, base: Path) -> None:
                 f"the base model {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
                 f"{config[key]}; name the base that it was trained on"
             )
+
+
+def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, present: Path | None) -> None:
+    """Compare a model with the one that the training of `folder` recorded.
+
+    Raises:
+        UserError: it is another one.
+    """
+    differs = difference(recorded, present) if recorded and present else None
+    if recorded and differs:
+        raise UserError(
+            f"the {what} {present} is not the one that {folder} was trained with ({differs}); name that one: "
+            f"{recorded.get('path')}"
+        )
+
+
+def print_named_base(folder: Path, base: Path) -> None:
+    """Print the base that an adapter names, where it is not the one that is used."""
+    named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    of_hub = re.search(r"models--([^/]+)/snapshots/", f"{base}/")
+    if Path(named).resolve() == base.resolve() or (of_hub and named == of_hub[1].replace("--", "/")):
+        return
+    quantized = ", which by its name has quantised weights: an adapter belongs to the weights that it was trained on"
+    print(
+        f"{folder}/adapter_config.json names the base {named}{quantized if _QUANTIZED_NAME.search(named) else ''}; "
+        f"taken as trained on {base}"
+    )
 
 
 def load_pretrained(kind: Any, folder: str | Path, dtype: torch.dtype, apart: tuple[str, ...], **options: Any) -> Any:

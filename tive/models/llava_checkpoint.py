@@ -17,7 +17,6 @@ from tive.data.training_record import (
     ASPECT_RATIOS,
     RECORD_FILE,
     TEMPLATES,
-    difference,
     lacks_tokenizer,
     model_folder,
     read_record,
@@ -37,13 +36,14 @@ from tive.models.common import (
     freeze,
     load_pretrained,
     loading,
+    print_named_base,
     read_config,
     refuse_options,
+    refuse_other,
     refuse_other_shape,
 )
 from tive.models.spliced import TRAINED_FILE, attach_trained, identity_of
 from tive.util.errors import UserError
-from tive.util.files import read_json
 from tive.util.packages import package_in_use
 
 # The template of a model without a record: the one that LLaVA-1.5's own scripts name.
@@ -151,17 +151,8 @@ def _check_record(files: ModelFiles) -> None:
             f"{folder}/config.json: image_aspect_ratio {config.get('image_aspect_ratio')!r}, and the training used "
             f"{record.image_aspect_ratio!r} ({RECORD_FILE}); put config.json back"
         )
-    base = None if files.model_base is None else Path(files.model_base)
-    for what, recorded, present in (
-        ("base model", record.base, base),
-        ("vision tower", record.vision_tower, tower),
-    ):
-        differs = difference(recorded, present) if recorded and present else None
-        if recorded and differs:
-            raise UserError(
-                f"the {what} {present} is not the one that {folder} was trained with ({differs}); name that one: "
-                f"{recorded.get('path')}"
-            )
+    refuse_other(folder, "base model", record.base, None if files.model_base is None else Path(files.model_base))
+    refuse_other(folder, "vision tower", record.vision_tower, tower)
 
 
 def template_of(folder: Path) -> str:
@@ -194,9 +185,9 @@ def load(
 
     folder, base = Path(files.model_path), base_of(files)
     if read_record(folder) is None:
-        named = "" if files.model_base is None else read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
-        on = f" on {base} (its {CONFIG_FILE} names the base {named})" if named else ""
-        print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}{on}")
+        print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}")
+        if files.model_base is not None:
+            print_named_base(folder, base)
     with loading(folder):
         config = LlavaConfig.from_pretrained(files.model_path)
     if files.vision_tower is not None:

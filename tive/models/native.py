@@ -7,6 +7,7 @@ place, and a batch gives what its records give alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
+from tive.data.training_record import RECORD_FILE, read_record
 from tive.models import Encoded, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.common import (
@@ -31,14 +33,16 @@ from tive.models.common import (
     library_versions,
     load_pretrained,
     loading,
+    print_named_base,
     read_config,
     refuse_options,
+    refuse_other,
 )
 from tive.models.generation import greedy, until_end
 from tive.models.losses import losses_of_logits, supervised_tokens
+from tive.models.native_encoding import NativeProcessor, encode_turns, load_processor, processor_folder
 from tive.models.native_encoding import answers as answers
 from tive.models.native_encoding import encode as encode
-from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.native_encoding import record_problem as record_problem
 from tive.models.optimizer_files import MOMENTS_FILE
 from tive.util.errors import UserError
@@ -76,6 +80,9 @@ def check_files(files: ModelFiles) -> None:
     model_type = read_config(base).get("model_type")
     with loading(base):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    record = read_record(folder)
+    if record is not None and files.model_base is not None:
+        refuse_other(folder, "base model", record.base, base)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{base}/config.json: {model_type!r} is no vision-language model of transformers")
     if files.chat_template is not None and not Path(files.chat_template).is_file():
@@ -142,15 +149,28 @@ def load(
     model = load_pretrained(AutoModelForImageTextToText, base, dtype, (), config=config, trust_remote_code=False)
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
-    layers = decoder_layers(model)
+    layers, processor = decoder_layers(model), load_processor(files)
     if files.model_base is not None:
+        _print_training(Path(files.model_path), base, processor)
         attach_adapter(model, Path(files.model_path), layers, dtype)
     # Not to(dtype): that would round the rotary frequencies.
     model.to(device)
     freeze(model, gradient_checkpointing)
-    reference = Reference(model, layers, load_processor(files), device, dtype)
+    reference = Reference(model, layers, processor, device, dtype)
     _prove_batches(reference)
     return reference
+
+
+def _print_training(folder: Path, base: Path, processor: NativeProcessor) -> None:
+    """Print where the training, as far as it is recorded, did otherwise than what is computed now."""
+    record = read_record(folder)
+    if record is None:
+        print_named_base(folder, base)
+        return
+    if record.template != hashlib.sha256(processor.library.chat_template.encode()).hexdigest():
+        print(f"{folder} was trained with another chat template than the one that is used now ({RECORD_FILE})")
+    if record.settings.get("assistant_only_loss") is False:
+        print(f"{folder} was trained on questions and answers alike ({RECORD_FILE}); here answers alone count")
 
 
 def _turn_off_dropout(config: Any) -> None:
