@@ -151,8 +151,8 @@ class NoProjection:
     kind = about = "none"
     proj_dim = 1
 
-    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
-        return torch.ones(len(gradients), 1, device=gradients.device)
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
+        pass
 
 
 def ours(projector_of: Callable[[int, torch.device], Projector]) -> Method:

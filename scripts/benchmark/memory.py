@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from tive.method.gradients import gradient_features
-from tive.method.projection import make_projector
+from tive.method.projection import make_projector, project
 from tive.util.device import device_of, forget_peak, peak_memory
 
 HIDDEN, RANK, MATRICES = 4096, 128, 256
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     forget_peak(device)
     before = peak_memory(device)
     for number in range(MATRICES):
-        projector.project(f"matrix {number}", torch.zeros(1, HIDDEN * RANK, device=device))
+        project(projector, f"matrix {number}", torch.zeros(1, HIDDEN * RANK, device=device))
     gradient_features(lambda: matrix(inputs).square().mean((1, 2)), {"matrix 0": matrix}, projector)
     print(f"projector {projector.kind}: {projector.about}")
     print(

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tive.method.gradients import gradient_features
-from tive.method.projection import make_projector
+from tive.method.projection import make_projector, project
 from tive.util.errors import UserError
 
 from . import cases
@@ -72,11 +72,9 @@ def whole_gradients(case: Case) -> Tensor:
             ends = np.cumsum([matrix.weight.numel() for matrix in case.matrices.values()])
             self.stop = dict(zip(case.matrices, ends.tolist(), strict=True))
 
-        def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
+        def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
             stop = self.stop[matrix_name]
-            whole = torch.zeros(len(gradients), self.proj_dim)
-            whole[:, stop - gradients.shape[1] : stop] = gradients.float().cpu()
-            return whole
+            sketch[:, stop - gradients.shape[1] : stop] = gradients
 
     found = torch.empty(len(case.records), case.parameters)
     projector = InTheirColumns()
@@ -91,7 +89,7 @@ def projected(gradients: Tensor, case: Case, kind: str, seed: int, proj_dim: int
     sizes = [matrix.weight.numel() for matrix in case.matrices.values()]
     sketch = torch.zeros(len(gradients), proj_dim)
     for name, part in zip(case.matrices, gradients.split(sizes, dim=1), strict=True):
-        sketch += projector.project(name, part.contiguous().to(case.reference.device)).cpu()
+        sketch += project(projector, name, part.contiguous().to(case.reference.device)).cpu()
     return sketch
 
 

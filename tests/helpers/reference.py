@@ -57,10 +57,8 @@ class WholeGradients:
             self.start[name] = self.proj_dim
             self.proj_dim += matrix.weight.numel()
 
-    def project(self, matrix: str, gradients: Tensor) -> Tensor:
-        whole = torch.zeros(len(gradients), self.proj_dim)
-        whole[:, self.start[matrix] : self.start[matrix] + gradients.shape[1]] = gradients.float()
-        return whole
+    def add(self, sketch: Tensor, matrix: str, gradients: Tensor) -> None:
+        sketch[:, self.start[matrix] : self.start[matrix] + gradients.shape[1]] = gradients.float()
 
 
 def step_of(reference: Reference, projector: Projector | None = None, grad_modules: str = "self_attn") -> GradientStep:

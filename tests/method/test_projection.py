@@ -18,7 +18,9 @@ from tive.method.projection import (
     TrakBasic,
     block_rotations,
     make_projector,
+    project,
     prove,
+    scaled,
     sign_octets,
     sparse_projection,
 )
@@ -49,24 +51,48 @@ def test_every_bit_of_the_seed_and_the_name_count_and_their_streams_are_unlike()
     assert rotations.min() == 0 and rotations.max() == 15
     assert abs((rotations[:, :, None] == np.arange(16)).mean(axis=1) - 1 / 16).max() < 6 * (1 / 16 / 256) ** 0.5
     x = torch.randn(1, 1000)
-    sketches = [Sparse(seed, 64, CPU).project("m", x) for seed in seeds]
+    sketches = [project(Sparse(seed, 64, CPU), "m", x) for seed in seeds]
     assert len({tuple(sketch.flatten().tolist()) for sketch in sketches}) == len(seeds)
 
 
+def sparse(proj_dim: int, way: str, seed: int = 0) -> Sparse:
+    """The projector as it works on a CPU, block by block, or on a GPU, gathered."""
+    projector = Sparse(seed, proj_dim, CPU)
+    projector.block_by_block = way == "blocks"
+    return projector
+
+
+@pytest.mark.parametrize("way", ["blocks", "gathered"])
 @pytest.mark.parametrize("proj_dim, entries", SIZES)
-def test_the_sparse_projection_is_its_formula(proj_dim, entries):
+def test_the_sparse_projection_is_its_formula(proj_dim, entries, way):
     vectors = torch.randn(5, entries)
     expected = torch.from_numpy(sparse_projection(2, "m", vectors.double().numpy(), proj_dim))
-    assert torch.allclose(Sparse(2, proj_dim, CPU).project("m", vectors).double(), expected, rtol=1e-5, atol=1e-4)
+    sketch = project(sparse(proj_dim, way, 2), "m", vectors)
+    assert torch.allclose(sketch.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "trak"])
+def test_small_gradients_are_projected_as_large_ones_are(kind):
+    vectors = torch.randn(4, 3000)
+    vectors[1] *= 1e3
+    small, large = (project(make(kind), "m", scale * vectors) for scale in (1e-6, 1.0))
+    assert ((1e6 * small - large).norm(dim=1) < 1e-5 * large.norm(dim=1)).all()
+
+
+def test_what_a_projector_that_rounds_to_half_is_given_has_a_largest_entry_of_one():
+    unit, scale = scaled(torch.tensor([[1e-8, -4e-8], [0.0, 0.0], [3e5, 1.0]]))
+    assert unit.abs().amax(dim=1).tolist() == [1, 0, 1]
+    assert torch.allclose((unit.half().float() * scale)[0], torch.tensor([1e-8, -4e-8]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["blocks", "gathered"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_gradients_are_summed_in_float32(dtype):
+def test_low_precision_gradients_are_summed_in_float32(dtype, way):
     # Sums of a thousand blocks, in half precision off by a tenth of themselves; and entries that float16 barely holds.
     for scale in (1.0, 1e-7):
         vectors = (1 + torch.rand(2, 64 * 1000)).mul(scale).to(dtype)
         expected = torch.from_numpy(sparse_projection(0, "m", vectors.double().numpy(), 64))
-        sketch = Sparse(0, 64, CPU).project("m", vectors)
+        sketch = project(sparse(64, way), "m", vectors)
         assert sketch.dtype == torch.float32
         assert (sketch.double() - expected).norm() < 1e-5 * expected.norm()
 
@@ -95,7 +121,7 @@ def test_inner_products_are_unbiased_and_within_the_dense_projections_bound(proj
     for seed in range(seeds):
         projector = Sparse(seed, proj_dim, CPU)
         parts = vectors.split(sizes, dim=1)
-        sketch = sum(projector.project(f"matrix {number}", part) for number, part in enumerate(parts)).double()
+        sketch = sum(project(projector, f"matrix {number}", part) for number, part in enumerate(parts)).double()
         products[seed] = (sketch[0::2] * sketch[1::2]).sum(dim=1) / proj_dim
     x, y = vectors[0::2].double(), vectors[1::2].double()
     true = (x * y).sum(dim=1)
@@ -105,25 +131,26 @@ def test_inner_products_are_unbiased_and_within_the_dense_projections_bound(proj
     assert (products.var(dim=0) < 1.35 * bound + 1e-9).all()
 
 
-def test_a_batch_in_parts_gives_the_same_bits_as_its_records_alone():
+@pytest.mark.parametrize("way", ["blocks", "gathered"])
+def test_a_batch_gives_the_same_bits_as_its_records_alone_every_time(way, monkeypatch):
     vectors = torch.randn(9, 5000)
-    whole = Sparse(0, 128, CPU).project("m", vectors)
-    parts = Sparse(0, 128, CPU)
-    parts.entries_at_once = 1
-    assert torch.equal(parts.project("m", vectors), whole)
-    assert torch.equal(torch.cat([Sparse(0, 128, CPU).project("m", vector[None]) for vector in vectors]), whole)
+    whole = project(sparse(128, way), "m", vectors)
+    assert torch.equal(project(sparse(128, way), "m", vectors), whole)
+    assert torch.equal(torch.cat([project(sparse(128, way), "m", vector[None]) for vector in vectors]), whole)
+    monkeypatch.setattr("tive.method.projection._ENTRIES_AT_ONCE", 1)
+    assert torch.equal(project(sparse(128, way), "m", vectors), whole)
 
 
 def test_what_is_kept_between_batches_is_a_bit_for_each_entry_and_eight_bytes_for_each_block():
     projector = Sparse(0, 512, CPU)
     for number in range(3):
-        projector.project(f"m{number}", torch.randn(2, 100_000))
-        projector.project(f"m{number}", torch.randn(2, 100_000))
+        project(projector, f"m{number}", torch.randn(2, 100_000))
+        project(projector, f"m{number}", torch.randn(2, 100_000))
     kept = sum(part.nbytes for parts in projector.drawn.values() for part in parts)
     assert kept == 3 * 8 * (-(-100_000 // 64) + 196)
 
 
-def test_the_number_of_operations_does_not_grow_with_the_blocks():
+def test_on_a_gpu_the_number_of_operations_does_not_grow_with_the_blocks():
     class Counter(TorchDispatchMode):
         count = 0
 
@@ -133,9 +160,9 @@ def test_the_number_of_operations_does_not_grow_with_the_blocks():
 
     counts = []
     for entries in (100, 100_000):
-        projector = Sparse(0, 64, CPU)
+        projector = sparse(64, "gathered")
         with Counter() as counter:
-            projector.project("m", torch.randn(1, entries))
+            project(projector, "m", torch.randn(1, entries))
         counts.append(counter.count)
     assert counts[0] == counts[1]
 
@@ -144,12 +171,12 @@ def test_the_number_of_operations_does_not_grow_with_the_blocks():
 def test_each_projector_is_linear_and_repeats_itself_and_tells_matrices_and_seeds_apart(kind):
     projector, other_seed = make(kind), make(kind, seed=1)
     x, y = torch.randn(3, 50), torch.randn(3, 50)
-    first = projector.project("a", x)
-    projector.project("b", y)
-    assert torch.equal(projector.project("a", x), first)
-    assert torch.allclose(projector.project("a", x + 2 * y), first + 2 * projector.project("a", y), atol=1e-3)
-    assert not torch.allclose(projector.project("b", x), first)
-    assert not torch.allclose(other_seed.project("a", x), first)
+    first = project(projector, "a", x)
+    project(projector, "b", y)
+    assert torch.equal(project(projector, "a", x), first)
+    assert torch.allclose(project(projector, "a", x + 2 * y), first + 2 * project(projector, "a", y), atol=1e-3)
+    assert not torch.allclose(project(projector, "b", x), first)
+    assert not torch.allclose(project(other_seed, "a", x), first)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "trak"])
@@ -166,7 +193,7 @@ def test_the_golden_cosines_survive_projection_at_every_batch_size(kind):
 
 
 def test_a_projector_that_returns_zeros_or_nonsense_is_refused(monkeypatch):
-    monkeypatch.setattr(TrakBasic, "project", lambda self, matrix, gradients: torch.zeros(len(gradients), 256))
+    monkeypatch.setattr(TrakBasic, "add", lambda self, sketch, matrix, gradients: None)
     with pytest.raises(ValueError, match="trak does not work here: the sketch is zero"):
         make("trak")
 
@@ -178,8 +205,10 @@ def test_a_projector_that_returns_zeros_or_nonsense_is_refused(monkeypatch):
         (other_signs, "differs from the formula"),
         (lambda x: torch.full((len(x), 256), torch.nan), "not finite"),
         (lambda x: other_signs(x) ** 3, "not linear"),
+        (lambda x: other_signs(x).half().float() * (x.abs().amax(1, keepdim=True) > 1e-3), "sketch is zero"),
+        (lambda x: other_signs(x.half().float()), "small gradients are lost"),
     ]:
-        monkeypatch.setattr(Sparse, "project", lambda self, matrix, x, wrong=wrong: wrong(x))
+        monkeypatch.setattr(Sparse, "add", lambda self, sketch, matrix, x, wrong=wrong: sketch.add_(wrong(x)))
         with pytest.raises(ValueError, match=f"sparse does not work here: .*{complaint}"):
             make("sparse")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
-from tive.features.batches import Batch, Batches
+from tive.features.batches import Batches
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (
     check_disk,
@@ -140,7 +140,8 @@ def compute_windows(
             readable = islice(records, len(rows) - len(reasons))
             computed = []
             for batch, results in batches.compute(step, usable(readable, reasons, options.skip_bad)):
-                computed.append((batch, results))
+                # Without the records' pixels, which would fill the memory.
+                computed.append(([(row, record.supervised, record.length) for row, record in batch], results))
                 bar.update(len(batch))
             columns, features = of_window(rows, computed, step, reasons)
             window = Window(rows, columns, left_out_records(checked, reasons))
@@ -172,11 +173,15 @@ def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loa
 
 
 def of_window(
-    rows: range, computed: list[tuple[Batch, dict[str, Tensor]]], step: GradientStep, reasons: dict[int, str]
+    rows: range,
+    computed: list[tuple[list[tuple[int, int, int]], dict[str, Tensor]]],
+    step: GradientStep,
+    reasons: dict[int, str],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The columns and the features (float16 `[n, d]`) of a window, copied from the device at once.
 
     Args:
+        computed: row, supervised tokens and tokens of each record of a batch, and the results on the device.
         reasons: gets the records whose numbers are not finite.
     """
     items = [item for batch, _ in computed for item in batch]
@@ -188,7 +193,7 @@ def of_window(
     names = ("norms", "losses", *(["el2n"] if step.el2n else []))
     columns = {name: np.full(len(rows), np.nan, np.float32) for name in names}
     columns |= {name: np.zeros(len(rows), np.int32) for name in ("supervised_tokens", "tokens")}
-    for place, (row, record) in enumerate(items):
+    for place, (row, supervised, tokens) in enumerate(items):
         index = row - rows.start
         if not (np.isfinite(results["norms"][place]) and np.isfinite(results["features"][place]).all()):
             reasons[row] = NOT_FINITE
@@ -196,7 +201,7 @@ def of_window(
         features[index] = results["features"][place]
         for name in names:
             columns[name][index] = results[name][place]
-        columns["supervised_tokens"][index], columns["tokens"][index] = record.supervised, record.length
+        columns["supervised_tokens"][index], columns["tokens"][index] = supervised, tokens
     return columns, features
 
 

@@ -72,11 +72,12 @@ def gradient_features(
             with measure("transformation"):
                 gradients = transform(name, gradients.float() / loss_scale)
         flat = gradients.flatten(1)
+        if not sums:
+            sums.extend(flat.new_zeros(len(flat), size, dtype=torch.float32) for size in (projector.proj_dim, 1))
         with measure("norms"):
-            squared_norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
+            sums[1] += torch.linalg.vector_norm(flat, dim=1, keepdim=True, dtype=torch.float32).square()
         with measure("projection"):
-            sketch = projector.project(name, flat)
-        sums[:] = [sums[0].add_(sketch), sums[1].add_(squared_norms)] if sums else [sketch, squared_norms]
+            projector.add(sums[0], name, flat)
 
     while True:
         sums.clear()
@@ -86,7 +87,7 @@ def gradient_features(
             with measure("backward"):
                 gradients.backward(losses * loss_scale)
         losses = losses.detach().float()
-        sketch, squared_norms = sums
+        sketch, squared_norms = sums[0], sums[1].squeeze(1)
         # The last test waits for a GPU, so only half precision makes it.
         if loss_scale == 1.0 or not (torch.isfinite(losses) & ~torch.isfinite(squared_norms)).any():
             break

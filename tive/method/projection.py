@@ -1,8 +1,9 @@
 """Random projection of per-record gradients, matrix by matrix (paper section 3.2).
 
-A projector has a `kind`, which the features' manifest carries, an `about` line, and one function:
-`project(matrix_name, gradients [B, P]) -> sketch [B, proj_dim]`, float32, linear, with its own random numbers for each
-matrix name. A record's feature is the sum of its matrices' sketches. For all projectors `E <Rx, Ry> = proj_dim <x, y>`.
+A projector has a `kind`, which the features' manifest carries, an `about` line, and one function: it adds the
+projection of a matrix's gradients `[B, P]` to a sketch `[B, proj_dim]`, float32. It is linear, with its own random
+numbers for each matrix name. A record's feature is its sketch over all matrices. For all of them
+`E <Rx, Ry> = proj_dim <x, y>`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("auto", "sparse", "trak")
-# Entries that are projected at once: on a CPU what its cache holds, on a GPU enough to keep it busy.
-_ENTRIES_AT_ONCE = {"cpu": 2**18}
-_ENTRIES_AT_ONCE_ELSEWHERE = 2**24
+# Entries that a GPU projects at once: enough to keep it busy.
+_ENTRIES_AT_ONCE = 2**24
 _ROOM_BYTES = 2**24
 # TRAK sets it to the GPU's number of multiprocessors, so two kinds of GPU would give features that do not match.
 _FEATURE_TILES = 128
@@ -31,7 +31,14 @@ class Projector(Protocol):
     about: str
     proj_dim: int
 
-    def project(self, matrix_name: str, gradients: Tensor) -> Tensor: ...
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None: ...
+
+
+def project(projector: Projector, matrix_name: str, gradients: Tensor) -> Tensor:
+    """The projection `[B, proj_dim]` of one matrix's gradients `[B, P]`."""
+    sketch = torch.zeros(len(gradients), projector.proj_dim, device=gradients.device)
+    projector.add(sketch, matrix_name, gradients)
+    return sketch
 
 
 class Sparse:
@@ -45,7 +52,8 @@ class Sparse:
     unbiased, with a variance of at most `(|x|^2 |y|^2 + <x, y>^2) / proj_dim`: the dense Rademacher projection's bound.
 
     Signs and rotations are a function of seed, matrix name and position alone, the same on every machine and device.
-    Kept between batches: one bit for each entry of a matrix and eight bytes for each block.
+    Everything is float32, so small gradients lose nothing. No two sums meet in memory, so a device gives the same bits
+    on every run. Kept between batches: one bit for each entry of a matrix and eight bytes for each block.
     """
 
     kind = "sparse/2"  # drew its signs from another generator before
@@ -53,32 +61,53 @@ class Sparse:
     def __init__(self, seed: int, proj_dim: int, device: torch.device) -> None:
         self.about = "sparse projection in torch"
         self.seed, self.proj_dim, self.device = seed, proj_dim, device
-        self.drawn: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.drawn: dict[tuple[str, int], tuple[Tensor, np.ndarray]] = {}
         bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
         self.signs_of_octets = (math.sqrt(proj_dim) * (1 - 2 * bits)).float().to(device)
         self.room = torch.empty(0, dtype=torch.uint8, device=device)
-        self.entries_at_once = _ENTRIES_AT_ONCE.get(device.type, _ENTRIES_AT_ONCE_ELSEWHERE)
+        # A CPU is quickest with what its cache holds, a GPU with few operations.
+        self.block_by_block = device.type == "cpu"
 
-    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
-        """Project the gradients `[B, P]` of one matrix, in any dtype, to `[B, proj_dim]`; all sums are float32."""
-        records, entries = gradients.shape
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
+        """Add the projection of the gradients `[B, P]` of one matrix, in any dtype, to `sketch` `[B, proj_dim]`."""
+        entries = gradients.shape[1]
         octets, rotations = self._draw(matrix_name, entries)
         signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries]
-        features = torch.arange(min(self.proj_dim, entries), device=self.device) + rotations[:, None]
-        features = torch.where(features < self.proj_dim, features, features - self.proj_dim).flatten()[:entries]
-        sketch = torch.zeros(records, self.proj_dim, device=self.device)
-        size = max(1, self.entries_at_once // entries)
-        for part, sums in zip(gradients.split(size), sketch.split(size), strict=True):
-            sums.scatter_add_(1, features.expand(len(part), -1), part.float() * signs)
-        return sketch
+        if self.block_by_block or len(rotations) == 1:
+            self._add_blocks(sketch, gradients.float(), signs, rotations)
+        else:
+            for part, sums in zip(
+                *(each.split(self._records_at_once(entries)) for each in (gradients, sketch)), strict=True
+            ):
+                sums += self._gathered(part * signs, rotations)
 
-    def _draw(self, matrix_name: str, entries: int) -> tuple[Tensor, Tensor]:
+    def _add_blocks(self, sketch: Tensor, gradients: Tensor, signs: Tensor, rotations: np.ndarray) -> None:
+        """Each block in two pieces: up to the last feature, and from the first on."""
+        size, entries = self.proj_dim, gradients.shape[1]
+        for block, rotation in enumerate(rotations.tolist()):
+            start, stop = block * size, min((block + 1) * size, entries)
+            turn = min(start + size - rotation, stop)
+            sketch[:, rotation : rotation + turn - start].addcmul_(gradients[:, start:turn], signs[start:turn])
+            if turn < stop:
+                sketch[:, : stop - turn].addcmul_(gradients[:, turn:stop], signs[turn:stop])
+
+    def _gathered(self, signed: Tensor, rotations: np.ndarray) -> Tensor:
+        """The sum of all blocks of the signed gradients `[B, P]`, each turned to its place."""
+        size, blocks = self.proj_dim, len(rotations)
+        turns = torch.from_numpy(rotations).to(self.device, non_blocking=True)
+        places = (torch.arange(size, device=self.device) - turns[:, None]) % size
+        places += size * torch.arange(blocks, device=self.device)[:, None]
+        whole = torch.nn.functional.pad(signed, (0, blocks * size - signed.shape[1]))
+        return whole.index_select(1, places.flatten()).view(-1, blocks, size).sum(dim=1)
+
+    def _records_at_once(self, entries: int) -> int:
+        return max(1, _ENTRIES_AT_ONCE // entries)
+
+    def _draw(self, matrix_name: str, entries: int) -> tuple[Tensor, np.ndarray]:
         """The signs of a matrix's entries, eight in an octet, and its blocks' rotations, int64."""
         if (matrix_name, entries) not in self.drawn:
-            rotations = block_rotations(self.seed, matrix_name, entries, self.proj_dim)
-            octets = sign_octets(self.seed, matrix_name, entries)
-            kept = self._keep(np.concatenate([rotations.view(np.uint8), octets]))
-            self.drawn[matrix_name, entries] = (kept[rotations.nbytes :], kept[: rotations.nbytes].view(torch.int64))
+            octets = self._keep(sign_octets(self.seed, matrix_name, entries))
+            self.drawn[matrix_name, entries] = octets, block_rotations(self.seed, matrix_name, entries, self.proj_dim)
         return self.drawn[matrix_name, entries]
 
     def _keep(self, octets: np.ndarray) -> Tensor:
@@ -130,16 +159,21 @@ class TrakCuda:
         self.projector = CudaProjector(0, proj_dim, seed, ProjectionType.rademacher, device, max_batch_size=16)
         self.projector.num_sms = _FEATURE_TILES
 
-    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
-        """Project the gradients `[B, P]` of one matrix to `[B, proj_dim]`, float32."""
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
+        """Add the projection of the gradients `[B, P]` of one matrix to `sketch`; fast_jl rounds them to half."""
         self.projector.seed = trak_seed(self.seed, matrix_name)
-        sketches = []
-        for part in gradients.float().split(16):
+        for part, sums in zip(gradients.float().split(16), sketch.split(16), strict=True):
+            unit, scale = scaled(part)
             # The kernel is built for 8 or 16 records; the missing ones are zeros.
             size = 8 if len(part) <= 8 else 16
-            padded = torch.nn.functional.pad(part, (0, 0, 0, size - len(part))).contiguous()
-            sketches.append(self.projector.project(padded, model_id=0)[: len(part)].float())
-        return torch.cat(sketches)
+            padded = torch.nn.functional.pad(unit, (0, 0, 0, size - len(part))).contiguous()
+            sums += self.projector.project(padded, model_id=0)[: len(part)].float() * scale
+
+
+def scaled(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients `[B, P]` each over its largest absolute value, `[B, 1]`, and that: what is small survives in half."""
+    scale = gradients.abs().amax(dim=1, keepdim=True)
+    return gradients / scale.clamp_min(torch.finfo(torch.float32).tiny), scale
 
 
 class TrakBasic:
@@ -150,8 +184,8 @@ class TrakBasic:
         self.seed, self.proj_dim, self.device = seed, proj_dim, device
         self.projectors: dict[int, Any] = {}
 
-    def project(self, matrix_name: str, gradients: Tensor) -> Tensor:
-        """Project the gradients `[B, P]` of one matrix to `[B, proj_dim]`, float32."""
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
+        """Add the projection of the gradients `[B, P]` of one matrix to `sketch`."""
         from trak.projectors import BasicProjector, ProjectionType
 
         size = gradients.shape[1]
@@ -164,7 +198,8 @@ class TrakBasic:
         projector.get_generator_states()
         if projector.num_blocks == 1:  # it draws its one block when it is made and not again
             projector.generate_sketch_matrix(projector.generator_states[0])
-        return projector.project(gradients.float(), model_id=0)
+        unit, scale = scaled(gradients.float())
+        sketch += projector.project(unit, model_id=0) * scale
 
 
 def trak_seed(seed: int, matrix_name: str) -> int:
@@ -214,7 +249,7 @@ def _automatic(seed: int, proj_dim: int, device: torch.device) -> Projector:
 
 
 def prove(projector: Projector, device: torch.device) -> None:
-    """Project known vectors: not zero, linear, norm kept within the Johnson-Lindenstrauss bound, as the formula says.
+    """Project known vectors: not zero, linear also for small ones, norms kept within the bound, as the formula says.
 
     Raises:
         ValueError: what is wrong with the result.
@@ -223,15 +258,17 @@ def prove(projector: Projector, device: torch.device) -> None:
     # Several blocks and a part of one; TRAK's cost grows with entries x features, and one block tells all of it.
     entries = 2 * proj_dim + 1024 if isinstance(projector, Sparse) else 1024
     first, second = torch.randn(2, entries, generator=torch.Generator().manual_seed(0))
-    vectors = torch.stack([first, second, first - 2 * second])
-    sketch = projector.project("proof", vectors.to(device)).float().cpu()
-    if sketch.shape != (3, proj_dim) or not torch.isfinite(sketch).all():
-        raise ValueError("the sketch has the wrong shape or numbers that are not finite")
+    vectors = torch.stack([first, second, first - 2 * second, 1e-6 * first])
+    sketch = project(projector, "proof", vectors.to(device)).float().cpu()
+    if not torch.isfinite(sketch).all():
+        raise ValueError("the sketch has numbers that are not finite")
     if not sketch.any(dim=1).all():
         raise ValueError("the sketch is zero")
     size = sketch.norm(dim=1)
     if (sketch[2] - sketch[0] + 2 * sketch[1]).norm() > 0.01 * size[2]:
         raise ValueError("the projection is not linear")
+    if (1e6 * sketch[3] - sketch[0]).norm() > 0.01 * size[0]:
+        raise ValueError("small gradients are lost")
     ratio = size.square() / (proj_dim * vectors.square().sum(dim=1))
     # The squared norm's relative deviation is about sqrt(2 / proj_dim); six of them do not happen by chance.
     if (ratio - 1).abs().max() > 6 * math.sqrt(2 / proj_dim) + 0.01:
