@@ -85,7 +85,7 @@ def random_llava(
     model.to(device=device, dtype=dtype)
     freeze(model, gradient_checkpointing)
     # Nothing is encoded with it: its records are made of random tokens.
-    return Reference(model, model.model.layers, None, device, dtype)
+    return Reference(model, model.model.layers, model.lm_head, None, device, dtype)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def random_llama(width: int, layers: int, device: torch.device, dtype: torch.dty
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     model.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return Reference(model, model.model.layers, None, device, dtype)
+    return Reference(model, model.model.layers, model.lm_head, None, device, dtype)
 
 
 def random_texts(count: int, tokens: int) -> list[Encoded]:

@@ -636,6 +636,61 @@ def test_a_model_whose_batch_differs_from_its_records_is_refused(monkeypatch: py
         native.load(files_of("internvl"), CPU, torch.float32)
 
 
+@pytest.mark.parametrize(("change", "known"), [("nothing", True), ("cap", True), ("factor", False)])
+def test_what_a_model_does_to_its_logits_is_done(change: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap by its config's name is known, so that losses are computed in pieces; else the model makes all logits."""
+    reference, records = loaded("internvl"), encoded("internvl")[:3]
+    kind, cap = type(reference.model), 5.0
+    forward = kind.forward
+    changes = {"nothing": lambda x: x, "cap": lambda x: torch.tanh(x / cap) * cap, "factor": lambda x: x / 8}
+
+    def changed(self: Any, **inputs: Any) -> Any:
+        output = forward(self, **inputs)
+        output.logits = changes[change](output.logits)
+        return output
+
+    monkeypatch.setattr(kind, "forward", changed)
+    if change == "cap":
+        text = reference.model.config.get_text_config()
+        monkeypatch.setattr(text, "final_logit_softcapping", cap, raising=False)
+    proven = native.proven(reference)
+    assert (proven.head is not None) is known
+    with torch.no_grad():
+        ours = native.record_losses(proven, records).losses
+        for loss, record in zip(ours, records, strict=True):
+            logits = reference.model(**native.collate(reference, [record]), use_cache=False).logits[0]
+            targets = torch.from_numpy(record.inputs.labels)[1:]
+            torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:-1], targets))
+
+
+def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = native.load(files_of("internvl"), CPU, torch.float32)
+    made_up, encode_turns, collate = [], native.encode_turns, native.collate
+    monkeypatch.setattr(native, "encode_turns", lambda *given: made_up.append(encode_turns(*given)) or made_up[-1])
+    native.proven(reference)
+    optimizer = torch.optim.Adam(reference.model.requires_grad_(True).parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses = torch.cat([native.record_losses(reference, made_up[first : first + 2]).losses for first in (0, 2)])
+        if losses.max() < 0.2:
+            break
+        losses.sum().backward()
+        optimizer.step()
+    assert losses.max() < 0.2
+    reference = replace(reference, model=reference.model.requires_grad_(False).to(torch.bfloat16), dtype=torch.bfloat16)
+    native.proven(reference)
+
+    def leaking(reference: Reference, records: Any) -> Any:
+        inputs = collate(reference, records)
+        return inputs | {"input_ids": inputs["input_ids"].roll(len(records) - 1, dims=0)}
+
+    monkeypatch.setattr(native, "collate", leaking)
+    with pytest.raises(UserError, match="than its records alone"):
+        native.proven(reference)
+
+
 def test_an_old_library_is_refused_with_the_command_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,11 +87,13 @@ class Reference:
     Attributes:
         model: an `nn.Module` of the family's own class, with the adapter's LoRA layers in it.
         layers: the language model's decoder layers, which the target modules lie in.
+        head: maps its last hidden states to logits of the vocabulary; None where the model does more than is known.
         processor: what a loader's worker needs to encode records; holds no weights.
     """
 
     model: Any
     layers: nn.ModuleList
+    head: Callable[[Tensor], Tensor] | None
     processor: Any
     device: torch.device
     dtype: torch.dtype

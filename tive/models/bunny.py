@@ -205,7 +205,7 @@ def load(
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model.to(device).requires_grad_(False).eval()
     freeze(language_model, gradient_checkpointing)
-    return Reference(model, layers, read_processor(files), device, dtype)
+    return Reference(model, layers, language_model.lm_head, read_processor(files), device, dtype)
 
 
 def _projector(folder: Path, width: int, hidden: int, dtype: torch.dtype) -> nn.Module:

@@ -228,7 +228,7 @@ def load(
     processor = LlavaProcessor(
         template_of(folder), tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length
     )
-    return Reference(model, decoder_layers(model), processor, device, dtype)
+    return Reference(model, decoder_layers(model), model.lm_head, processor, device, dtype)
 
 
 def _load_tower(tower: Any) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tive.models import RecordLosses
 
 IGNORE = -100
+# Supervised tokens whose logits are in memory at one time: with what is computed of them some 14 bytes a token and
+# word of the vocabulary, 0.9 GB of 32,000 words and 4.4 GB of 152,000.
+PIECE = 2048
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Supervised:
 
     def to(self, device: torch.device) -> Supervised:
         """The same on a device."""
-        return Supervised(*(part.to(device, non_blocking=True) for part in vars(self).values()))
+        return Supervised(*(sent(part, device) for part in vars(self).values()))
 
 
 def supervised_tokens(labels: Sequence[np.ndarray], width: int) -> Supervised:
@@ -57,27 +67,48 @@ def supervised_runs(labels: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def losses_at_supervised(hidden: Tensor, head: nn.Module, supervised: Supervised, el2n: bool = False) -> RecordLosses:
+def losses_at_supervised(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], supervised: Supervised, el2n: bool = False
+) -> RecordLosses:
     """Mean cross-entropy of each record over its supervised tokens, and EL2N.
 
     Args:
         hidden: the last hidden states `[B, T, H]`.
-        head: the map to the vocabulary's logits.
+        head: maps hidden states `[s, H]` to the vocabulary's logits `[s, V]`; is called for a piece of all supervised
+            tokens at a time, and once more in the backward pass where there is more than one piece.
     """
-    return losses_of_logits(head(hidden.flatten(0, 1)[supervised.positions]), supervised, el2n)
+    kept = hidden.flatten(0, 1).index_select(0, supervised.positions)
+    states, targets = kept.split(PIECE), supervised.targets.split(PIECE)
+    compute = partial(_losses_of_tokens, head, el2n=el2n)
+    if len(states) > 1 and kept.requires_grad:  # else the logits of every piece would stay for the backward pass
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    return _of_records([compute(*piece) for piece in zip(states, targets, strict=True)], supervised, el2n)
 
 
 def losses_of_logits(logits: Tensor, supervised: Supervised, el2n: bool = False) -> RecordLosses:
     """`losses_at_supervised` from the logits `[S, V]` of all supervised tokens."""
-    logits, targets = logits.float(), supervised.targets
+    return _of_records([_losses_of_tokens(lambda same: same, logits, supervised.targets, el2n)], supervised, el2n)
+
+
+def _losses_of_tokens(
+    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, el2n: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and EL2N of tokens, each `[s]`; of EL2N zeros where it is not asked for."""
+    logits = head(states).float()
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    if not el2n:
+        return losses, torch.zeros_like(losses)
+    with torch.no_grad():
+        difference = logits.softmax(dim=1)
+        difference[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return losses, difference.norm(dim=1)
+
+
+def _of_records(pieces: list[tuple[Tensor, Tensor]], supervised: Supervised, el2n: bool) -> RecordLosses:
+    """Each record's means, from the losses and EL2N of pieces of all tokens."""
+    losses, errors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
 
     def mean_by_record(values: Tensor) -> Tensor:
         return torch.zeros_like(supervised.counts).index_add(0, supervised.owners, values) / supervised.counts
 
-    losses = mean_by_record(nn.functional.cross_entropy(logits, targets, reduction="none"))
-    if not el2n:
-        return RecordLosses(losses, None)
-    with torch.no_grad():
-        difference = logits.softmax(dim=1)
-        difference[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return RecordLosses(losses, mean_by_record(difference.norm(dim=1)))
+    return RecordLosses(mean_by_record(losses), mean_by_record(errors) if el2n else None)

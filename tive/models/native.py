@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from tive.models.common import (
     refuse_other,
 )
 from tive.models.generation import greedy, until_end
-from tive.models.losses import losses_of_logits, supervised_tokens
+from tive.models.losses import losses_at_supervised, losses_of_logits, sent, supervised_tokens
 from tive.models.native_encoding import NativeProcessor, encode_turns, load_processor, processor_folder
 from tive.models.native_encoding import answers as answers
 from tive.models.native_encoding import encode as encode
@@ -54,8 +54,8 @@ _NO_TRAINED_WEIGHTS = re.compile(
     r"adapter_model\.(safetensors|bin)|(training_args|optimizer|scheduler)(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin"
     rf"|{re.escape(MOMENTS_FILE)}"
 )
-# Largest relative difference between a loss in a batch and alone.
-_BATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Largest difference between a loss in a batch and alone: absolute, for the small losses of a good model, and relative.
+_BATCH_TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (5e-3, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
 
 
 def check_files(files: ModelFiles) -> None:
@@ -156,9 +156,7 @@ def load(
     # Not to(dtype): that would round the rotary frequencies.
     model.to(device)
     freeze(model, gradient_checkpointing)
-    reference = Reference(model, layers, processor, device, dtype)
-    _prove_batches(reference)
-    return reference
+    return proven(Reference(model, layers, None, processor, device, dtype))
 
 
 def _print_training(folder: Path, base: Path, processor: NativeProcessor) -> None:
@@ -182,8 +180,45 @@ def _turn_off_dropout(config: Any) -> None:
             _turn_off_dropout(value)
 
 
-def _prove_batches(reference: Reference) -> None:
-    """Compare the losses of made-up records in one batch with their losses alone.
+def _head_of(reference: Reference, records: Sequence[Encoded]) -> Callable[[Tensor], Tensor] | None:
+    """The map from last hidden states to logits: the output embeddings, or these and a cap, if the model does no more.
+
+    Tried on states that give logits of 100, so that a cap or a factor shows.
+    """
+    model: Any = reference.model
+    states: list[Tensor] = []
+    output = model.get_output_embeddings()
+    cap: Any = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def capped(states: Tensor) -> Tensor:
+        return torch.tanh(output(states) / cap) * cap
+
+    def enlarge(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not states:
+            states.append(arguments[0].flatten(0, 1))
+            states[0] = states[0] * (100 / head(states[0]).abs().max())
+            return (states[0], *arguments[1:])
+        return arguments
+
+    hook = output.register_forward_pre_hook(enlarge)
+    try:
+        logits = model(**collate(reference, records), use_cache=False).logits
+    finally:
+        hook.remove()
+    for head in (output, *([capped] if cap else [])):
+        if float((head(states[0]) - logits).abs().max()) <= 0.01 * float(logits.abs().max()):
+            return head
+    return None
+
+
+def _agree(losses: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
+    absolute, relative = _BATCH_TOLERANCE[dtype]
+    return bool(((losses - others).abs() <= absolute + relative * others.abs()).all())
+
+
+@torch.no_grad()
+def proven(reference: Reference) -> Reference:
+    """The reference model with the head that gives its losses, and batches of made-up records that give theirs alone.
 
     Raises:
         UserError: they differ, or such records cannot be computed.
@@ -205,13 +240,14 @@ def _prove_batches(reference: Reference) -> None:
             ],
             [made_up("Hello.", "Hello!"), made_up("Count to five, please.", "One, two, three, four, five.")],
         ]
-        with torch.no_grad():
-            for records in groups:
-                together = record_losses(reference, records).losses
-                alone = torch.cat([record_losses(reference, [record]).losses for record in records])
-                difference = float(((together - alone) / alone).abs().max())
-                if not difference <= _BATCH_TOLERANCE[reference.dtype]:
-                    raise UserError(f"{what}: a batch gives other losses than its records alone (by {difference:.1g})")
+        reference = replace(reference, head=_head_of(reference, groups[1]))
+        for records in groups:
+            together = record_losses(reference, records).losses
+            alone = torch.cat([record_losses(reference, [record]).losses for record in records])
+            if not _agree(together, alone, reference.dtype):
+                difference = float((together - alone).abs().max())
+                raise UserError(f"{what}: a batch gives other losses than its records alone (by {difference:.1g})")
+        return reference
     except UserError:
         raise
     except Exception as error:  # processors and models raise many kinds
@@ -221,22 +257,27 @@ def _prove_batches(reference: Reference) -> None:
 def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
     """Mean cross-entropy of each record over its supervised tokens, logits at those positions alone.
 
-    The whole model runs, so what it does to its logits is done; a hook keeps the supervised positions before the
-    output embeddings.
+    The whole model runs. A hook takes the hidden states before the output embeddings; where it is not known what the
+    model does to its logits, the model makes all that are needed, at once.
     """
-    inputs = collate(reference, records)
     labels = [record.inputs.labels for record in records]
     supervised = supervised_tokens(labels, max(record.length for record in records)).to(reference.device)
+    states: list[Tensor] = []
 
     def keep_supervised(_head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0].flatten(0, 1)[supervised.positions], *arguments[1:])
+        states.append(arguments[0])
+        flat = arguments[0].flatten(0, 1)
+        kept = flat[:1] if reference.head is not None else flat.index_select(0, supervised.positions)
+        return (kept, *arguments[1:])
 
     hook = reference.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
     try:
-        logits = reference.model(**inputs, use_cache=False).logits
+        logits = reference.model(**collate(reference, records), use_cache=False).logits
     finally:
         hook.remove()
-    return losses_of_logits(logits, supervised, el2n)
+    if reference.head is None:
+        return losses_of_logits(logits, supervised, el2n)
+    return losses_at_supervised(states[0], reference.head, supervised, el2n)
 
 
 @torch.no_grad()
@@ -268,8 +309,8 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> dict[str, Tenso
     inputs = {}
     for name, arrays in by_name.items():
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
-        joined = torch.from_numpy(np.concatenate([_padded(array, shape) for array in arrays])).to(reference.device)
-        inputs[name] = joined.to(reference.dtype) if joined.is_floating_point() else joined
+        joined = torch.from_numpy(np.concatenate([_padded(array, shape) for array in arrays]))
+        inputs[name] = sent(joined.to(reference.dtype) if joined.is_floating_point() else joined, reference.device)
     return inputs
 
 

@@ -16,7 +16,7 @@ from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Refe
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
 from tive.models.common import base_of, fingerprint, read_config
 from tive.models.generation import generate_ids
-from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens
+from tive.models.losses import IGNORE, losses_at_supervised, sent, supervised_runs, supervised_tokens
 from tive.util.errors import UserError
 
 IMAGE_ID = -200
@@ -108,11 +108,12 @@ def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool =
     They are padded on the right and attention is causal, so no position of a record sees the padding and no mask is
     needed.
     """
-    language_model = language_model_of(reference)
+    language_model, device = language_model_of(reference), reference.device
     embeddings = embed(reference, records)
     supervised = supervised_tokens([record.inputs.labels for record in records], embeddings.shape[1])
     hidden = language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return losses_at_supervised(hidden, language_model.lm_head, supervised.to(reference.device), el2n)
+    assert reference.head is not None
+    return losses_at_supervised(hidden, reference.head, supervised.to(device), el2n)
 
 
 @torch.no_grad()
@@ -123,19 +124,19 @@ def embed(reference: Reference, records: Sequence[Encoded]) -> Tensor:
     for row, record in enumerate(records):
         ids[row, : record.length] = record.inputs.ids
     embeddings: Tensor = language_model_of(reference).get_input_embeddings()(
-        torch.from_numpy(ids.clip(min=0)).to(device)
+        sent(torch.from_numpy(ids.clip(min=0)), device)
     )
     shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
     if not shown:
         return embeddings
-    pixels = torch.from_numpy(np.stack([records[row].inputs.pixels for row in shown]))
-    features = reference.model.encode_images(pixels.to(device, reference.dtype))
+    pixels = torch.from_numpy(np.stack([records[row].inputs.pixels for row in shown])).to(reference.dtype)
+    features = reference.model.encode_images(sent(pixels, device))
     # An image that was cut gives its first features.
     places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
     to = np.concatenate([row * width + place for row, place in zip(shown, places, strict=True)])
     taken = np.concatenate([number * features.shape[1] + np.arange(len(place)) for number, place in enumerate(places)])
-    chosen = features.flatten(0, 1)[torch.from_numpy(taken).to(device)].to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, torch.from_numpy(to).to(device), chosen).view_as(embeddings)
+    chosen = features.flatten(0, 1).index_select(0, sent(torch.from_numpy(taken), device)).to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, sent(torch.from_numpy(to), device), chosen).view_as(embeddings)
 
 
 def answers_of(
