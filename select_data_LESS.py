@@ -65,7 +65,7 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
 
-    from tive.features.folder import read_ahead, spans_of
+    from tive.features.folder import read_ahead
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
@@ -88,9 +88,9 @@ def main() -> None:
 
     def products_of_checkpoints() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:
-            means = group_means(spans_of(checkpoint.target), groups, device).means
+            means = group_means(checkpoint.target.spans(), groups, device).means
             with printing.bar(checkpoint.train_path, len(mixture.ids)) as done:
-                yield products(spans_of(checkpoint.train), means, device=device, progress=done.update).values
+                yield products(checkpoint.train.spans(), means, device=device, progress=done.update).values
 
     scores = subtask_scores(products_of_checkpoints(), checkpoint_weights)
     chosen = less.choose_for_target(mixture, scores, target.task_names, reasons, options)

@@ -39,7 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data_path", required=True, help="records the gradients were taken of: a JSON list or JSON Lines")
-    add("--gradient_path", required=True, metavar="DIR", help="features, as compute_gradient_features.py wrote them")
+    add(
+        "--gradient_path",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="features, as compute_gradient_features.py wrote them; several folders where each has a part",
+    )
     add("--save_path", required=True, metavar="DIR", help="folder for the subset, the scores and the summary")
     add("--p", type=float, default=0.15, help="share of all records to select, above 0 and up to 1 (0.15)")
     add("--q", type=float, default=0.001, help="sharpness of the instance weights softmax(q * score) (0.001)")
@@ -71,7 +77,8 @@ def main() -> None:
     arguments = parse_arguments()
     options = TiveOptions(**{name: getattr(arguments, name) for name in TiveOptions.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.features.folder import open_chunks, read_ahead, spans_of
+    from tive.features.folder import read_ahead
+    from tive.features.lookup import open_features
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
@@ -81,19 +88,20 @@ def main() -> None:
 
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
-    read_ahead(arguments.gradient_path)  # while the records are parsed
+    read_ahead(*arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
-    chunks = open_chunks(arguments.gradient_path, mixture.records, arguments.chunk_num)
-    read.refuse_adam(chunks)
+    features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
+    read.refuse_adam(features)
+    read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
     stem = options.stem(mixture.task_names, arguments.task_key)
     files = files_of(arguments.save_path, stem, arguments.data_path)
 
-    scores = read.record_scores(chunks, options.columns)
+    scores = read.record_scores(features, options.columns)
     listing = Path(arguments.save_path) / "bad_records.json"
-    reasons = read.reasons_left_out(mixture, chunks, scores, options.columns, listing)
+    reasons = read.reasons_left_out(mixture, features, scores, options.columns, listing)
     groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
-    spans = spans_of(chunks)
+    spans = features.spans()
     with bar("Task means", len(groups)) as done:
         means = group_means(spans, groups, device, done.update)
     with bar("Influence", len(groups)) as done:
@@ -102,7 +110,7 @@ def main() -> None:
     scores = {"norm": scores["norm"], "influence": influence} | scores
 
     chosen = choose(mixture.task_names, mixture.task, scores, reasons, options)
-    write_selection(files, mixture, chosen, vars(arguments), chunks)
+    write_selection(files, mixture, chosen, vars(arguments), features)
     print_choice(chosen, mixture.task, options)
     print_files(files, chosen)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tive.features.folder import Chunk, spans_of
+from tive.features.folder import Chunk
+from tive.features.lookup import spans_of
 from tive.method.influence import group_means, products
 from tive.method.value import draw
 from tive.util.errors import UserError

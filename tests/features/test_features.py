@@ -27,6 +27,7 @@ from tests.helpers.feature_files import (
 from tive.data.records import open_records
 from tive.features.chunk import Match, write_chunk
 from tive.features.folder import open_chunks
+from tive.features.lookup import open_features
 from tive.features.store import LeftOutRecord
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
@@ -52,7 +53,7 @@ def case(made, tmp_path):
 
 def refusal(folder, records, *arguments) -> str:
     with pytest.raises(UserError) as error:
-        open_chunks(folder, records, *arguments)
+        open_features(folder, records, *arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -65,7 +66,7 @@ def rewrite(path: Path, change) -> None:
 
 def test_what_is_written_is_read_memory_mapped_in_order(case, made):
     folder, records = case
-    chunks = open_chunks(folder, records, 3)
+    chunks = open_features(folder, records, 3).chunks
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 26), (26, 52), (52, 78)]
     assert torch.equal(torch.cat([block for chunk in chunks for block in chunk.blocks]), made[1])
     assert np.array_equal(np.concatenate([chunk.norms for chunk in chunks]), made[2].double().numpy(), equal_nan=True)
@@ -90,7 +91,7 @@ def test_an_empty_chunk_past_the_end_is_read(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(mixture({"vqa": 5})))
     features, norms = random_features(5)
     write_features(tmp_path / "features", tmp_path / "data.json", features, norms, num_chunks=4)
-    chunks = open_chunks(tmp_path / "features", open_records(tmp_path / "data.json"))
+    chunks = open_chunks(tmp_path / "features")
     assert [chunk.stop - chunk.start for chunk in chunks] == [2, 2, 1, 0]
 
 
@@ -98,7 +99,7 @@ def test_an_empty_chunk_past_the_end_is_read(tmp_path):
 def test_the_releases_files_are_read_in_both_formats_of_torch(tmp_path, made, old_format):
     _, features, norms = made
     write_release_features(tmp_path, features, norms, 2, _use_new_zipfile_serialization=not old_format)
-    chunks = open_chunks(tmp_path, open_records(made[0] / "data.json"))
+    chunks = open_chunks(tmp_path)
     assert torch.equal(torch.cat([block for chunk in chunks for block in chunk.blocks]), features)
     assert all(chunk.manifest == {} for chunk in chunks)
 
@@ -130,11 +131,6 @@ def test_a_chunk_without_manifest_is_not_finished(case):
 
 def test_a_wrong_chunk_num_is_refused(case):
     assert "3 chunks, not 8; leave chunk_num out" in refusal(*case, 8)
-
-
-def test_features_of_another_data_file_are_refused(case, tmp_path):
-    (tmp_path / "other.json").write_text(json.dumps(mixture(), indent=1))
-    assert "another data file" in refusal(case[0], open_records(tmp_path / "other.json"))
 
 
 @pytest.mark.parametrize(
@@ -303,9 +299,8 @@ def test_damaged_files_are_refused_in_one_line_or_read_with_the_right_shape(made
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content))) :]
     (folder / name).write_bytes(content)
-    records = open_records(made[0] / "data.json")
     try:
-        chunks = open_chunks(folder, records)
+        chunks = open_chunks(folder)
     except UserError as error:
         assert "\n" not in str(error)
     else:

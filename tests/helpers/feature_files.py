@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tive.data.records import chunk_range
+from tive.data.content import record_hashes
+from tive.data.records import chunk_range, open_records
 from tive.features.chunk import Match, write_chunk
 from tive.features.store import LeftOutRecord
 from tive.util.errors import run
@@ -66,8 +67,12 @@ def write_features(
     left_out: dict[int, str] | None = None,
     change: Callable[[dict[str, Any]], None] = lambda match: None,
     manifest: dict[str, Any] | None = None,
+    content: bool = True,
 ) -> None:
-    """Write chunks as step 3 does; `change` may alter a chunk's match before, `manifest` says what else is known."""
+    """Write chunks as step 3 does; `change` may alter a chunk's match before, `manifest` says what else is known.
+
+    Without `content` they are as versions wrote them that did not store the records' hashes.
+    """
     for chunk in range(num_chunks):
         match = match_for(data, len(features), num_chunks, chunk, features.shape[1])
         rows = slice(match["start"], match["stop"])
@@ -78,7 +83,12 @@ def write_features(
         ]
         change(match)
         made = {"image_folder": "images", "records_per_second": 2.5} | (manifest or {})
-        write_chunk(folder, Match(**match), features[rows], scores_of(norms[rows]), entries, made)
+        columns = scores_of(norms[rows])
+        if content:
+            records = open_records(data)
+            hashes = record_hashes(iter(records), len(records)) if len(records) == len(features) else None
+            columns |= {} if hashes is None else {"content": hashes[rows]}
+        write_chunk(folder, Match(**match), features[rows], columns, entries, made)
 
 
 def scores_of(norms: torch.Tensor) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 
 import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
-from tive.features.folder import open_chunks
+from tive.features.lookup import open_features
 from tive.selection.files import (
     Chosen,
     Files,
@@ -181,7 +181,7 @@ def write_other(folder: Path, data: Path) -> Files:
     task = Task(NO_TASK, records=count, counted=count - 1, selected=int(times.sum()), distinct=int(times.sum()))
     details = {"checkpoints": [{"step": 105, "weight": 0.6}]}
     chosen = Chosen((task,), numbers, times, {3: "features are zero"}, "LESS", details)
-    write_selection(files, mixed, chosen, {"p": 0.2}, open_chunks(data.parent / "features", mixed.records))
+    write_selection(files, mixed, chosen, {"p": 0.2}, open_features(data.parent / "features", mixed.records))
     return files
 
 

@@ -345,9 +345,9 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
         "no record of the target's subtask c has a gradient (record 3: unreadable image)",
     ),
     "other data": (
-        lambda folder: write(folder, "train", 211, 11, data_sha256="d" * 64),
+        lambda folder: (folder / "data.json").write_text(json.dumps([*mixture(), record(1999, "new")])),
         [],
-        "train_211",
+        "train_105 holds no features of 1 of the 79 records",
     ),
     "weights below zero": (lambda folder: None, ["--weights", -1, 2], "weights -1.0 2.0: one is negative"),
     "weights not a number": (lambda folder: None, ["--weights", "nan", 2], "one is negative or not a number"),

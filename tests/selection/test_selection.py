@@ -25,8 +25,9 @@ from tests.helpers.feature_files import (
     write_release_features,
 )
 from tive.data.records import open_records
-from tive.features import folder as span_module
-from tive.features.folder import open_chunks, spans_of
+from tive.features import lookup as span_module
+from tive.features.folder import open_chunks
+from tive.features.lookup import spans_of
 from tive.method import influence as influence_module
 from tive.method.influence import group_means, products
 
@@ -101,13 +102,12 @@ def chunkings(request, tmp_path_factory):
     """The same features in folders of different chunkings, opened; tasks and all-pairs influence."""
     folder = tmp_path_factory.mktemp("chunkings")
     (folder / "data.json").write_text(json.dumps(mixture()))
-    records = open_records(folder / "data.json")
     tasks = [one["dataset"] for one in mixture()]
     features, norms = random_features(len(tasks), request.param)
     for chunks in (1, 5, 80):
         write_features(folder / str(chunks), folder / "data.json", features, norms, num_chunks=chunks)
     write_release_features(folder / "release", features, norms, 3)
-    opened = {name: open_chunks(folder / name, records) for name in ("1", "5", "80", "release")}
+    opened = {name: open_chunks(folder / name) for name in ("1", "5", "80", "release")}
     return opened, np.unique(tasks, return_inverse=True)[1], all_pairs(features, tasks)
 
 
@@ -377,11 +377,27 @@ def test_records_with_a_problem_that_were_not_left_out_are_refused_and_all_liste
     assert entries[1]["reason"] == "names no task under `dataset`"
 
 
-def test_data_that_changed_after_the_gradients_is_refused(made, tmp_path, capsys):
-    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
-    text = (tmp_path / "data.json").read_text()
-    (tmp_path / "data.json").write_text(text.replace("Frage 3", "Frage 4", 1))
-    assert "another data file" in refusal(capsys, main, *paths(tmp_path, tmp_path / "out"))
+def test_data_that_changed_takes_the_features_there_are_and_what_lacks_them_is_written_to_be_computed(
+    made, tmp_path, capsys
+):
+    folder, features, norms = made
+    records = [one | {"dataset": "all"} for one in reversed(mixture())]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    arguments = [*paths(tmp_path, tmp_path / "out"), "--gradient_path", folder / "features"]
+    call(main, *arguments)
+    outcome = Outcome(tmp_path / "out")
+    np.testing.assert_allclose(outcome.column("influence"), all_pairs(features.flip(0), ["all"] * 78), atol=1e-10)
+    np.testing.assert_allclose(outcome.column("norm"), norms.double().numpy()[::-1])
+
+    records.insert(9, record(999, "all"))
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    line = refusal(capsys, main, *arguments)
+    missing = tmp_path / "out" / "missing" / "records.json"
+    assert "1 of the 79 records" in line and "record 9" in line and f"--input_file {missing}" in line
+    assert json.loads(missing.read_text()) == [records[9]]
+    write_features(missing.parent, missing, *random_features(1, seed=4), num_chunks=1)
+    call(main, *arguments, missing.parent, "--p", 0.3)
+    assert Outcome(tmp_path / "out", "Tive_q_0.001_p_0.3").summary["inputs"]["data_records"] == 79
 
 
 def test_a_task_without_any_usable_record_is_refused(made, tmp_path, capsys):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from tive.data.conversations import image_paths, to_llava
+from tive.data.conversations import ROLES, image_paths, to_llava
+from tive.data.media import media_of, plain_path
 
 HASH_BYTES = 16
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -20,16 +23,53 @@ def record_hash(record: Any) -> bytes:
     the spelling of a path, ids, tasks and other keys play no part. A record of no known form is hashed whole.
     """
     try:
-        converted = to_llava(record)
+        content = _plain_content(record) or _content(to_llava(record))
     except ValueError:
-        return _digest(["unknown form", record])
-    # A system prompt that is null or empty is none.
-    return _digest([converted["conversations"], converted.get("system") or "", image_paths(converted)])
-
-
-def _digest(content: Any) -> bytes:
+        content = ["unknown form", record]
     try:
         encoded = _encode(content)
     except (UnicodeEncodeError, RecursionError):
         encoded = repr(content).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest()
+
+
+def record_hashes(records: Iterable[Any], count: int) -> np.ndarray:
+    """The hashes of `count` records, uint8 `[n, HASH_BYTES]`."""
+    hashes = np.empty((count, HASH_BYTES), np.uint8)
+    for row, record in enumerate(records):
+        hashes[row] = np.frombuffer(record_hash(record), np.uint8)
+    return hashes
+
+
+def rows_with(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The first row of `hashes` that equals each of `wanted`, int64 `[n]`; -1 where none does.
+
+    Args:
+        hashes, wanted: uint8 `[m, HASH_BYTES]` and `[n, HASH_BYTES]`.
+    """
+    if not len(hashes):
+        return np.full(len(wanted), -1, np.int64)
+    # Half of the bits tell nearly all records apart, and all of them are compared then.
+    keys, wanted_keys = (np.ascontiguousarray(array).view("<u8")[:, 0] for array in (hashes, wanted))
+    order = np.argsort(keys, kind="stable")
+    places = order[np.minimum(np.searchsorted(keys[order], wanted_keys), len(keys) - 1)]
+    return np.where((hashes[places] == wanted).all(axis=1), places, -1)
+
+
+def _content(conversation: dict[str, Any]) -> list[Any]:
+    """What counts of a record as `to_llava` returns it. A system prompt that is null or empty is none."""
+    return [conversation["conversations"], conversation.get("system") or "", image_paths(conversation)]
+
+
+def _plain_content(record: Any) -> list[Any] | None:
+    """`_content` of a record that is in LLaVA's form already, in half of the time; None where that takes `to_llava`."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns or "messages" in record or "texts" in record:
+        return None
+    for turn in turns:
+        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("from") not in ROLES:
+            return None
+        if not isinstance(turn.get("value"), str):
+            return None
+    media = media_of(record)
+    return None if media.problem else [turns, record.get("system") or "", tuple(map(plain_path, media.images))]

@@ -22,6 +22,8 @@ from tive.util.files import HashingFile, sha256_of, whole_file, write_json
 from tive.util.text import shown
 
 FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
+# The column of the records' hashes, by which a feature is found again in other data; uint8 `[n, 16]`.
+CONTENT = "content"
 # Of each record beside its feature; EL2N only if it was asked for.
 COLUMNS = {
     "norms": np.float32,
@@ -191,14 +193,16 @@ class OpenChunk:
         types = {name: kind for name, kind in COLUMNS.items() if name != "el2n" or self.match.el2n}
         self.store = Store(self.progress, self.match.rows, asdict(self.match), types, self.match.proj_dim)
 
-    def finish(self, made: dict[str, Any]) -> None:
+    def finish(self, made: dict[str, Any], content: np.ndarray) -> None:
         """Write the chunk's files, whose windows are all on disk, and remove what it does not need any more.
 
         Args:
             made: how it was made, for the manifest.
+            content: of each record, what `record_hashes` returns.
         """
         store = self.store
-        write_chunk(self.folder, self.match, store.features(), store.columns(), store.left_out(), made)
+        columns = store.columns() | {CONTENT: content}
+        write_chunk(self.folder, self.match, store.features(), columns, store.left_out(), made)
         store.remove()
 
 
@@ -215,14 +219,17 @@ def write_chunk(
     Args:
         features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
             be memory-mapped and larger than memory. The row of a record that was left out is zero.
-        columns: of `COLUMNS`, `[n]` each.
+        columns: of `COLUMNS`, `[n]` each, and perhaps `CONTENT`.
         made: how the chunk was made, for the manifest.
 
     Raises:
         UserError: a file cannot be written.
     """
     folder, chunk = Path(folder), match.chunk_idx
-    tensors = {name: torch.from_numpy(values.astype(COLUMNS[name], copy=False)) for name, values in columns.items()}
+    tensors = {
+        name: torch.from_numpy(values.astype(COLUMNS.get(name, np.uint8), copy=False))
+        for name, values in columns.items()
+    }
     with whole_file(folder / f"output_{chunk}.pt") as file:
         hashing = HashingFile(file)
         content = {"features": _alone(features.half()), **tensors, "match": asdict(match)}

@@ -13,7 +13,6 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,14 @@ import msgspec
 import numpy as np
 import torch
 
-from tive.data.records import Records
-from tive.features.chunk import COLUMNS, COMMON_KEYS, Match, match_of_manifest
+from tive.data.content import HASH_BYTES
+from tive.features.chunk import COLUMNS, COMMON_KEYS, CONTENT, Match, match_of_manifest
 from tive.features.store import LeftOutRecord
 from tive.util.errors import UserError
 from tive.util.files import read_json
 from tive.util.memory import available_memory
 from tive.util.text import listed, shown
 
-SPAN_ROWS = 4096
 _DAMAGED = "it may be damaged or unfinished: make this chunk again"
 _READ_BYTES = 8 << 20
 _NAME = re.compile(r"output_(0|[1-9]\d{0,8})(\.pt)?")
@@ -45,6 +43,7 @@ class Chunk:
     """Features of the records `start .. stop - 1` of the data file.
 
     Attributes:
+        content: the records' hashes (`record_hash`), uint8 `[n, 16]`; None where its version did not write them.
         blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
         scores: of each record by name, float64 `[n]`: the columns that its pass kept; features of the release and of
             before version 2 have `norms` alone.
@@ -60,6 +59,7 @@ class Chunk:
     match: Match | None = None
     left_out: list[LeftOutRecord] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
+    content: np.ndarray | None = None
 
     @property
     def norms(self) -> np.ndarray:
@@ -67,14 +67,14 @@ class Chunk:
         return self.scores["norms"]
 
 
-def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int | None = None) -> list[Chunk]:
-    """The chunks of a folder in order, memory-mapped, verified to cover `records` once and to belong together.
+def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) -> list[Chunk]:
+    """The chunks of a folder in order, memory-mapped, verified to cover their data file once and to belong together.
 
     Args:
         chunk_num: how many chunks there should be, if the caller knows.
 
     Raises:
-        UserError: a chunk is missing, unfinished, damaged, of another run, or of another data file.
+        UserError: a chunk is missing, unfinished, damaged, or of another run.
     """
     folder = Path(folder)
     try:
@@ -91,7 +91,7 @@ def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int
         )
     present = numbers[".pt"] or numbers[None]
     if numbers[".pt"]:
-        manifests = _read_manifests(folder, present, records)
+        manifests = _read_manifests(folder, present)
         _check_complete(folder, present, manifests[present[0]][0].num_chunks, chunk_num)
         chunks = [_open_chunk(folder, number, *manifests[number]) for number in present]
     else:
@@ -99,12 +99,12 @@ def open_chunks(folder: str | os.PathLike[str], records: Records, chunk_num: int
         chunks = []
         for number in present:
             chunks.append(_open_release_chunk(folder, number, chunks[-1].stop if chunks else 0))
-    _check_cover(folder, chunks, records)
+    _check_cover(folder, chunks)
     return chunks
 
 
-def _read_manifests(folder: Path, numbers: list[int], records: Records) -> dict[int, tuple[Match, dict[str, Any]]]:
-    """The manifest of each chunk; they agree in every common key, and with the data file."""
+def _read_manifests(folder: Path, numbers: list[int]) -> dict[int, tuple[Match, dict[str, Any]]]:
+    """The manifest of each chunk; they agree in every common key."""
     unfinished = [number for number in numbers if not (folder / f"manifest_{number}.json").is_file()]
     if unfinished:
         raise UserError(
@@ -119,13 +119,6 @@ def _read_manifests(folder: Path, numbers: list[int], records: Records) -> dict[
         if len(values) > 1:
             differing = "; ".join(f"{_chunks(those)} {shown(repr(value), 24)}" for value, those in values.items())
             raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
-    first = manifests[numbers[0]][0]
-    if (first.data_sha256, first.data_records) != (records.fingerprint, len(records)):
-        raise UserError(
-            f"{folder} holds features of another data file (SHA-256 {first.data_sha256[:12]}…, "
-            f"{first.data_records} records) than {records.path} (SHA-256 {records.fingerprint[:12]}…, {len(records)} "
-            "records); name the file that the gradients were taken of, or take them again"
-        )
     return manifests
 
 
@@ -186,8 +179,14 @@ def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -
             f"{path} holds features {list(features.shape)} and {sizes} where {[records, match.proj_dim]} was "
             f"announced; {_DAMAGED}"
         )
+    content_hashes = None
+    if CONTENT in content:
+        _check_tensor(path, content[CONTENT], 2, (torch.uint8,))
+        content_hashes = content[CONTENT].numpy()
+        if content_hashes.shape != (records, HASH_BYTES):
+            raise UserError(f"{path} holds hashes {list(content_hashes.shape)} of {records} records; {_DAMAGED}")
     left_out = made.pop("left_out")
-    return Chunk(path, match.start, match.stop, [features], scores, match, left_out, made)
+    return Chunk(path, match.start, match.stop, [features], scores, match, left_out, made, content_hashes)
 
 
 def _open_release_chunk(folder: Path, number: int, start: int) -> Chunk:
@@ -233,10 +232,10 @@ def _check_tensor(path: Path, tensor: Any, dimensions: int, types: tuple[torch.d
     if not plain or tensor.dim() != dimensions or not tensor.is_contiguous():
         raise UserError(f"{path} holds something else than {dimensions}-dimensional plain tensors; {_DAMAGED}")
     if tensor.dtype not in types:
-        raise UserError(f"{path} holds {tensor.dtype} numbers, not {types[0]} or {types[-1]}; {_DAMAGED}")
+        raise UserError(f"{path} holds {tensor.dtype} numbers, not {' or '.join(map(str, types))}; {_DAMAGED}")
 
 
-def _check_cover(folder: Path, chunks: list[Chunk], records: Records) -> None:
+def _check_cover(folder: Path, chunks: list[Chunk]) -> None:
     dimensions: dict[int, list[int]] = {}
     for number, chunk in enumerate(chunks):
         for block in chunk.blocks:
@@ -252,51 +251,14 @@ def _check_cover(folder: Path, chunks: list[Chunk], records: Records) -> None:
                 f"{folder}: chunk {number} {kind} (it starts at {chunk.start}, not {covered}); make it again"
             )
         covered = chunk.stop
-    if covered != len(records):
+    if (match := chunks[0].match) is not None and covered != match.data_records:
         raise UserError(
-            f"{folder} holds features of {covered} records, {records.path} has {len(records)}; "
-            "a chunk is missing, or this is another data file"
+            f"{folder} holds features of {covered} records of {match.data_records}; a chunk is missing: make it again"
         )
 
 
 def _chunks(numbers: list[int], form: str = "chunk {}") -> str:
     return listed([form.format(number) for number in numbers])
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
-
-    start: int
-    pieces: list[torch.Tensor]
-
-    @property
-    def rows(self) -> int:
-        return sum(len(piece) for piece in self.pieces)
-
-    def load(self) -> torch.Tensor:
-        """The features `[rows, d]`, as they are on disk."""
-        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
-
-
-def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
-    """Every row of the chunks, in order, in spans of at most `SPAN_ROWS`, for the linear passes over them."""
-    spans = []
-    for chunk in chunks:
-        groups: list[list[torch.Tensor]] = []
-        room = 0
-        for piece in (piece for block in chunk.blocks for piece in block.split(SPAN_ROWS) if len(piece)):
-            # The release's tensors of 16 rows are gathered until a span is full.
-            if len(piece) > room:
-                groups.append([])
-                room = SPAN_ROWS
-            groups[-1].append(piece)
-            room -= len(piece)
-        row = chunk.start
-        for pieces in groups:
-            spans.append(Span(row, pieces))
-            row += sum(len(piece) for piece in pieces)
-    return spans
 
 
 def read_ahead(*folders: str | os.PathLike[str]) -> None:

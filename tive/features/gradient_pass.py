@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
 from tive.features.batches import Batches
 from tive.features.chunk import Match, OpenChunk
@@ -106,7 +107,8 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         left_out = chunk.store.left_out()
         device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
         about = {"projector_about": step.projector.about}
-        chunk.finish({"how": options.how} | about | device | cost | dict(options.inputs))
+        content = record_hashes((scan.records[row] for row in match.rows), len(match.rows))
+        chunk.finish({"how": options.how} | about | device | cost | dict(options.inputs), content)
     print(
         f"written: {', '.join(str(chunk.path(form)) for form in ('output_{}.pt', 'output_norm_{}.json'))} and the "
         f"manifest\n{name} done: {len(match.rows) - len(left_out)} features, {count_reasons(left_out)}, "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tive.data.records import Records, copy_records
 from tive.features.chunk import COMMON_KEYS
-from tive.features.folder import Chunk
+from tive.features.lookup import Features
 from tive.selection.mixture import Mixture
 from tive.selection.summary import (
     MAX_COUNT,
@@ -138,7 +138,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def write_selection(
-    files: Files, mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], chunks: Sequence[Chunk]
+    files: Files, mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], features: Features
 ) -> None:
     """Write the three files; none takes its name before all are complete.
 
@@ -146,7 +146,7 @@ def write_selection(
 
     Args:
         arguments: of the script.
-        chunks: the features that it selected by; of several folders, the last.
+        features: that it selected by; of several folders, the last.
 
     Raises:
         UserError: a file cannot be written.
@@ -163,7 +163,7 @@ def write_selection(
         summary = Summary(
             dict(arguments),
             {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-            selected_from(mixture.records, chunks),
+            selected_from(mixture.records, features),
             list(chosen.tasks),
             [
                 UncountedRecord(row, reason, mixture.ids[row], mixture.task_names[mixture.task[row]])
@@ -171,7 +171,10 @@ def write_selection(
             ],
             Subset(files.subset.name, len(rows), hashing.sha256, int(np.count_nonzero(chosen.times_selected))),
             # Python writes and reads NaN, which is not JSON.
-            json.loads(json.dumps([one.manifest for one in chunks if one.manifest]), parse_constant=lambda _: None),
+            json.loads(
+                json.dumps([chunk.manifest for chunk in features.chunks if chunk.manifest]),
+                parse_constant=lambda _: None,
+            ),
             chosen.method,
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
             dict(chosen.details),
@@ -182,14 +185,14 @@ def write_selection(
             os.fsync(file.fileno())
 
 
-def selected_from(records: Records, chunks: Sequence[Chunk]) -> SelectedFrom:
+def selected_from(records: Records, features: Features) -> SelectedFrom:
     """The data file and the features that a selection is made from."""
-    match = chunks[0].match
+    match, chunks = features.match, features.chunks
     return SelectedFrom(
         data_path=os.path.abspath(records.path),
         data_sha256=records.fingerprint,
         data_records=len(records),
-        gradient_path=os.path.abspath(chunks[0].path.parent),
+        gradient_path=os.path.abspath(features.folder),
         image_folder=next((folder for chunk in chunks if (folder := chunk.manifest.get("image_folder"))), None),
         chunks=[{"file": chunk.path.name, "start": chunk.start, "stop": chunk.stop} for chunk in chunks],
         match={key: getattr(match, key) for key in COMMON_KEYS} if match else None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from tive.data.content import record_hash
 from tive.features.chunk import Match
-from tive.features.folder import Chunk, open_chunks
+from tive.features.lookup import Features, open_features
 from tive.method.target import (
     best_subtask,
     checkpoint_weights,
@@ -23,7 +23,7 @@ from tive.method.target import (
 )
 from tive.method.value import rounded_down
 from tive.selection.files import Chosen
-from tive.selection.mixture import Mixture, reasons_left_out, record_scores
+from tive.selection.mixture import Mixture, reasons_left_out, record_scores, refuse_missing
 from tive.selection.options import LessOptions
 from tive.selection.summary import Task
 from tive.util.errors import UserError
@@ -46,8 +46,8 @@ class CheckpointFeatures:
 
     train_path: str
     target_path: str
-    train: list[Chunk]
-    target: list[Chunk]
+    train: Features
+    target: Features
 
     @property
     def match(self) -> Match:
@@ -86,9 +86,14 @@ def open_checkpoints(
             "every checkpoint, in the same order"
         )
     checkpoints = [
-        CheckpointFeatures(records, goal, open_chunks(records, mixture.records), open_chunks(goal, target_data.records))
+        CheckpointFeatures(
+            records, goal, open_features(records, mixture.records), open_features(goal, target_data.records)
+        )
         for records, goal in zip(train, target, strict=True)
     ]
+    for checkpoint in checkpoints:
+        refuse_missing(checkpoint.train, mixture)
+        refuse_missing(checkpoint.target, target_data)
     forms: dict[str, str] = {}
     first: dict[str, str] = {}
     for checkpoint in checkpoints:
@@ -104,8 +109,8 @@ def open_checkpoints(
     return checkpoints
 
 
-def _match(path: str, chunks: Sequence[Chunk]) -> Match:
-    match = chunks[0].match
+def _match(path: str, features: Features) -> Match:
+    match = features.match
     if match is None:
         raise UserError(
             f"{path} holds feature files of the release, which do not say what model they are of; take the gradients "
@@ -158,7 +163,7 @@ def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float]
         return checkpoint_weights(np.array(given))
     steps = []
     for checkpoint in checkpoints:
-        logged = checkpoint.train[0].manifest.get("learning_rates")
+        logged = checkpoint.train.chunks[0].manifest.get("learning_rates")
         if checkpoint.match.checkpoint is None or not isinstance(logged, dict) or not logged["logged"]:
             raise UserError(
                 f"{checkpoint.train_path}: the trainer logged no learning rate up to this checkpoint "
@@ -187,7 +192,7 @@ def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) ->
     """
     reasons: dict[int, str] = {}
     for checkpoint in checkpoints:
-        left_out = {entry.row: entry.reason for chunk in checkpoint.target for entry in chunk.left_out}
+        left_out = checkpoint.target.left_out()
         here = reasons_left_out(target, checkpoint.target, record_scores(checkpoint.target))
         for row, reason in sorted(here.items()):
             if row not in left_out or reason == "not finite":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from tive.data.problems import count_and_first, form_problem, report_bad_records
-from tive.data.records import Records, open_records
+from tive.data.records import Records, open_records, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
-from tive.features.folder import Chunk
+from tive.features.lookup import Features
 from tive.util.errors import UserError
+from tive.util.text import command, shown_value
 
 NO_TASK = "(no task)"
 # What a feature file keeps of each record, and the scores file's column for it.
@@ -69,34 +70,61 @@ def _text(value: Any) -> str:
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
 
 
-def record_scores(chunks: Sequence[Chunk], needed: Collection[str] = ()) -> dict[str, np.ndarray]:
+def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str, np.ndarray]:
     """What the feature files know of every record beside its features, `[N]` each, by the scores file's column.
 
-    `norm` is always there; `loss`, `el2n` (float64), `supervised_tokens` and `tokens` (int64) where every chunk has
-    them.
+    `norm` is always there; `loss`, `el2n` (float64), `supervised_tokens` and `tokens` (int64, or float64 where records
+    have no features) where every chunk has them.
 
     Raises:
         UserError: a column that is needed is not there.
     """
     scores = {}
     for key, column in COLUMN_OF.items():
-        lacking = [chunk.path for chunk in chunks if key not in chunk.scores]
-        if not lacking:
-            values = np.concatenate([chunk.scores[key] for chunk in chunks])
-            scores[column] = values.astype(np.int64) if key.endswith("tokens") else values
+        values = features.column(key)
+        if values is not None:
+            is_whole = key.endswith("tokens") and np.isfinite(values).all()
+            scores[column] = values.astype(np.int64) if is_whole else values
         elif column in needed:
+            lacking = next(chunk.path for chunk in features.chunks if key not in chunk.scores)
             how = " with el2n" if key == "el2n" else ""
-            raise UserError(f"{lacking[0]} holds no `{key}`; take the gradients again{how}, or choose by another score")
+            raise UserError(f"{lacking} holds no `{key}`; take the gradients again{how}, or choose by another score")
     return scores
 
 
-def refuse_adam(chunks: Sequence[Chunk]) -> None:
+def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | None = None) -> None:
+    """Every record needs features, unless the selection is from a sample.
+
+    Args:
+        missing_path: where the records without features are written, to be computed alone.
+
+    Raises:
+        UserError: there are such records.
+    """
+    missing = np.flatnonzero(features.rows < 0)
+    if len(missing):
+        row = int(missing[0])
+        remedy = "name the file that the gradients were taken of, or take them again"
+        if missing_path is not None:
+            write_records(missing_path, mixture.records, missing)
+            again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
+            remedy = f"{again} with the other arguments as before computes just them; then name both folders"
+        raise UserError(
+            f"{features.folder} holds no features of {len(missing):,} of the {len(mixture.ids):,} records of "
+            f"{mixture.records.path} (the first: record {row}, id {shown_value(mixture.ids[row])}), and features of "
+            f"another data file are found by the record's content; {remedy}"
+        )
+    if not features.is_by_row:
+        print(f"{features.folder}: features of another data file; all {len(mixture.ids):,} records have theirs in it")
+
+
+def refuse_adam(features: Features) -> None:
     """TIVE's values and influences are those of the gradient itself.
 
     Raises:
         UserError: the features are of gradients as the Adam optimizer would apply them.
     """
-    for chunk in chunks:
+    for chunk in features.chunks[:1]:
         if chunk.match is not None and chunk.match.gradient.startswith("adam"):
             raise UserError(
                 f"{chunk.path} holds {chunk.match.gradient} gradients, which are for select_data_LESS.py; take those "
@@ -106,7 +134,7 @@ def refuse_adam(chunks: Sequence[Chunk]) -> None:
 
 def reasons_left_out(
     mixture: Mixture,
-    chunks: Sequence[Chunk],
+    features: Features,
     scores: Mapping[str, np.ndarray],
     needed: Collection[str] = (),
     listing: Path | None = None,
@@ -120,7 +148,7 @@ def reasons_left_out(
     Raises:
         UserError: records have a problem or no task, and the gradient step did not leave them out.
     """
-    reasons = {entry.row: _text(entry.reason) for chunk in chunks for entry in chunk.left_out}
+    reasons = {row: _text(reason) for row, reason in features.left_out().items()}
     unexpected = {row: problem for row, problem in mixture.problems.items() if row not in reasons}
     if unexpected:
         if listing is not None:
@@ -129,11 +157,11 @@ def reasons_left_out(
             f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
             "name the key that holds the task as task_key, or repair the data and take the gradients again"
         )
-    norms = scores["norm"]
-    for row in np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
+    norms, there = scores["norm"], features.rows >= 0
+    for row in np.flatnonzero(there & ~(np.isfinite(norms) & (norms > 0))).tolist():
         reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
     for column in sorted(set(needed) & scores.keys() - {"norm"}):
-        for row in np.flatnonzero(~np.isfinite(scores[column])).tolist():
+        for row in np.flatnonzero(there & ~np.isfinite(scores[column])).tolist():
             reasons.setdefault(row, f"{column} not a number")
     return reasons
 

@@ -1,0 +1,204 @@
+"""The features of a data file's records: found by row, or in data that changed by what a record holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tive.data.content import record_hashes, rows_with
+from tive.data.records import Records, open_records
+from tive.features.chunk import COMMON_KEYS, Match
+from tive.features.folder import Chunk, open_chunks
+from tive.util.errors import UserError
+from tive.util.text import shown
+
+SPAN_ROWS = 4096
+# What chunks of one data file have in common, and what does not tell what the numbers mean.
+_OF_THE_DATA = ("data_sha256", "data_records", "num_chunks")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
+
+    start: int
+    pieces: list[torch.Tensor]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+    def load(self) -> torch.Tensor:
+        """The features `[rows, d]`, as they are on disk."""
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
+
+
+@dataclass(frozen=True)
+class GatheredSpan:
+    """Consecutive records from `start` on, whose features lie anywhere among the chunks' rows: `index`, -1 for none."""
+
+    start: int
+    index: np.ndarray
+    chunks: list[Chunk]
+
+    @property
+    def rows(self) -> int:
+        return len(self.index)
+
+    def load(self) -> torch.Tensor:
+        """The features `[rows, d]`, zero where there are none."""
+        first = self.chunks[0].blocks[0]
+        features = torch.zeros(len(self.index), first.shape[1], dtype=first.dtype)
+        for chunk in self.chunks:
+            here = np.flatnonzero((self.index >= chunk.start) & (self.index < chunk.stop))
+            if len(here):
+                rows = torch.from_numpy(self.index[here] - chunk.start)
+                features[torch.from_numpy(here)] = torch.index_select(chunk.blocks[0], 0, rows)
+        return features
+
+
+def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
+    """Every row of the chunks, in order, in spans of at most `SPAN_ROWS`, for the linear passes over them."""
+    spans = []
+    for chunk in chunks:
+        groups: list[list[torch.Tensor]] = []
+        room = 0
+        for piece in (piece for block in chunk.blocks for piece in block.split(SPAN_ROWS) if len(piece)):
+            # The release's tensors of 16 rows are gathered until a span is full.
+            if len(piece) > room:
+                groups.append([])
+                room = SPAN_ROWS
+            groups[-1].append(piece)
+            room -= len(piece)
+        row = chunk.start
+        for pieces in groups:
+            spans.append(Span(row, pieces))
+            row += sum(len(piece) for piece in pieces)
+    return spans
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of N records.
+
+    Attributes:
+        rows: int64 `[N]`, the row of each record's feature among all rows of the chunks; -1 for a record without one.
+            Records of equal content share one.
+        is_by_row: `rows` is 0 .. N - 1: the features are those of this very file.
+    """
+
+    folder: Path
+    chunks: list[Chunk]
+    rows: np.ndarray
+    is_by_row: bool
+
+    @property
+    def match(self) -> Match | None:
+        """What the chunks have in common; None for the release's files."""
+        return self.chunks[0].match
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of every record, float64 `[N]`, NaN for one without features; None if a chunk lacks it."""
+        if any(name not in chunk.scores for chunk in self.chunks):
+            return None
+        values = np.concatenate([chunk.scores[name] for chunk in self.chunks])
+        return values if self.is_by_row else np.where(self.rows < 0, np.nan, values[self.rows])
+
+    def left_out(self) -> dict[int, str]:
+        """Why the gradient step left records out, by the record's row."""
+        reasons = {entry.row: entry.reason for chunk in self.chunks for entry in chunk.left_out}
+        if self.is_by_row or not reasons:
+            return reasons
+        rows = np.flatnonzero(np.isin(self.rows, list(reasons))).tolist()
+        return {row: reasons[int(self.rows[row])] for row in rows}
+
+    def spans(self) -> list[Span] | list[GatheredSpan]:
+        """The features in the records' order, for the linear passes over them; zero for a record without."""
+        if self.is_by_row:
+            return spans_of(self.chunks)
+        starts = range(0, len(self.rows), SPAN_ROWS)
+        return [GatheredSpan(start, self.rows[start : start + SPAN_ROWS], self.chunks) for start in starts]
+
+
+def open_features(
+    folders: str | os.PathLike[str] | Sequence[str], records: Records, chunk_num: int | None = None
+) -> Features:
+    """The features of these records: by row where they were taken of this very file, else by content.
+
+    Args:
+        folders: one, or several whose features are of one space.
+        chunk_num: how many chunks there should be, if the caller knows.
+
+    Raises:
+        UserError: as `open_chunks`, or the features are of another data file and nothing tells of which records.
+    """
+    if not isinstance(folders, str | os.PathLike) and len(folders) > 1:
+        return _joined([open_features(folder, records, chunk_num) for folder in folders], records)
+    folder = Path(folders if isinstance(folders, str | os.PathLike) else folders[0])
+    chunks = open_chunks(folder, chunk_num)
+    match, total = chunks[0].match, chunks[-1].stop
+    if match is None:
+        if total != len(records):
+            raise UserError(
+                f"{folder} holds features of {total} records, {records.path} has {len(records)}; a chunk is missing, "
+                "or this is another data file"
+            )
+        return Features(folder, chunks, np.arange(total), True)
+    if (match.data_sha256, match.data_records) == (records.fingerprint, len(records)):
+        return Features(folder, chunks, np.arange(total), True)
+    return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), _hashes(records)), False)
+
+
+def _joined(parts: list[Features], records: Records) -> Features:
+    """The features of several folders as one; of a record that several have, the first folder's.
+
+    Raises:
+        UserError: they are not of one space.
+    """
+    first = parts[0]
+    for part in parts:
+        if part.match is None:
+            raise UserError(
+                f"{part.folder} holds features of the release, which are of a whole data file; name it alone"
+            )
+    rows = np.full(len(records), -1, np.int64)
+    chunks: list[Chunk] = []
+    for part in parts:
+        for key in COMMON_KEYS:
+            here, there = (getattr(one.match, key, None) for one in (first, part))
+            if here != there and key not in _OF_THE_DATA:
+                raise UserError(
+                    f"{first.folder} and {part.folder} differ in `{key}`; take both with the same arguments"
+                )
+        offset = chunks[-1].stop if chunks else 0
+        rows = np.where((rows < 0) & (part.rows >= 0), part.rows + offset, rows)
+        for chunk in part.chunks:
+            left_out = [replace(entry, row=entry.row + offset) for entry in chunk.left_out]
+            start, stop = chunk.start + offset, chunk.stop + offset
+            chunks.append(replace(chunk, start=start, stop=stop, left_out=left_out))
+    return Features(first.folder, chunks, rows, False)
+
+
+def _hashes(records: Records) -> np.ndarray:
+    return record_hashes(iter(records), len(records))
+
+
+def _content_of(folder: Path, chunks: list[Chunk], records: Records) -> np.ndarray:
+    """The hashes of a folder's records, uint8 `[M, 16]`: from the chunks, or their data file."""
+    contents = [chunk.content for chunk in chunks if chunk.content is not None]
+    if len(contents) == len(chunks):
+        return np.concatenate(contents)
+    match, path = chunks[0].match, chunks[0].manifest.get("data_path")
+    if match is not None and isinstance(path, str) and os.path.isfile(path):
+        source = open_records(path)
+        if source.fingerprint == match.data_sha256:
+            return _hashes(source)
+    raise UserError(
+        f"{folder} holds features of another data file than {records.path}, of a version that did not store which "
+        f"records they are of; keep that file where it was ({shown(str(path), 200)}), name it, or take them again"
+    )
