@@ -37,7 +37,7 @@ TRAINED_KEYS = ("loss", "weight", "train", "training")
 # Keys of a turn that no trainer acts on.
 _NOTES = ("id", "source", "metadata", "model", "markdown", "timestamp")
 # Keys of a record that trainers act on and that nothing here follows: preference pairs and tools.
-_ACTED_ON = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools")
+_ACTED_ON = {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools"}
 # ms-swift puts the entries of `objects` in their place before it trains.
 _PLACEHOLDERS = ("<bbox>", "<ref-object>")
 
@@ -52,8 +52,10 @@ def to_llava(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object")
-    keys = _keys_of_turns(record)
     images = _images(record)
+    if _is_llavas(record):
+        return record
+    keys = _keys_of_turns(record)
     paths: list[str] = []
     indices: list[int] = []
     turns = _turns(record, keys, paths, indices)
@@ -62,7 +64,8 @@ def to_llava(record: Any) -> dict[str, Any]:
     if indices:
         images = _in_order(images, indices)
     images = images or paths
-    _check_parts(record.get(keys[0]), has_image=bool(images))
+    if keys[0] in _LISTS:
+        _check_parts(record[keys[0]], has_image=bool(images))
     if images and keys[0] not in _LISTS and not any(IMAGE_TAG in turn["value"] for turn in turns):
         first = next((index for index, turn in enumerate(turns) if turn["from"] == "human"), None)
         if first is None:
@@ -80,6 +83,7 @@ def to_llava(record: Any) -> dict[str, Any]:
             converted[name] = value
     if images:
         converted["image"] = _image_value(images)
+    if paths:
         _images(converted)
     _move_system(converted)
     return converted
@@ -210,18 +214,16 @@ def is_unicode(text: str) -> bool:
 
 def text_problem(turns: list[dict[str, Any]]) -> str | None:
     """What keeps the texts of turns from being written; None when nothing does."""
-    for index, turn in enumerate(turns):
-        if not turn["value"].isascii() and not is_unicode(turn["value"]):
-            return f"has text in turn {index} that is not valid Unicode"
-    return None
+    wrong = [index for index, turn in enumerate(turns) if not is_unicode(turn["value"])]
+    return f"has text in turn {wrong[0]} that is not valid Unicode" if wrong else None
 
 
 def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str | None:
     """The problem of a record with a key that trainers act on and that is not followed here; None where none is."""
-    for key in _ACTED_ON:
-        if not is_empty(record.get(key)):
+    for key in () if _ACTED_ON.isdisjoint(record) else sorted(record.keys() & _ACTED_ON):
+        if not is_empty(record[key]):
             return f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
-    if not is_empty(record.get("objects")):
+    if "objects" in record and not is_empty(record["objects"]):
         marks = [mark for mark in _PLACEHOLDERS if any(mark in turn["value"] for turn in turns)]
         if marks:
             return (
@@ -234,11 +236,31 @@ def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str
 # <image 1>, <image_1>, <|image_pad|>, <img>, <ImageHere>, [IMG] and others like them.
 _OTHER_TAG = re.compile(r"<(?!image>)[|/]?(?:image|img)[^<>]{0,24}>|\[img[^\[\]]{0,8}\]", re.IGNORECASE)
 _LISTS = ("conversations", "messages")
+# Keys that a conversion to LLaVA's form takes away.
+_REWRITTEN = ("messages", "images", "system")
+
+
+def _is_llavas(record: dict[str, Any]) -> bool:
+    """Whether there is nothing to convert, as in nearly every record of nearly every file."""
+    turns = record.get("conversations")
+    image = record.get("image", "an image")
+    return (
+        bool(turns)
+        and type(turns) is list
+        and type(image) is str
+        and bool(image)
+        and record.keys().isdisjoint(_REWRITTEN)
+        and False
+        not in [
+            type(turn) is dict and len(turn) == 2 and turn.get("from") in ROLES and type(turn.get("value")) is str
+            for turn in turns
+        ]
+    )
 
 
 def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:
     """The keys that hold a record's conversation: a list of turns, `texts`, a prompt and completion, or a pair."""
-    filled = [key for key in _LISTS if not is_empty(record.get(key))]
+    filled = [key for key in _LISTS if key in record and not is_empty(record[key])]
     if len(filled) == 2:
         raise ValueError("has both `conversations` and `messages`; remove one of them")
     if filled:
@@ -315,9 +337,6 @@ def _turn(turn: Any, index: int, key: str, paths: list[str], indices: list[int])
     """A turn of the list under `key` with `from` and `value`."""
     if not isinstance(turn, dict):
         raise ValueError(f"has a turn {index} that is not an object")
-    role, text = turn.get("from"), turn.get("value")
-    if len(turn) == 2 and role in ROLES and isinstance(text, str):  # nearly every turn
-        return turn
     is_message, is_turn = ("role" in turn or "content" in turn), ("from" in turn or "value" in turn)
     if is_message and is_turn:
         missing = {"role", "content"} if "from" in turn and "value" in turn else {"from", "value"}
@@ -414,7 +433,9 @@ def _path_of_part(value: Any) -> str | None:
 
 def _check_parts(turns: Any, has_image: bool) -> None:
     """Refuse parts whose images or tags the text form could not tell apart."""
-    contents = [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), list)]
+    contents = [turn["content"] for turn in turns if "content" in turn and isinstance(turn["content"], list)]
+    if not contents:
+        return
     parts = [part for content in contents for part in content]
     if has_image and any(IMAGE_TAG in (part.get("text") or "") for part in parts):
         raise ValueError(f"has a text part with {IMAGE_TAG} in it, beside its image")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tive.util.text import shown
 
@@ -33,10 +32,10 @@ _MEDIA_ENDINGS = (
 )
 # No system opens a longer path; what is longer is a file's content.
 _LONGEST_PATH = 4096
+_NOTHING: tuple[Any, ...] = ("", [], {})
 
 
-@dataclass(frozen=True)
-class Media:
+class Media(NamedTuple):
     """What a record shows beside its text.
 
     Attributes:
@@ -75,15 +74,16 @@ def media_of(record: dict[str, Any]) -> Media:
 
 
 def _is_none(value: Any) -> bool:
-    return value is False or is_empty(value) or (isinstance(value, dict) and is_empty(path_in(value)))
+    if isinstance(value, str):  # nearly every record's
+        return not value
+    return value is False or is_empty(path_in(value))
 
 
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing: null, an empty text, list or object, or a list of these."""
-    if isinstance(value, str):  # nearly every record's
-        return not value
-    entries = value if isinstance(value, list) else [value]
-    return all(entry is None or entry in ("", [], {}) for entry in entries)
+    if isinstance(value, list):
+        return all(entry is None or entry in _NOTHING for entry in value)
+    return value is None or (not value and value in _NOTHING)
 
 
 def path_in(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tive.data.conversations import (
     acted_on_problem,
     conversation_of,
     images_of,
-    text_problem,
+    is_unicode,
     to_llava,
 )
 from tive.data.media import IMAGE_TAG, is_empty, media_of
@@ -55,13 +55,14 @@ def _llava_problem(record: Any) -> str | None:
     if not isinstance(turns, list) or not turns or not is_empty(record.get("messages")):
         return _other_form(record)
     for index, turn in enumerate(turns):
-        if isinstance(turn, dict) and "content" in turn and "value" not in turn:
-            return _other_form(record)
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return f"has a turn {index} without a text `value`"
-        role = turn.get("from")
-        if role not in ROLES:
-            return _unknown_role(role, index)
+        text = turn.get("value") if isinstance(turn, dict) else None
+        if not isinstance(text, str):
+            is_other = isinstance(turn, dict) and "content" in turn and "value" not in turn
+            return _other_form(record) if is_other else f"has a turn {index} without a text `value`"
+        if turn.get("from") not in ROLES:
+            return _unknown_role(turn.get("from"), index)
+        if not text.isascii() and not is_unicode(text):
+            return f"has text in turn {index} that is not valid Unicode"
     first = 1 if turns[0]["from"] == "gpt" else 0
     if first == len(turns):
         return "has no human turn"
@@ -71,7 +72,7 @@ def _llava_problem(record: Any) -> str | None:
             return f"has two {turn['from']} turns in a row (turn {index + first})"
         tagged += IMAGE_TAG in turn["value"]
     media = media_of(record)
-    if problem := text_problem(turns) or media.problem or acted_on_problem(record, turns):
+    if problem := media.problem or acted_on_problem(record, turns):
         return problem
     if len(media.images) > 1:
         return f"has {len(media.images)} images, and one is supported"

@@ -75,8 +75,8 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
             scan.problems[row] = problem
         else:
             turns, images = conversation["conversations"], image_paths(conversation)
-            answers = sum(turn["from"] == "gpt" for turn in turns[1:])
-            has_tag = any(IMAGE_TAG in turn["value"] for turn in turns)
+            answers = [turn["from"] for turn in turns[1:]].count("gpt")
+            has_tag = IMAGE_TAG in "\n".join([turn["value"] for turn in turns])
             if has_tag != bool(images):
                 (scan.tags_alone if has_tag else scan.images_alone).append(row)
             if turns and turns[-1]["from"] == "human":
