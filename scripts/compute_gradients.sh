@@ -17,10 +17,8 @@ set -uo pipefail
 # shellcheck source=scripts/shell/python.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/python.sh"
 
-if [[ $# == 0 || " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-    help_of "$0"
-    exit
-fi
+# shellcheck source=scripts/shell/help.sh
+source "$ROOT/scripts/shell/help.sh" "${1:---help}"
 folder='' previous=''
 for argument in "$@"; do
     [[ $previous != --output_file ]] || folder=$argument

@@ -7,10 +7,8 @@
 #
 # Sets up .venv first where it is missing. What is there already is skipped: remove a folder to make it anew.
 set -euo pipefail
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit
-fi
+# shellcheck source=scripts/shell/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 small=()
 if [[ ${1:-} == --small ]]; then
     small=(--small)

@@ -7,6 +7,8 @@
 # Sets up .venv first where it is missing. The steps are the README's, with the scripts and LLaVA's trainer that a 7B
 # model takes; only paths and sizes differ. What is there already is skipped: remove the folder to start anew.
 set -euo pipefail
+# shellcheck source=scripts/shell/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 # shellcheck source=scripts/shell/steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 begin quickstart llava "${1:-}"

@@ -7,6 +7,8 @@
 # Sets up .venv-native first where it is missing. The processor, the chat template and the trainer are the real ones;
 # only paths and sizes differ from a real run. What is there already is skipped: remove the folder to start anew.
 set -euo pipefail
+# shellcheck source=scripts/shell/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 # shellcheck source=scripts/shell/steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 begin quickstart-native native "${1:-}"

@@ -10,6 +10,8 @@
 # A second call does nothing; a call after an interrupted one completes it. pip's own variables hold, so that
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches the small CPU build of torch on Linux.
 set -euo pipefail
+# shellcheck source=scripts/shell/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv REQUIREMENTS=requirements.txt
@@ -135,9 +137,7 @@ make_venv() {
     echo "$state" >"$stamp"
 }
 
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-elif [[ -n ${1:-} && $1 != native ]]; then
+if [[ -n ${1:-} && $1 != native ]]; then
     fail "$1 is no environment; name native, or nothing for LLaVA's"
 elif [[ -n ${PYTHON:-} ]]; then
     complete_existing "$PYTHON"

@@ -8,10 +8,8 @@
 #   bash scripts/test.sh llava -m slow                   the small experiment from end to end, which takes minutes
 #   PYTHON=$(which python) bash scripts/test.sh          in an environment of your own
 set -euo pipefail
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit
-fi
+# shellcheck source=scripts/shell/help.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 environments=(llava native)
 if [[ ${1:-} == llava || ${1:-} == native ]]; then

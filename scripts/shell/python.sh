@@ -10,11 +10,6 @@ fail() {
     exit 2
 }
 
-# Prints the comment block at the top of a script: what its --help shows.
-help_of() {
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
-}
-
 if [[ -n ${PYTHON:-} ]]; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program; name an interpreter, or unset PYTHON to use .venv"
 elif [[ -x $ROOT/.venv/bin/python ]]; then

@@ -2,14 +2,10 @@
 # Sourced by the quickstarts: runs steps that are not done yet, and shows their commands and all that they set.
 SECONDS=0
 
-# begin FOLDER ENVIRONMENT ARGUMENT: shows the help where it is asked for; else makes the environment (`llava` or
-# `native`) where PYTHON names none, and sets ROOT, PYTHON and folder: the argument, or FOLDER in the project's.
+# begin FOLDER ENVIRONMENT ARGUMENT: makes the environment (`llava` or `native`) where PYTHON names none, and sets ROOT,
+# PYTHON and folder: the argument, or FOLDER in the project's.
 begin() {
     ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    if [[ $3 == -h || $3 == --help ]]; then
-        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-        exit
-    fi
     # shellcheck disable=SC2034 # the quickstarts use it
     folder=$(realpath -m "${3:-$ROOT/$1}")
     cd "$ROOT" || exit

@@ -21,11 +21,14 @@ MASTER_PORT=${MASTER_PORT:-29500}
 # train_llava ARGUMENT...: checks what is there, then trains; the arguments go to LLaVA's trainer.
 train_llava() {
     if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
-        help_of "$0"
+        # shellcheck source=scripts/shell/help.sh
+        (source "$ROOT/scripts/shell/help.sh" --help)
         echo
         sed -n 's/^\([A-Z_]*\)=\${[A-Z_]*:\{0,1\}-\([^}]*\)}/  \1=\2/p' "$0" "$ROOT/scripts/shell/train.sh"
         return
     fi
+    # With a word behind it, it is LLaVA's: the template.
+    [[ ${*: -1} != --version ]] || source "$ROOT/scripts/shell/help.sh" --version
     local recipe=(
         --model_name_or_path "$MODEL" --version v1
         --data_path "$DATA_PATH" --image_folder "$IMAGE_FOLDER" --output_dir "$OUTPUT_DIR"

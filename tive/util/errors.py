@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TextIO
 
 from tive.util.text import shown
@@ -25,7 +26,13 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on standard error and exit code 2."""
+    """Run a script's `main`; a `UserError` becomes one line on standard error and exit code 2.
+
+    With `--version` alone it prints the project's version instead.
+    """
+    if sys.argv[1:] == ["--version"]:
+        print(f"tive {version('tive')}")
+        return
     _occupy_standard_descriptors()
     sys.stdout, sys.stderr = _terminal(sys.stdout, 1), _terminal(sys.stderr, 2)
     try:
