@@ -14,10 +14,11 @@ import pytest
 
 # What a test file imports tells which environment it needs (docs/native.md); what needs neither runs in both.
 NEEDED = {
-    "llava": ("llava", "deepspeed", "tive.models.llava", "tive.training", "tests.helpers.golden_model"),
+    "llava": ("llava", "deepspeed", "tive.models.llava", "tive.training.llava_trainer", "tests.helpers.golden_model"),
     "native": (
         "tive.models.native",
         "tests.helpers.tiny_native",
+        "tive.training.trl_trainer",
         "tive.models.answer_spans",
     ),
 }

@@ -19,6 +19,7 @@ from tive.models import ModelFiles, native, native_encoding
 from tive.models.common import target_modules
 from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
 from tive.models.optimizer_state import find_optimizer_state, moments_of_matrices
+from tive.training.trl_trainer import DataArguments, opened
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = QWEN.parent
@@ -76,8 +77,6 @@ def test_a_checkpoint_holds_the_moments_by_name_that_its_optimizer_holds_by_numb
 
 def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A photo that lies on its side, as phones write it."""
-    from scripts.train_trl import DataArguments, opened
-
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(0).integers(0, 255, (84, 140, 3), dtype=np.uint8)

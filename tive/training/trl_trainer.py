@@ -1,0 +1,109 @@
+"""TRL's trainer, started by `scripts/train_trl.py`, which leaves beside each model what step 3 needs to know."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before transformers and TRL: it makes a torchvision importable that does not fit the installed torch.
+from tive.models.common import prepare_torchvision
+
+prepare_torchvision()
+
+import torch  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
+
+from tive.data.images import BadImage, find_image, open_image  # noqa: E402
+from tive.data.training_record import (  # noqa: E402
+    TrainingRecord,
+    lora_of,
+    recorded_model,
+    versions_of,
+    write_record,
+)
+from tive.training.moments import save_moments  # noqa: E402
+from tive.util.device import leave_a_core  # noqa: E402
+from tive.util.errors import UserError  # noqa: E402
+
+
+@dataclass
+class DataArguments:
+    """Where the records and their images lie."""
+
+    data_path: str
+    image_folder: str = ""
+
+
+class RecordingTrainer(SFTTrainer):
+    """TRL's trainer, which leaves beside each model what step 3 needs to know of the training."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        write_record(Path(output_dir or self.args.output_dir), self.record)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_moments(self, output_dir)
+
+
+def opened(data: DataArguments) -> Any:
+    """TRL's data set of a file of records in the form `parts`; an image is read when its record is."""
+    if not os.path.isfile(data.data_path):
+        raise UserError(f"--data_path {data.data_path} is not a file")
+    dataset = load_dataset("json", data_files=data.data_path, split="train")
+    if "messages" not in dataset.column_names:
+        raise UserError(f"{data.data_path} has no messages; convert it with scripts/convert_data.py --to parts")
+    dataset = dataset.select_columns([name for name in ("messages", "images") if name in dataset.column_names])
+    if "images" not in dataset.column_names:
+        return dataset
+
+    def with_images(records: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        images = [[image_of(data, path) for path in paths or []] for paths in records["images"]]
+        return records | {"images": images}
+
+    return dataset.with_transform(with_images)
+
+
+def image_of(data: DataArguments, path: str) -> Any:
+    try:
+        return open_image(find_image(os.path.abspath(data.image_folder), path), upright=True)
+    except BadImage as error:
+        raise UserError(
+            f"{data.data_path}: {path} below {data.image_folder or 'the working folder'}: {error}; set --image_folder, "
+            "or leave the record out"
+        ) from error
+
+
+def record_of(trainer: Any, model: ModelConfig) -> TrainingRecord:
+    """What this training uses, from the files that it was loaded from."""
+    return TrainingRecord(
+        trainer="trl",
+        template=hashlib.sha256((trainer.processing_class.chat_template or "").encode()).hexdigest(),
+        base=recorded_model(model.model_name_or_path, revision=model.model_revision),
+        lora=lora_of(trainer.model) if model.use_peft else None,
+        versions=versions_of("tive", "trl", "torch", "transformers", "peft"),
+        settings={name: getattr(trainer.args, name) for name in ("assistant_only_loss", "max_length")},
+    )
+
+
+def train() -> None:
+    """Train as the arguments of the command line say: `DataArguments`, and TRL's own."""
+    data, training, model = TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    training.model_init_kwargs = {
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "revision": model.model_revision,
+    }
+    trainer = RecordingTrainer(
+        model=model.model_name_or_path, args=training, train_dataset=opened(data), peft_config=get_peft_config(model)
+    )
+    trainer.record = record_of(trainer, model)
+    if training.device.type == "cpu":
+        leave_a_core(trainer.model.config.get_text_config().hidden_size)
+        print(f"{torch.get_num_threads()} threads on the CPU (OMP_NUM_THREADS sets another number)")
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
