@@ -1,6 +1,7 @@
 """A mixture with the shapes and counts of LLaVA-1.5's, without its images or its text.
 
-Run by itself it writes the whole of it, 665,298 records and about 1 GB, to try `scripts/label_tasks.py` at full size:
+Run by itself it writes the whole of it, 665,298 records and about 1 GB, to try `scripts/label_tasks.py` at full size,
+or with `--scale 1000` a thousandth:
 
     python tests/helpers/mixture.py mixture.json
     python scripts/label_tasks.py --source_path mixture.json --target_path labelled.json
@@ -8,9 +9,9 @@ Run by itself it writes the whole of it, 665,298 records and about 1 GB, to try 
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,16 @@ def mixture(scale: int = 1, variants: int = 200) -> Iterator[tuple[str, dict[str
         yield task, pool[task][number % variants]
 
 
-if __name__ == "__main__":
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        for number, (_, content) in enumerate(mixture()):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="the file to write")
+    parser.add_argument("--scale", type=int, default=1, help="write one record in so many of each task")
+    arguments = parser.parse_args()
+    with open(arguments.path, "w", encoding="utf-8") as file:
+        for number, (_, content) in enumerate(mixture(arguments.scale)):
             file.write(("[" if number == 0 else ", ") + json.dumps(content))
         file.write("]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Every command block of the pages, taken from the page's own text: run, parsed, or named as not run.
+
+The word behind a block's opening says which: ```bash is run, on the quickstarts' data under the names that the page
+uses; ```bash parsed: WHY is only parsed, by the script's own parser; ```bash not run: WHY needs what is not here.
+`pytest -m pages` runs it, and makes the quickstarts first where they are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import here
+from tests.helpers.mixture import mixture
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NATIVE = ("native.md",)
+COMMANDS = (
+    "python",
+    "bash ",
+    "pip ",
+    "torchrun",
+    "sbatch",
+    "source ",
+    "accelerate",
+    "swift ",
+    "llamafactory",
+    "export ",
+)
+# On a CPU, as the pages say beside the command.
+ON_A_CPU = {"--bf16 true": "--bf16 false --use_cpu"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its text, and what is done with it (`run`, `parsed`, `not run`; empty: no commands)."""
+
+    text: str
+    done: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    blocks = []
+    for info, text in re.findall(r"^ *```([^\n`]*)\n(.*?)^ *```$", page.read_text(), flags=re.M | re.S):
+        language, _, why = info.strip().partition(" ")
+        done, _, reason = why.partition(":")
+        assert not done or (done in ("parsed", "not run") and reason.strip()), f"{page.name}: ```{info}"
+        blocks.append(Block(textwrap.dedent(text), (done or "run") if language == "bash" else ""))
+    return blocks
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_commands_says_whether_it_is_run(page: Path) -> None:
+    for block in blocks_of(page):
+        lines = block.text.splitlines()
+        assert block.done or not any(line.startswith(COMMANDS) for line in lines), f"{page.name}: {lines[0]}"
+
+
+def quickstart(name: str, script: str) -> Path:
+    """A quickstart's folder: one that is named by the environment or lies here, else it is made."""
+    folder = Path(os.environ.get(name, ROOT / name.lower().replace("_", "-")))
+    environment = os.environ | {"PYTHON": sys.executable}
+    subprocess.run(["bash", ROOT / "scripts" / script, folder], env=environment, check=True, capture_output=True)
+    return folder
+
+
+def some_records(source: Path, rows: slice) -> Callable[[Path], None]:
+    def write(target: Path) -> None:
+        target.write_text(json.dumps(json.loads(source.read_text())[rows]))
+
+    return write
+
+
+def linked(folder: Path, **more: Path) -> Callable[[Path], None]:
+    """A folder whose entries are those of another, and more."""
+
+    def link(target: Path) -> None:
+        target.mkdir(parents=True)
+        for source in folder.iterdir():
+            (target / source.name).symlink_to(source)
+        for name, source in more.items():
+            (target / f"{name}.json").symlink_to(source)
+
+    return link
+
+
+def bad_records(target: Path) -> None:
+    target.write_text(json.dumps([{"row": 3, "id": "boxes-3", "reason": "missing image"}]))
+
+
+def chat(source: Path) -> Callable[[Path], None]:
+    def convert(target: Path) -> None:
+        command = [sys.executable, ROOT / "scripts" / "convert_data.py", "--source_path", source]
+        subprocess.run([*command, "--target_path", target, "--to", "messages"], check=True, capture_output=True)
+
+    return convert
+
+
+def evaluated(source: Path, images: Path, model: Path) -> Callable[[Path], None]:
+    def evaluate(target: Path) -> None:
+        held_out = target.with_name("held_out.json")
+        some_records(source, slice(0, None, 60))(held_out)
+        command = [sys.executable, ROOT / "scripts" / "evaluate.py", "--input_file", held_out, "--save_path", target]
+        command += ["--image_folder", images, "--model", "tive", model]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=target.parent)
+
+    return evaluate
+
+
+def small_mixture(target: Path) -> None:
+    """LLaVA-1.5's mixture, one record in 8000 of each task, and its images beside it."""
+    records = [record for _, record in mixture(8000)]
+    target.write_text(json.dumps(records))
+    for image in {record["image"] for record in records if "image" in record}:
+        path = target.parent / "playground" / "data" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 24), "red").save(path)
+
+
+def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
+    """What lies in the folder in which a page's commands are run: name -> what it is linked to, or what makes it."""
+    if page in NATIVE:
+        folder = quickstart("QUICKSTART_NATIVE", "quickstart_native.sh")
+        names: dict[str, Path | Callable[[Path], None]] = {name: folder / name for name in ("data.json", "images")}
+        names |= {"warm_up.json": folder / "warm_up.json", "BASE": folder / "model"}
+        return names | {"subset.json": folder / "selected" / "Tive_q_0.001_p_0.15.json"}
+    folder = quickstart("QUICKSTART", "quickstart.sh")
+    reference, tuned, base = folder / "reference", folder / "tuned", folder / "model" / "vicuna"
+    projector = "checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"
+    names = {"lmsys/vicuna-7b-v1.5": base, "vicuna-7b-v1.5": base, projector: folder / "model" / "mm_projector.bin"}
+    names |= {"openai/clip-vit-large-patch14-336": folder / "model" / "clip"}
+    names |= {"data.json": folder / "data.json", "images": folder / "images", "quickstart": folder}
+    copied = {"selected": linked(folder / "selected")}
+    warm_up = linked(folder / "images", warm_up=folder / "warm_up.json")
+    of_page: dict[str, dict[str, Path | Callable[[Path], None]]] = {
+        "README.md": {"llava_v1_5_mix665k.json": small_mixture},
+        "data.md": {
+            "llava_v1_5_mix665k.json": small_mixture,
+            "warm_up_bad_records.json": bad_records,
+            "chat.jsonl": chat(folder / "data.json"),
+            **copied,
+        },
+        "gradients.md": {
+            "llava_labelled.json": folder / "data.json",
+            "playground/data": folder / "images",
+            "checkpoints/llava-v1.5-7b-warm-up-lora": reference,
+        },
+        "clusters.md": {"checkpoints/reference-lora": reference},
+        "selection.md": {"llava_labelled.json": folder / "data.json", "features": folder / "gradients"},
+        "report.md": {
+            "playground/data": folder / "images",
+            "evaluation": evaluated(folder / "data.json", folder / "images", tuned),
+            **copied,
+        },
+        "evaluation.md": {f"checkpoints/llava-{name}": tuned for name in ("all", "random", "tive")}
+        | {"checkpoints/llava-warm-up-lora": reference},
+        "less.md": {
+            "data.json": some_records(folder / "data.json", slice(0, None, 9)),
+            "target.json": some_records(folder / "data.json", slice(1, None, 60)),
+            "playground/data": warm_up,
+        },
+    }
+    return names | of_page.get(page, {})
+
+
+def workspace(page: str, folder: Path) -> dict[str, str]:
+    """Lay out the project and what the page's commands need in a folder; returns the environment for them."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in {path.split("/")[0] for path in tracked.splitlines()} | {".venv", ".venv-native"}:
+        if (ROOT / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    for name, source in given(page).items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, Path):
+            target.symlink_to(source.resolve())
+        else:
+            source(target)
+    stand_ins = folder / "parse_only"
+    stand_ins.mkdir()
+    for program in ("python", "torchrun", "sbatch"):
+        named = "" if program == "python" else f"{program} "
+        command = f'exec {sys.executable} {ROOT}/tests/helpers/parse_only.py {named}"$@"'
+        (stand_ins / program).write_text(f"#!/bin/sh\n{command}\n")
+        (stand_ins / program).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "WORKERS": "0"}
+    return environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.pages
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.done for block in blocks_of(page))], ids=lambda page: page.name
+)
+def test_the_commands_of_a_page_run_as_they_are_written(page: Path, tmp_path: Path) -> None:
+    if here() != ("native" if page.name in NATIVE else "llava"):
+        pytest.skip("of the other environment")
+    environment = workspace(page.name, tmp_path)
+    for block in blocks_of(page):
+        if block.done not in ("run", "parsed"):
+            continue
+        text = block.text
+        for words, on_a_cpu in ON_A_CPU.items():
+            text = text.replace(words, on_a_cpu)
+        settings = environment
+        if block.done == "parsed":
+            stand_ins = tmp_path / "parse_only"
+            settings = environment | {"PATH": f"{stand_ins}:{environment['PATH']}", "PYTHON": f"{stand_ins}/python"}
+        ended = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=settings, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, f"{block.text}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+    shutil.rmtree(tmp_path)
