@@ -71,7 +71,9 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
-FLAG = re.compile(r"(?<![\w-])(?<!var\()--[A-Za-z]")  # a style sheet's variable is none
+FLAG = re.compile(
+    r"(?<![\w-])(?<!var\()--(?!version\b)[A-Za-z]"
+)  # all scripts have --version; var() is a style sheet's
 WHOLE_COMMAND = re.compile(r"`python [^`]*`")
 # The trainer's own arguments are flags.
 ROOMS_WITH_FLAGS = ("training",)
