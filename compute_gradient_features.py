@@ -52,9 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:K")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: by the device")
     add("--batch_size", type=int, default=16, help="most records in a batch (16)")
-    add("--max_batch_tokens", type=int, default=16384, help="most tokens in a batch, with padding (16384)")
+    add("--max_batch_tokens", type=int, help="most tokens in a batch, with padding (what fits; on a CPU 16384)")
     add("--window", type=int, default=512, help="records computed and written as one; what a crash can cost (512)")
-    add("--gradient_checkpointing", action="store_true", help="less memory for a third more time, same gradients")
+    add("--gradient_checkpointing", action="store_true", help="less memory for a third more time (where it must be)")
     add("--grad_modules", default="self_attn", help="which LoRA matrices count: self_attn, mlp, q_proj,v_proj, all")
     add(
         "--projector",
@@ -97,6 +97,9 @@ def main() -> None:
     # Threads that spin long take the cores from the processes that read, threads that never spin wake too late
     # (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Batches vary in shape, and fixed segments of a GPU's memory would fill with holes.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.data.images import open_image
     from tive.data.records import chunk_range, open_records

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tive.features.batches import Batches, padded_tokens
+from tive.features.batches import Batches, bytes_a_token, padded_tokens, tokens_that_fit
 from tive.models import Encoded
 from tive.util.errors import UserError
 
@@ -98,3 +99,40 @@ def test_the_padding_efficiency_counts_every_batch():
     batches = Batches(2, 16384)
     list(batches.compute(len, records_of(100, 95)))
     assert batches.padding_efficiency == pytest.approx(195 / 200)
+
+
+def reference_of(hidden: int, inner: int, layers: int, vocabulary: int, dtype=torch.bfloat16) -> SimpleNamespace:
+    config = SimpleNamespace(hidden_size=hidden, intermediate_size=inner, vocab_size=vocabulary)
+    return SimpleNamespace(model=SimpleNamespace(config=config), layers=[None] * layers, dtype=dtype)
+
+
+LLAVA_7B = reference_of(4096, 11008, 32, 32000)
+
+
+def test_the_limit_of_llavas_7b_is_what_its_activations_take():
+    assert 4e6 < bytes_a_token(LLAVA_7B, False) < 5e6
+    assert bytes_a_token(LLAVA_7B, True) < bytes_a_token(LLAVA_7B, False) / 8
+    assert 10_000 <= tokens_that_fit(LLAVA_7B, 64 * 10**9, False) < 14_000
+    assert tokens_that_fit(LLAVA_7B, 8 * 10**9, False) < 2048 < tokens_that_fit(LLAVA_7B, 8 * 10**9, True)
+
+
+def test_a_larger_vocabulary_and_less_memory_leave_fewer_tokens():
+    larger = reference_of(4096, 11008, 32, 152000)
+    assert tokens_that_fit(larger, 2 * 10**10, False) < tokens_that_fit(LLAVA_7B, 2 * 10**10, False)
+    assert tokens_that_fit(LLAVA_7B, 0, False) == 1
+
+
+def test_where_one_record_does_not_fit_room_is_made_once():
+    device, made = Device(100), []
+
+    def relief() -> int:
+        made.append(device.tokens)
+        device.tokens = 600
+        return 600
+
+    batches = Batches(16, 16384, relief)
+    rows = [row for batch, _ in batches.compute(device, records_of(500, 500, 500)) for row, _ in batch]
+    assert sorted(rows) == [0, 1, 2] and made == [100] and batches.relief is None
+    device.tokens = 10
+    with pytest.raises(UserError, match="record 0 "):
+        list(batches.compute(device, records_of(500)))

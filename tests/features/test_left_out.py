@@ -379,7 +379,7 @@ def test_an_image_that_goes_bad_during_the_run_stops_it_and_the_repaired_run_goe
 def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
     done = run_step(tmp_path / "out", "--dry_run", 6)
     assert done.code == 0
-    for part in ("records/s", "take about", "peak memory", "GB for the features"):
+    for part in ("records/s", "waiting for data", "net cost", "forward", "peak memory", "GB for the features"):
         assert part in done.out
     assert not (tmp_path / "out").exists()
 

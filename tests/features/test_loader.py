@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tive.data.records import open_records
-from tive.features.loader import Loader
+from tive.features.loader import Loader, pixels_in_half
 from tive.models import Encoded, LeftOut
 from tive.util.errors import UserError
 
@@ -47,7 +50,8 @@ def loader_of(folder: Path, num_workers: int = 0, count: int = COUNT, **asked: d
             records[row][key] = value
     (folder / "data.json").write_text(json.dumps(records))
     records_file = open_records(folder / "data.json")
-    return Loader(SimpleNamespace(encode=encode), folder, records_file, "", num_workers)
+    reference = SimpleNamespace(processor=folder, dtype=torch.float32)
+    return Loader(SimpleNamespace(encode=encode), reference, records_file, "", num_workers)
 
 
 ROWS = list(range(COUNT))
@@ -159,3 +163,16 @@ def test_a_worker_that_is_stuck_does_not_keep_the_run_from_ending(tmp_path):
 def children_of(pid: int) -> set[int]:
     children = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
     return {int(child) for some in children for child in some}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    ids: np.ndarray
+    pixels: dict[str, np.ndarray] | None
+
+
+def test_only_pixels_travel_in_sixteen_bits():
+    inputs = Inputs(np.arange(3), {"image": np.ones((3, 4, 4), np.float32), "sizes": np.array([4.0], np.float32)})
+    halved = pixels_in_half(inputs)
+    assert halved.pixels["image"].dtype == np.float16 and halved.pixels["sizes"].dtype == np.float32
+    assert halved.ids.dtype == np.int64 and pixels_in_half(Inputs(inputs.ids, None)).pixels is None

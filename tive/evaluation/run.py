@@ -76,7 +76,7 @@ def evaluate(
     """
     windows = store.missing(options.window)
     readable = [row for rows in windows for row in rows if row not in checked.reasons]
-    loader = Loader(family, reference.processor, scan.records, options.image_folder, options.num_workers)
+    loader = Loader(family, reference, scan.records, options.image_folder, options.num_workers)
     batches = Batches(options.batch_size, options.max_batch_tokens)
     total = len(scan.records)
     bar = tqdm(total=total, initial=total - sum(map(len, windows)), desc="Evaluating", unit=" records")

@@ -1,4 +1,4 @@
-"""Which records share a batch, how large it may be, and what happens when memory runs out."""
+"""The memory policy: which records share a batch, how many tokens fit, and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -8,25 +8,57 @@ from typing import TypeVar
 
 import torch
 
-from tive.models import Encoded
+from tive.models import Encoded, Reference
 from tive.util.errors import UserError
 
 # Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
 _LEAST_EFFICIENCY = 0.9
+# Of the memory that is free; the rest is for the vision tower, one matrix's gradients and what the allocator wastes.
+_SHARE_OF_FREE = 0.8
+# Positions whose logits are there at one time, and bytes of each logit: float32, its gradient, softmax.
+_LOSS_POSITIONS, _LOSS_BYTES = 2048, 14
 Result = TypeVar("Result")
 Batch = list[tuple[int, Encoded]]
 
 
+def bytes_a_token(reference: Reference, gradient_checkpointing: bool) -> int:
+    """What the backward pass needs of each token of a batch, with a frozen base and LoRA (an estimate).
+
+    Of a layer of width h and inner width i it keeps five times h (the input of the attention's matrices, queries, keys,
+    values, the attention's output) and three times i (gate, its activation, up) in the model's dtype, and the inputs
+    of two norms in float32. With gradient checkpointing every layer keeps its input alone, and one layer keeps all.
+    """
+    config = reference.model.config
+    config = getattr(config, "text_config", None) or config
+    h = config.hidden_size
+    i = getattr(config, "intermediate_size", None) or 4 * h
+    size, layers = reference.dtype.itemsize, len(reference.layers)
+    layer = size * (5 * h + 3 * i) + 4 * 2 * h
+    return layers * size * h + layer if gradient_checkpointing else layers * layer
+
+
+def tokens_that_fit(reference: Reference, free: int, gradient_checkpointing: bool) -> int:
+    """The most tokens of a batch that fit in `free` bytes beside the logits, in whole thousands above one."""
+    config = reference.model.config
+    vocabulary = (getattr(config, "text_config", None) or config).vocab_size
+    room = _SHARE_OF_FREE * free - _LOSS_POSITIONS * _LOSS_BYTES * vocabulary
+    tokens = max(1, int(room / bytes_a_token(reference, gradient_checkpointing)))
+    return tokens // 1000 * 1000 or tokens
+
+
 class Batches:
-    """The memory policy: batches of one group and of like length, of at most so many records and tokens.
+    """Batches of one group and of like length, of at most so many records and tokens.
 
     Attributes:
         tokens: with padding; halved when a batch does not fit in memory, so that short records still fill theirs.
         computed, padded: tokens of all batches so far, without and with padding.
+
+    Args:
+        relief: is called once, when one record alone does not fit: it makes room, and gives the new limit of tokens.
     """
 
-    def __init__(self, records: int, tokens: int) -> None:
-        self.records, self.tokens = records, tokens
+    def __init__(self, records: int, tokens: int, relief: Callable[[], int] | None = None) -> None:
+        self.records, self.tokens, self.relief = records, tokens, relief
         self.computed = self.padded = 0
 
     @property
@@ -65,16 +97,19 @@ class Batches:
                     waiting[:0] = self.cut(batch)
 
     def _halve(self, batch: Batch) -> None:
-        if len(batch) == 1:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            self.tokens = padded_tokens(batch) // 2
+            print(f"out of memory: batches are now of {self.tokens} tokens at most")
+        elif self.relief is not None:
+            self.tokens, self.relief = self.relief(), None
+        else:
             number, record = batch[0]
             raise UserError(
                 f"record {number} ({record.length} tokens) alone does not fit in memory; take a device with more, or "
-                "in the gradient step gradient_checkpointing"
+                "leave it out"
             )
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        self.tokens = padded_tokens(batch) // 2
-        print(f"out of memory: batches are now of {self.tokens} tokens at most")
 
     def filled(self, records: Iterable[tuple[int, Encoded]]) -> Iterator[Batch]:
         """Batches, each as soon as it is full; those that are not follow when the records are at their end."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from tive.data.scan import Scan, check_chunk
-from tive.features.batches import Batches
 from tive.features.chunk import Match
 from tive.features.gradient_pass import PassOptions, loader_of
 from tive.features.left_out import list_file, report_bad_records
-from tive.features.step import GradientStep
+from tive.features.step import GradientStep, batches_for
+from tive.method.projection import make_projector, project
 from tive.models import Encoded
 from tive.util.device import peak_memory
 from tive.util.errors import UserError
 from tive.util.stopwatch import Stopwatch
 from tive.util.text import duration
+
+# The release's: the share of the records that the reference model is trained on, and the share that is selected.
+_WARM_UP, _SELECTED = 0.08, 0.15
 
 
 def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Callable[[], GradientStep]) -> None:
@@ -31,39 +36,97 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
     step = load()
     usable = [row for row in checked.rows if row not in checked.reasons]
     rows = usable[:: max(1, len(usable) // count)][:count]
-    loader = loader_of(step, checked, replace(options, num_workers=0))
+    batches = batches_for(step, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
+    loader = loader_of(step, checked, options)
+    records: dict[int, Encoded] = {}
+
+    def read() -> Iterator[tuple[int, Encoded]]:
+        for row, item in items:
+            if isinstance(item, Encoded):
+                records[row] = item
+                yield row, item
+            else:
+                print(f"  record {row} left out: {item}")
+
     with loader.read(rows) as items:
-        encoded = dict(items)
-    records = {row: item for row, item in encoded.items() if isinstance(item, Encoded)}
-    if not records:
-        raise UserError(f"none of {len(rows)} records can be computed; the first: {next(iter(encoded.values()), None)}")
-    # The first batch pays for what is done once: signs, kernels, memory.
-    step([records[min(records)]])
+        first = next(read(), None)
+        if first is None:
+            raise UserError(f"none of {len(rows)} records can be computed; look at them, or at the model's template")
+        step([first[1]])  # pays for what is done once: signs, kernels, memory
+        wait_for(step)
+        loader.waited, begin = 0.0, time.perf_counter()
+        for _ in batches.compute(step, read()):
+            pass
+        wait_for(step)
+        seconds = time.perf_counter() - begin
+    timed = max(1, len(records) - 1)
+    # The shares of the parts in a pass of their own: each part is waited for, which costs speed.
     stopwatch = Stopwatch(step.reference.device)
-    batches = Batches(options.batch_size, options.max_batch_tokens)
-    begin = time.perf_counter()
     for _ in batches.compute(replace(step, measure=stopwatch.measure), records.items()):
         pass
-    seconds = time.perf_counter() - begin
 
-    rate = len(records) / seconds
-    disk = len(checked.rows) * step.projector.proj_dim * 2
-    longest = max(record.length for record in records.values())
-    print(f"dry run: {len(records)} of {len(rows)} records, longest {longest} tokens")
-    for row, reason in encoded.items():
-        if isinstance(reason, str):
-            print(f"  record {row} left out: {reason}")
-    whole = duration(len(checked.rows) / rate)
-    print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take about {whole}")
+    rate, total = timed / seconds, sum(stopwatch.seconds.values())
+    print(
+        f"dry run: {len(records)} of {len(rows)} records, {max(item.length for item in records.values())} tokens at most"
+    )
+    print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take {duration(len(checked.rows) / rate)}")
     if len(checked.records) > len(checked.rows):
-        print(
-            f"  all {len(checked.records)} records, on one such device: about {duration(len(checked.records) / rate)}"
-        )
+        print(f"  all {len(checked.records)} records, on one such device: {duration(len(checked.records) / rate)}")
+    print(f"  waiting for data: {loader.waited / seconds:.1%} of the time, {loader.num_workers} processes reading")
     for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
-        print(f"    {part / seconds:6.1%}  {name}")
-    print(f"  reading and encoding: {loader.waited / len(rows) * 1000:.0f} ms a record and process")
+        print(f"    {part / total:6.1%}  {name}")
+    print_net_cost(seconds / timed, stopwatch.seconds["forward"] / len(records))
+    if step.reference.device.type == "cuda":
+        print_projectors(step, ("sparse", "trak"), batches.records)
     print(f"  padding efficiency {batches.padding_efficiency:.2f}")
     print(f"  peak memory {peak_memory(step.reference.device) / 2**30:.2f} GiB")
-    folder = options.folder.absolute()
+    disk, folder = len(checked.rows) * step.projector.proj_dim * 2, options.folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")
+
+
+def print_net_cost(gradient: float, forward: float) -> None:
+    """Print what the whole selection costs as a share of an epoch over all records, as Liu et al. and PRISM report it.
+
+    Training costs three forward passes a record, of a reference model two: nothing is computed for its frozen weights.
+
+    Args:
+        gradient: seconds a record of the gradient pass.
+        forward: seconds a record of a forward pass.
+    """
+    parts = {"warm-up": _WARM_UP * 2 / 3, "gradients": gradient / (3 * forward), "training": _SELECTED}
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+    print(
+        f"  net cost of a selection of {_SELECTED:.0%}: {sum(parts.values()):.0%} of one epoch of full training on "
+        f"the same device ({listed}; an estimate from the forward pass)"
+    )
+
+
+def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> None:
+    """Print what projecting a batch costs with each kind of projector that works here, in milliseconds a record."""
+    device = step.reference.device
+    for kind in kinds:
+        try:
+            projector = make_projector(kind, 0, step.projector.proj_dim, device)
+        except ValueError as error:
+            print(f"    projector {kind}: {error}")
+            continue
+        seconds = 0.0
+        for number, (name, matrix) in enumerate(step.matrices.items()):
+            gradients = torch.randn(records, matrix.weight.numel(), device=device)
+            project(projector, name, gradients)  # draws what is drawn once
+            wait_for(step)
+            begin = time.perf_counter()
+            project(projector, name, gradients)
+            wait_for(step)
+            seconds += time.perf_counter() - begin
+            if number == 7:  # two modules' worth of matrices, of all shapes
+                break
+        cost = seconds / (number + 1) * len(step.matrices) / records
+        print(f"    projector {kind}: {cost * 1000:.2f} ms a record")
+
+
+def wait_for(step: GradientStep) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if step.reference.device.type == "cuda":
+        torch.cuda.synchronize(step.reference.device)

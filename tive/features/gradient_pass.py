@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
-from tive.features.batches import Batches
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (
     check_disk,
@@ -36,7 +35,7 @@ from tive.features.left_out import (
     report_bad_records,
 )
 from tive.features.loader import Loader, usable, workers_beside
-from tive.features.step import GradientStep
+from tive.features.step import GradientStep, batches_for
 from tive.features.store import Window
 from tive.models import NOT_FINITE
 from tive.util.device import device_name, peak_memory
@@ -60,17 +59,11 @@ class PassOptions:
     skip_bad: bool
     overwrite: bool
     batch_size: int
-    max_batch_tokens: int
+    max_batch_tokens: int | None
     window: int
     gradient_checkpointing: bool
     num_workers: int | None
     inputs: Mapping[str, object]
-
-    @property
-    def how(self) -> dict[str, object]:
-        """What the manifest tells of how a chunk was computed."""
-        names = ("batch_size", "max_batch_tokens", "window", "gradient_checkpointing")
-        return {name: getattr(self, name) for name in names}
 
 
 def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, load: Callable[[], GradientStep]) -> None:
@@ -108,7 +101,7 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
         about = {"projector_about": step.projector.about}
         content = record_hashes((scan.records[row] for row in match.rows), len(match.rows))
-        chunk.finish({"how": options.how} | about | device | cost | dict(options.inputs), content)
+        chunk.finish(about | device | cost | dict(options.inputs), content)
     print(
         f"written: {', '.join(str(chunk.path(form)) for form in ('output_{}.pt', 'output_norm_{}.json'))} and the "
         f"manifest\n{name} done: {len(match.rows) - len(left_out)} features, {count_reasons(left_out)}, "
@@ -131,7 +124,7 @@ def compute_windows(
     done = len(checked.rows) - sum(map(len, windows))
     if done:
         print(f"continuing: {done} of {len(checked.rows)} records are on disk")
-    batches = Batches(options.batch_size, options.max_batch_tokens)
+    batches = batches_for(step, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
     loader = loader_of(step, checked, options)
     readable_rows = [row for rows in windows for row in rows if row not in checked.reasons]
     count = 0
@@ -155,7 +148,9 @@ def compute_windows(
             if stop.signal_number is not None:
                 break
     seconds = time.perf_counter() - begun
+    how = {"batch_size": batches.records, "max_batch_tokens": batches.tokens, "window": options.window}
     cost = {
+        "how": how | {"gradient_checkpointing": batches.relief is None, "num_workers": loader.num_workers},
         "started": started,
         "finished": _now(),
         "seconds": seconds,
@@ -171,7 +166,7 @@ def compute_windows(
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
     """What reads and encodes a chunk's records for a step."""
     workers = workers_beside(step.reference.device, options.num_workers)
-    return Loader(step.family, step.reference.processor, checked.records, options.image_folder, workers)
+    return Loader(step.family, step.reference, checked.records, options.image_folder, workers)
 
 
 def of_window(

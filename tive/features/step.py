@@ -8,17 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tive.features.batches import Batches, bytes_a_token, tokens_that_fit
 from tive.features.chunk import Match
 from tive.features.gradient_kind import GradientKind, transform_of
 from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector, make_projector
 from tive.models import Encoded, Family, ModelFiles, RecordLosses, Reference
-from tive.models.common import target_modules
+from tive.models.common import freeze, target_modules
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError
 
 # Small gradients vanish in float16 below 6e-8; this lifts them, and an overflow is met with a smaller scale.
 _FLOAT16_LOSS_SCALE = 2.0**12
+# Of a batch on a CPU, where the memory does not decide: a run that is continued has the same batches.
+_TOKENS_ON_A_CPU = 16384
+# The longest record, where the model has no limit of its own: LLaVA's.
+_LONGEST = 2048
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,14 @@ class GradientStep:
     @property
     def counted_parameters(self) -> int:
         return sum(matrix.weight.numel() for matrix in self.matrices.values())
+
+    def relieved(self) -> int:
+        """Turn gradient checkpointing on; the tokens that fit in a batch then."""
+        freeze(self.reference.model, gradient_checkpointing=True)
+        print("gradient checkpointing is on from here: less memory, about a third more time, the same gradients")
+        if self.reference.device.type != "cuda":
+            return _TOKENS_ON_A_CPU
+        return tokens_that_fit(self.reference, torch.cuda.mem_get_info(self.reference.device)[0], True)
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """Of a batch of one group: `features` float16 `[B, d]`, `norms`, `losses` and perhaps `el2n` `[B]`.
@@ -73,6 +86,9 @@ def load_step(
     Raises:
         UserError: the model's files, the optimizer's state or the projector cannot be used.
     """
+    # Sums over a record's tokens: in bfloat16 they would lose what float32 keeps.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     reference = family.load(files, device, getattr(torch, str(match.dtype)), gradient_checkpointing)
     matrices = target_modules(reference, match.grad_modules)
     if device.type == "cpu":
@@ -88,3 +104,33 @@ def load_step(
         f"matrices of {len(reference.layers)} layers\nprojector {projector.kind}: {projector.about}"
     )
     return step
+
+
+def batches_for(step: GradientStep, records: int, tokens: int | None, gradient_checkpointing: bool) -> Batches:
+    """The memory policy for a step; prints how many tokens a batch may have, and why.
+
+    Where nobody chose, a GPU's free memory gives the limit. Gradient checkpointing is turned on where the longest
+    record would not fit without it, or where one does not.
+
+    Args:
+        records: most of a batch.
+        tokens: most of a batch; None for what fits.
+        gradient_checkpointing: whether it is on already.
+    """
+    reference = step.reference
+    if reference.device.type != "cuda":
+        return Batches(records, tokens or _TOKENS_ON_A_CPU, None if gradient_checkpointing else step.relieved)
+    free, _ = torch.cuda.mem_get_info(reference.device)
+    free += torch.cuda.memory_reserved(reference.device) - torch.cuda.memory_allocated(reference.device)
+    longest = getattr(reference.processor, "max_length", None) or _LONGEST
+    if not gradient_checkpointing and tokens_that_fit(reference, free, False) < longest:
+        print(f"a record of {longest} tokens would not fit in memory without gradient checkpointing")
+        step.relieved()
+        gradient_checkpointing = True
+    fitting = tokens_that_fit(reference, free, gradient_checkpointing)
+    each = bytes_a_token(reference, gradient_checkpointing)
+    print(
+        f"memory: {free / 1e9:.1f} GB free, about {each / 1e6:.2f} MB of activations a token, so about {fitting} "
+        "tokens fit in a batch" + (f"; {tokens} were asked for" if tokens else "")
+    )
+    return Batches(records, tokens or fitting, None if gradient_checkpointing else step.relieved)
