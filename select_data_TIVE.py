@@ -23,6 +23,10 @@ influence decides within a task (docs/selection.md, "Choosing q"), and no task i
   python select_data_TIVE.py ... --q 50 --exclude_tasks none
 half of the budget by difficulty, half in equal numbers, and no record twice:
   python select_data_TIVE.py ... --task_budget difficulty+equal --at_most_once
+the same budgets for a hundredth of the cost, from the gradients of a sample (docs/selection.md):
+  python select_warm_up_data.py --source_path data.json --target_path sample.json --per_task 1000
+  python compute_gradient_features.py --input_file sample.json --output_file sample_features ...
+  python select_data_TIVE.py --data_path data.json --gradient_path sample_features --from_sample ...
 gradient norm instead of influence, the best instead of a draw:
   python select_data_TIVE.py ... --instance_score norm --sampling top
 
@@ -65,6 +69,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RULE[+RULE]",
         help=f"what a task's budget follows: {', '.join(TASK_BUDGETS)}, or a sum as difficulty+equal (difficulty)",
     )
+    add(
+        "--from_sample",
+        action="store_true",
+        help="budgets from the records that have features (step 1's --per_task), and a uniform draw from all",
+    )
     add("--at_most_once", action="store_true", help="what a budget has above its task's records goes to other tasks")
     add("--instance_score", default="influence", choices=INSTANCE_SCORES, help="what decides within it (influence)")
     add("--sampling", default="weighted", choices=SAMPLINGS, help="draw by weight, or take the best (weighted)")
@@ -84,6 +93,7 @@ def main() -> None:
     from tive.selection.choose import choose, is_excluded
     from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.printing import bar, print_choice, print_files
+    from tive.selection.sample import sample_sentences, with_errors
     from tive.util.device import double_device
 
     device = double_device(arguments.device)
@@ -92,7 +102,8 @@ def main() -> None:
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.refuse_adam(features)
-    read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
+    if not options.from_sample:
+        read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
     stem = options.stem(mixture.task_names, arguments.task_key)
     files = files_of(arguments.save_path, stem, arguments.data_path)
@@ -100,18 +111,25 @@ def main() -> None:
     scores = read.record_scores(features, options.columns)
     listing = Path(arguments.save_path) / "bad_records.json"
     reasons = read.reasons_left_out(mixture, features, scores, options.columns, listing)
-    groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
-    spans = features.spans()
-    with bar("Task means", len(groups)) as done:
-        means = group_means(spans, groups, device, done.update)
-    with bar("Influence", len(groups)) as done:
-        influence = products(spans, means.means, groups, means.lengths, device, done.update).values
-    reasons |= read.reasons_of_features(means.lengths, groups)
-    scores = {"norm": scores["norm"], "influence": influence} | scores
+    if not options.from_sample:
+        groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
+        spans = features.spans()
+        with bar("Task means", len(groups)) as done:
+            means = group_means(spans, groups, device, done.update)
+        with bar("Influence", len(groups)) as done:
+            influence = products(spans, means.means, groups, means.lengths, device, done.update).values
+        reasons |= read.reasons_of_features(means.lengths, groups)
+        scores = {"norm": scores["norm"], "influence": influence} | scores
 
     chosen = choose(mixture.task_names, mixture.task, scores, reasons, options)
+    more: list[str] = []
+    if options.from_sample:
+        chosen, per_task = with_errors(chosen, mixture.task, scores, options)
+        more = list(sample_sentences(chosen, per_task))
     write_selection(files, mixture, chosen, vars(arguments), features)
     print_choice(chosen, mixture.task, options)
+    for sentence in more:
+        print(sentence)
     print_files(files, chosen)
 
 

@@ -70,7 +70,12 @@ def main() -> None:
         )
     # Equal shares of this total are N of every task that has as many.
     shares = dict(zip(groups, equal_shares(sizes, total, arguments.seed), strict=True))
-    drawn = [rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, task)] for task, rows in groups.items()]
+    # A sample whose gradients are taken must not be the records that the reference model was trained on.
+    stream = "{}, for its gradients" if arguments.per_task else "{}"
+    drawn = [
+        rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, stream.format(task))]
+        for task, rows in groups.items()
+    ]
     write_records(target, records, np.sort(np.concatenate(drawn)))
 
     print_table(

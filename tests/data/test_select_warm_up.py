@@ -57,6 +57,14 @@ def test_so_many_of_every_task_are_drawn_and_all_of_a_smaller_one(source, number
     assert drawn == {task: min(size, number) for task, size in sizes.items()}
 
 
+def test_a_sample_for_its_gradients_is_drawn_apart_from_the_warm_up_sample_of_the_same_seed(tmp_path):
+    source = tmp_path / "data.json"
+    source.write_text(json.dumps([record(row, "vqa") for row in range(1000)]))
+    samples = [warm_up(source, *size) for size in (("--sample_ratio", 0.1), ("--per_task", 100))]
+    ids = [{one["id"] for one in sample} for sample in samples]
+    assert len(ids[0]) == len(ids[1]) == 100 and len(ids[0] & ids[1]) < 25
+
+
 def test_records_are_drawn_once_and_come_unchanged_in_the_order_of_the_source(source):
     sample = warm_up(source, "--sample_ratio", 0.4)
     rows = [one["extra"]["nested"][0] for one in sample]

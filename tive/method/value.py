@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
 
 def task_value(norms: np.ndarray) -> float:
@@ -36,6 +37,57 @@ def mean_budgets(values: Sequence[np.ndarray], p: float, records: int) -> np.nda
         values: K arrays as `task_budgets` takes them; of one alone, the result is that of `task_budgets`, bit for bit.
     """
     return np.mean([task_budgets(one, p, records) for one in values], axis=0)
+
+
+def budget_errors(
+    means: np.ndarray, covariances: np.ndarray, counts: np.ndarray, sizes: np.ndarray, total: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard errors `[T]` and 95% intervals `[T, 2]` of `mean_budgets` whose values are means over a sample.
+
+    With `S_k = sum over t of V_kt`, the budget is `b_t = B/K sum over k of V_kt / S_k`. The delta method takes it for
+    linear near the means: a change of V_ku moves it by `a_tuk = B/K ([t = u] - V_kt / S_k) / S_k`. Samples of different
+    tasks are independent, and the means of n_u of N_u records, drawn without replacement, have the covariances
+    `(1 - n_u / N_u) / n_u C_u`. So
+
+        `Var b_t = sum over u of w_tu,   w_tu = (1 - n_u / N_u) / n_u  a_tu' C_u a_tu`.
+
+    A budget is positive and its error is in proportion to it, so the interval is even in its logarithm:
+    `b_t exp(+-q s_t / b_t)`, q the 97.5% point of Student's t with Welch and Satterthwaite's degrees of freedom,
+    `(sum over u of w_tu)^2 / sum over u of w_tu^2 / (n_u - 1)`.
+
+    Args:
+        means: `[K, T]`, V_kt of each rule and task.
+        covariances: `[T, K, K]`, C_u of the records' values; zero where a rule looks at no record's value.
+        counts, sizes: int `[T]`, n_u above 1 (or all), and N_u.
+        total: B, the records to spend.
+    """
+    sums = means.sum(axis=1, keepdims=True)
+    budgets = total * (means / sums).mean(axis=0)
+    slopes = total / len(means) * (np.eye(means.shape[1]) - (means / sums)[:, :, None]) / sums[:, :, None]
+    parts = np.einsum("ktu,ukl,ltu,u->tu", slopes, covariances, slopes, (1 - counts / sizes) / counts)
+    variances = parts.sum(axis=1)
+    spread = (parts**2 / np.maximum(counts - 1, 1)).sum(axis=1)
+    freedom = np.divide(variances**2, spread, out=np.full(len(budgets), np.inf), where=spread > 0)
+    errors = np.sqrt(variances)
+    widths = np.exp(stdtrit(np.minimum(freedom, 1e6), 0.975) * errors / budgets)
+    return errors, np.stack([budgets / widths, budgets * widths], axis=1)
+
+
+def records_for_error(means: np.ndarray, covariances: np.ndarray, sizes: np.ndarray, error: float) -> int:
+    """The fewest records a task, or all of a smaller one, that bring every budget's error under a share of it.
+
+    Args:
+        means, covariances, sizes: as `budget_errors` takes them.
+    """
+    budgets = (means / means.sum(axis=1, keepdims=True)).mean(axis=0)
+    low, high = 1, int(sizes.max())  # the error falls with the number, and is 0 for all records
+    while low < high:
+        number = (low + high) // 2
+        if (budget_errors(means, covariances, np.minimum(sizes, number), sizes, 1.0)[0] <= error * budgets).all():
+            high = number
+        else:
+            low = number + 1
+    return low
 
 
 def capped(budgets: np.ndarray, sizes: np.ndarray) -> np.ndarray:

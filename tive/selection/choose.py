@@ -23,7 +23,7 @@ from tive.selection.mixture import NO_TASK
 from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, TiveOptions
 from tive.selection.summary import Task
 from tive.util.errors import UserError
-from tive.util.text import LABEL_LIMIT, listed, shown
+from tive.util.text import LABEL_LIMIT, command, listed, shown
 
 
 def is_excluded(task_names: Sequence[str], options: TiveOptions) -> np.ndarray:
@@ -44,7 +44,8 @@ def choose(
         task_names: the T tasks.
         task: int `[N]`, index into `task_names` of each record's task.
         scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`TiveOptions.columns`).
-        reasons: why records cannot be drawn, by row: they count in nothing but N.
+        reasons: why records cannot be drawn, by row: they count in nothing but N. A record without a norm, in a
+            selection from a sample, counts in no mean.
 
     Returns:
         The columns are the scores and `weight`, `softmax(q * score)` over the record's task.
@@ -68,8 +69,15 @@ def choose(
                 "repair them and take their gradients again, or exclude the task"
             )
 
+    measured = [rows[np.isfinite(scores["norm"][rows])] for rows in counted]
+    for index in included:
+        if not len(measured[index]):
+            raise UserError(
+                f"no record of task {shown(task_names[index], LABEL_LIMIT)} has features; take those of some of every "
+                f"task ({command('select_warm_up_data.py', per_task='1000')} draws them), or exclude the task"
+            )
     bases = {
-        rule: np.array([_basis(rule, scores, len(rows_of[index]), counted[index]) for index in included])
+        rule: np.array([rule_value(rule, scores, len(rows_of[index]), measured[index]) for index in included])
         for rule in options.budget_rules
     }
     sizes = np.array([len(counted[index]) for index in included])
@@ -89,7 +97,7 @@ def choose(
         tasks[index] = structs.replace(
             tasks[index],
             excluded=False,
-            value=task_value(scores["norm"][rows]),
+            value=task_value(scores["norm"][measured[index]]),
             basis=float(basis[place]),
             budget=records,
             budget_before_rounding=float(budgets[place]),
@@ -128,15 +136,15 @@ def _budgets(
     return budgets, whole
 
 
-def _basis(task_budget: str, scores: Mapping[str, np.ndarray], records: int, counted: np.ndarray) -> float:
-    """What a task's budget is in proportion to: its records, 1, or the mean of a score over its counted records."""
-    if task_budget in BUDGET_COLUMNS:
-        return task_value(scores[BUDGET_COLUMNS[task_budget]][counted])
-    return {"size": float(records), "equal": 1.0}[task_budget]
+def rule_value(rule: str, scores: Mapping[str, np.ndarray], records: int, measured: np.ndarray) -> float:
+    """What a task's budget is in proportion to: its records, 1, or the mean of a score over its measured records."""
+    if rule in BUDGET_COLUMNS:
+        return task_value(scores[BUDGET_COLUMNS[rule]][measured])
+    return {"size": float(records), "equal": 1.0}[rule]
 
 
 def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    if options.instance_score == "random":
+    if options.instance_score == "random" or options.from_sample:
         return np.zeros(len(rows))
     return scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
 

@@ -26,6 +26,8 @@ SAMPLINGS = ("weighted", "top")
 ROUNDINGS = ("down", "largest_remainder")
 GRADIENTS = ("adam", "sgd")
 OVER_TARGETS = ("max", "mean", "vote", "round_robin")
+# Cosines span 2 at most, so up to this q no weight within a task is more than 1.02 times another.
+UNIFORM_Q = 0.01
 # LLaVA's captions, which the paper leaves out; other mixtures need not have them.
 DEFAULT_EXCLUDED = "textcaps"
 
@@ -45,6 +47,7 @@ class TiveOptions:
         sampling: a `weighted` draw, or the `top` scores.
         rounding: of the budgets, `down` or `largest_remainder`.
         at_most_once: what a task's budget has above its records goes to the other tasks.
+        from_sample: budgets from the records that have features, and a uniform draw from all.
 
     Raises:
         UserError: a value is not one of those.
@@ -59,6 +62,7 @@ class TiveOptions:
     sampling: str = "weighted"
     rounding: str = "down"
     at_most_once: bool = False
+    from_sample: bool = False
 
     def __post_init__(self) -> None:
         _check_share(self.p)
@@ -77,6 +81,17 @@ class TiveOptions:
         if self.sampling != "weighted" and self.instance_score == "random":
             raise UserError(f"sampling {self.sampling} has no meaning for random scores; leave one of them out")
 
+        if self.from_sample and (self.instance_score not in ("influence", "random") or self.sampling != "weighted"):
+            raise UserError(
+                f"instance_score {self.instance_score} with sampling {self.sampling} needs the gradients of all "
+                "records; leave from_sample out, or both of these"
+            )
+        if self.from_sample and self.instance_score == "influence" and self.q > UNIFORM_Q:
+            raise UserError(
+                f"q = {self.q} makes a draw by influence, which needs the gradients of all records; from a sample the "
+                f"draw is uniform, as it all but is up to q = {UNIFORM_Q}; give a smaller q, or leave from_sample out"
+            )
+
     @property
     def budget_rules(self) -> tuple[str, ...]:
         """The names in `task_budget`, in the order of `TASK_BUDGETS`: how they are written changes nothing."""
@@ -85,8 +100,9 @@ class TiveOptions:
     @property
     def columns(self) -> set[str]:
         """The columns of scores that these options need."""
-        columns = {"norm", "influence"}
-        columns |= {SCORE_COLUMNS[name] for name in (self.instance_score,) if name in SCORE_COLUMNS}
+        columns = {"norm"}
+        if not self.from_sample:
+            columns |= {"influence", SCORE_COLUMNS.get(self.instance_score, "influence")}
         return columns | {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
 
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
@@ -100,6 +116,7 @@ class TiveOptions:
             "sampling": _unless(TiveOptions.sampling, self.sampling),
             "rounding": _unless(TiveOptions.rounding, self.rounding),
             "at_most_once": "yes" if self.at_most_once else "",
+            "from_sample": "yes" if self.from_sample else "",
             "seed": _unless(TiveOptions.seed, self.seed),
         }
         if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):

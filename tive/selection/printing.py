@@ -52,6 +52,9 @@ def _table(chosen: Chosen, options: TiveOptions) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("task", "records", "mean gradient norm", *further, "budget", "selected", "effective sample size")
     ]
+    if options.from_sample:
+        header = ("task", "records", "with features", "mean gradient norm", *further, "budget", "95%", "selected")
+        rows = [header]
     for task in chosen.tasks:
         effective = "excluded"
         if task.effective_sample_size is not None:
@@ -60,11 +63,24 @@ def _table(chosen: Chosen, options: TiveOptions) -> list[tuple[str, ...]]:
         parts = [f"{(task.budget_parts or {}).get(rule, 0):,.1f}" for rule in rules] if len(rules) > 1 else [basis]
         budget = f"{task.budget_before_rounding:,.1f}" if task.budget_before_rounding is not None else ""
         numbers = (value, *(["" for _ in further] if task.excluded else parts[: len(further)]), budget)
+        if options.from_sample:
+            rows.append((task.name, f"{task.records:,}", *_with_errors(task, numbers), f"{task.selected:,}"))
+            continue
         rows.append((task.name, f"{task.records:,}", *numbers, f"{task.selected:,}", effective))
     selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    blank = ["" for _ in further]
-    rows.append(("total", f"{records:,}", "", *blank, f"{_budget(chosen):,.1f}", f"{selected:,}", ""))
+    blank = ["" for _ in rows[0][3 : rows[0].index("budget")]]
+    last = (f"{selected:,}", "") if not options.from_sample else ("", f"{selected:,}")
+    rows.append(("total", f"{records:,}", "", *blank, f"{_budget(chosen):,.1f}", *last))
     return rows
+
+
+def _with_errors(task: Task, numbers: tuple[str, ...]) -> tuple[str, ...]:
+    """The cells of a task from `with features` to the budget's interval."""
+    if task.excluded or task.budget_interval is None:
+        return ("", *numbers, "")
+    low, high = task.budget_interval
+    value = f"{numbers[0]} ± {task.value_error:.2g}"
+    return (f"{task.sampled:,}", value, *numbers[1:], f"{low:,.1f} to {high:,.1f}")
 
 
 def _budget(chosen: Chosen) -> float:
@@ -79,7 +95,7 @@ def _included(chosen: Chosen) -> list[Task]:
 def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterator[str]:
     if options.sampling == "top":
         yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
-    elif options.instance_score == "random":
+    elif options.instance_score == "random" or options.from_sample:
         yield "sampling: every record of a task is as likely as any other; q plays no part"
     else:
         yield _weights(chosen, task, options)

@@ -28,6 +28,9 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
         budget: in records; `budget_before_rounding` is `p * N * basis / sum of basis`.
         selected: records written, a repeated one each time; `distinct` counts it once.
         budget_parts: where several rules share the total, what each gives this task, in records.
+        sampled: of a selection from a sample, the records that the values are means of; `value_error` and
+            `budget_error` are the standard errors of the value and the budget, `budget_interval` holds the budget in
+            95% of samples.
         effective_sample_size: of its instance weights, between 1 and `counted`.
     """
 
@@ -43,6 +46,10 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
     budget_before_rounding: Size | None = None
     budget_parts: dict[str, Size] | None = None
     effective_sample_size: Size | None = None
+    sampled: Count | None = None
+    value_error: Size | None = None
+    budget_error: Size | None = None
+    budget_interval: tuple[Size, Size] | None = None
 
 
 class UncountedRecord(Struct, frozen=True):
