@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from tests.helpers.golden_model import ROOT, SCRIPT, run_step, step_arguments
 from tive.features.launch import Place, place_of
+from tive.features.status import records_done
 from tive.util.errors import UserError
 
 SHELL = ROOT / "scripts" / "compute_gradients.sh"
@@ -93,12 +95,17 @@ def test_a_slurm_array_computes_what_the_chunks_arguments_do(tmp_path, monkeypat
 
 # What the loop over GPUs starts instead of Python, so that its own part is tested without a model: it notes its
 # arguments, and the plan of its GPU says what it does.
-STUB = """#!/usr/bin/env bash
+STUB = (
+    f"""#!/usr/bin/env bash
+[[ $1 == *run_module.py ]] && exec {sys.executable} "$@"
+"""
+    + """
 echo "$CUDA_VISIBLE_DEVICES: $*" >>"$NOTES"
 trap 'echo "stopped"; exit 143' TERM
 echo "working on $CUDA_VISIBLE_DEVICES"
 source "$PLANS/$CUDA_VISIBLE_DEVICES"
 """
+)
 
 
 @pytest.fixture
@@ -131,12 +138,9 @@ def complete(folder: Path, *chunks: int) -> str:
 
 
 def test_each_gpu_gets_a_process_that_takes_open_chunks_and_has_its_log(loop, tmp_path):
-    process = loop(
-        {4: "sleep 2; " + complete(tmp_path, 0), 6: complete(tmp_path, 1, 2)}, NUM_CHUNKS="3", STATUS_SECONDS="1"
-    )
+    process = loop({4: "sleep 2; " + complete(tmp_path, 0), 6: complete(tmp_path, 1, 2)}, NUM_CHUNKS="3")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "all 3 chunks are complete" in out, out
-    assert "process 0 on 4: working on 4" in out  # shown while it runs
     started = (tmp_path / "notes").read_text().splitlines()
     assert sorted(line[:2] for line in started) == ["4:", "6:"]
     assert all(line.endswith("--seed 1 2 --num_chunks 3 --chunk_idx any") for line in started)
@@ -150,6 +154,41 @@ def test_a_process_that_fails_is_named_with_its_log_and_the_chunks_that_it_leave
     assert process.returncode == 1
     assert "error: process 0 on 4 ended with 2: error: image 5 is missing (whole log: " in out
     assert "error: not complete: chunk 0 of 2; the same call continues" in out
+
+
+def test_what_stops_every_process_is_said_once_and_nothing_of_an_earlier_call(loop):
+    plan = "echo 'error: the model is not there'; exit 2"
+    first = loop({4: "echo 'error: of the first call'; exit 2"}).communicate(timeout=60)[0]
+    assert first.count("of the first call") == 1
+    out = loop(dict.fromkeys((4, 6), plan)).communicate(timeout=60)[0]
+    assert out.count("the model is not there") == 1 and "of the first call" not in out
+
+
+def test_the_progress_is_one_line_over_all_chunks_with_the_time_left(loop, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "progress_1").mkdir(parents=True)
+    match = {"start": 0, "stop": 6, "data_records": 12}
+    (folder / "manifest_0.json").write_text(json.dumps({"match": match}))
+    (folder / "progress_1" / "match.json").write_text(json.dumps(match))
+    window = folder / "progress_1" / "window_000000006.json"
+    write = f"""echo '{{"columns": {{"norms": [1, 2, null]}}}}' > {window}"""
+    process = loop({4: f"{write}; sleep 4"}, STATUS_SECONDS="1")
+    out, _ = process.communicate(timeout=60)
+    lines = [line for line in out.splitlines() if "of 12 records" in line]
+    assert lines and "9 of 12 records (75%), 2 processes, 0 min left" in lines[-1], out
+    assert records_done(folder, 2) == (9, 12) and records_done(tmp_path / "empty", 2) == (0, 0)
+
+
+def test_a_dry_run_of_the_loop_prints_the_estimate_once_and_ends_well(tmp_path):
+    done = subprocess.run(
+        ["bash", str(SHELL), *step_arguments(tmp_path / "out", "--dry_run", 3)],
+        env={**os.environ, "PYTHON": sys.executable, "GPUS": "cpu cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("records/s") == 1 and not list((tmp_path / "out").glob("*_*"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

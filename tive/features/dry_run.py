@@ -66,9 +66,8 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
         pass
 
     rate, total = timed / seconds, sum(stopwatch.seconds.values())
-    print(
-        f"dry run: {len(records)} of {len(rows)} records, {max(item.length for item in records.values())} tokens at most"
-    )
+    longest = max(item.length for item in records.values())
+    print(f"dry run: {len(records)} of {len(rows)} records, {longest} tokens at most")
     print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take {duration(len(checked.rows) / rate)}")
     if len(checked.records) > len(checked.rows):
         print(f"  all {len(checked.records)} records, on one such device: {duration(len(checked.records) / rate)}")
