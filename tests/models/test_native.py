@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.native_gradients import gradients_of, plain_loop
 from tests.helpers.tiny_native import CLASSES, write
 from tive.data.training_record import TrainingRecord, recorded_model, write_record
-from tive.method.gradients import gradient_features
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
 from tive.models.answer_spans import align
 from tive.models.common import target_modules
@@ -68,41 +68,6 @@ def backend_of(reference: Reference) -> str:
     """Which of the library's two image processors was loaded, by what it is built on in every release."""
     bases = {base.__name__ for base in type(reference.processor.library.image_processor).__mro__}
     return "torchvision" if bases & {"TorchvisionBackend", "BaseImageProcessorFast"} else "pil"
-
-
-class WholeGradient:
-    """A projector that keeps every number, so that features are the gradients themselves."""
-
-    kind, about = "whole", "every number"
-
-    def __init__(self, matrices: dict[str, torch.nn.Linear]) -> None:
-        self.starts, self.proj_dim = {}, 0
-        for name, matrix in matrices.items():
-            self.starts[name] = self.proj_dim
-            self.proj_dim += matrix.weight.numel()
-
-    def project(self, name: str, gradients: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(len(gradients), self.proj_dim)
-        out[:, self.starts[name] : self.starts[name] + gradients.shape[1]] = gradients
-        return out
-
-
-def gradients_of(
-    reference: Reference, records: tuple[Encoded, ...], batch_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Losses `[n]`, norms `[n]` and cosines `[n, n]`, computed in batches of neighbours."""
-    matrices = target_modules(reference, "self_attn")
-    projector = WholeGradient(matrices)
-    parts = []
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        parts.append(
-            gradient_features(lambda batch=batch: native.record_losses(reference, batch).losses, matrices, projector)
-        )
-    features = torch.cat([part.features for part in parts])
-    unit = features / features.norm(dim=1, keepdim=True)
-    losses, norms = (torch.cat([getattr(part, name) for part in parts]).numpy() for name in ("losses", "norms"))
-    return losses, norms, (unit @ unit.T).numpy()
 
 
 # What the goldens hold.
@@ -393,21 +358,11 @@ def test_any_class_gives_what_a_plain_loop_gives_in_batches_of_any_records(name:
         answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
         assert supervised.count(end) == len(answers) and all(answer.strip() in supervised for answer in answers)
 
-    matrices = target_modules(reference, "self_attn")
-    assert len(matrices) == 3 * 4 * 2
-    weights = [matrix.weight.requires_grad_() for matrix in matrices.values()]
-    rows = []
-    for item in records:
-        inputs = {key: torch.from_numpy(array.copy()) for key, array in item.inputs.arrays.items()}
-        logits = reference.model(**inputs, use_cache=False).logits[0].float()
-        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(item.inputs.labels)[1:])
-        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]))
-    reference.model.requires_grad_(False)
-    wanted = torch.stack(rows)
-    unit = wanted / wanted.norm(dim=1, keepdim=True)
+    assert len(target_modules(reference, "self_attn")) == 3 * 4 * 2
+    _, wanted, unit = plain_loop(reference, records)
     for batch_size in (1, 5):
         _, norms, cosines = gradients_of(reference, records, batch_size)
-        np.testing.assert_allclose(norms, wanted.norm(dim=1), rtol=1e-4)
+        np.testing.assert_allclose(norms, wanted, rtol=1e-4)
         np.testing.assert_allclose(cosines, unit @ unit.T, atol=1e-4)
 
 

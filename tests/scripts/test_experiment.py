@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from scripts.experiment.datamodel import half_of
 from scripts.experiment.plan import FULL, SMALL, Run, runs
 from scripts.experiment.results import measures
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Tables of Student's t, two-sided.
@@ -144,6 +149,31 @@ def test_the_difference_of_equal_runs_is_no_difference():
 def test_of_a_single_pair_no_error_is_known():
     found = difference([0.5])
     assert found.mean == 0.5 and math.isnan(found.error) and found.freedom == 0
+
+
+def tables_of_page(page: str) -> dict[str, list[list[str]]]:
+    """The tables below each mixture's name, the header's cells first."""
+    parts = re.split(r"^\*\*(\w+, \w+)\*\*$", page, flags=re.M)
+    cells = {
+        name: re.findall(r"^\| (.*) \|$", body, flags=re.M) for name, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return {name: [line.split(" | ") for line in lines] for name, lines in cells.items()}
+
+
+def test_the_first_experiments_tables_are_made_again_from_its_data(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables", str(ROOT / "docs" / "results" / "first_experiment.csv")])
+    tables.main()
+    made = tables_of_page(capsys.readouterr().out)
+    page = tables_of_page((ROOT / "docs" / "experiment.md").read_text())
+    assert made.keys() == page.keys() and len(made) == 4
+    for variant, (header, _, *rows) in made.items():
+        assert header[:1] + header[1:8] in page[variant]
+        for arm, *cells in rows:
+            assert [arm, *cells[:7]] in page[variant]
+            if arm != "base":
+                shown = next(row for row in page[variant] if row[0] == arm and len(row) == 10)
+                wanted = [float(shown[column]) for column in (2, 3, 4, 6)]  # mean, known, new, weighted
+                assert [float(cell) for cell in cells[7:]] == pytest.approx(wanted, abs=1.1e-3)
 
 
 def test_a_half_has_half_of_every_tasks_records():
