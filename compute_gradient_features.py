@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adam_form", choices=("adam", "release"), help="Adam's own step, or that of LESS's code (adam)")
     add("--optimizer_state", metavar="PATH", help="Adam's state, where it is not beside --model_path")
     add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
+    add("--visual_gain", action="store_true", help="also compute what a record's images take off its loss")
     add("--seed", type=int, default=0, help="of the projection; the same for every chunk (0)")
     add("--num_workers", type=int, help="processes that read and encode (4 beside a GPU, 1 beside a CPU)")
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")

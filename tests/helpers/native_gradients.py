@@ -41,7 +41,7 @@ def gradients_of(
         parts.append(
             gradient_features(lambda batch=batch: native.record_losses(reference, batch).losses, matrices, projector)
         )
-    features = torch.cat([part.features for part in parts])
+    features = torch.cat([part.features for part in parts]).double()
     unit = features / features.norm(dim=1, keepdim=True)
     losses, norms = (torch.cat([getattr(part, name) for part in parts]).numpy() for name in ("losses", "norms"))
     return losses, norms, (unit @ unit.T).numpy()
@@ -56,7 +56,7 @@ def plain_loop(reference: Reference, records: Sequence[Encoded]) -> tuple[np.nda
         logits = reference.model(**inputs, use_cache=False).logits[0].float()
         loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(item.inputs.labels)[1:])
         losses.append(loss.item())
-        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]).float())
+        rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)]).double())
     reference.model.requires_grad_(False)
     gradients = torch.stack(rows)
     norms = gradients.norm(dim=1)

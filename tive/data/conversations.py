@@ -174,6 +174,20 @@ def image_paths(conversation: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(plain_path, [images] if isinstance(images, str) else images))
 
 
+def without_images(record: Any) -> dict[str, Any]:
+    """A record in LLaVA's form without its images and their tags.
+
+    Raises:
+        ValueError: as `to_llava`.
+    """
+    text_alone = {key: value for key, value in to_llava(record).items() if key != "image"}
+    text_alone["conversations"] = [
+        turn | {"value": turn["value"].replace(IMAGE_TAG, "").strip()} if IMAGE_TAG in turn["value"] else turn
+        for turn in text_alone["conversations"]
+    ]
+    return text_alone
+
+
 def images_of(record: Any) -> tuple[str, ...]:
     """The paths of a record's images below the image folder, in any of the forms.
 

@@ -24,13 +24,14 @@ from tive.util.text import shown
 FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
 # The column of the records' hashes, by which a feature is found again in other data; uint8 `[n, 16]`.
 CONTENT = "content"
-# Of each record beside its feature; EL2N only if it was asked for.
+# Of each record beside its feature; EL2N and the visual gain only if they were asked for.
 COLUMNS = {
     "norms": np.float32,
     "losses": np.float32,
     "supervised_tokens": np.int32,
     "tokens": np.int32,
     "el2n": np.float32,
+    "visual_gain": np.float32,
 }
 
 
@@ -61,6 +62,7 @@ class Match:
     checkpoint: int | None = None
     dtype: str | None = None
     el2n: bool = False
+    visual_gain: bool = False
 
     @property
     def rows(self) -> range:
@@ -190,7 +192,7 @@ class OpenChunk:
         # A chunk under way has no final files: those of an earlier run could be taken for its own.
         for name in FINAL_FILES:
             self.path(name).unlink(missing_ok=True)
-        types = {name: kind for name, kind in COLUMNS.items() if name != "el2n" or self.match.el2n}
+        types = {name: kind for name, kind in COLUMNS.items() if getattr(self.match, name, True)}
         self.store = Store(self.progress, self.match.rows, asdict(self.match), types, self.match.proj_dim)
 
     def finish(self, made: dict[str, Any], content: np.ndarray) -> None:

@@ -160,7 +160,8 @@ def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -
         raise UserError(f"{path} is not a feature file (no features, norms and match); {_DAMAGED}")
     try:
         # Older versions have fewer keys here than in the manifest.
-        inside = msgspec.convert({"dtype": match.dtype, "el2n": match.el2n} | content["match"], Match)
+        newer = {"dtype": match.dtype, "el2n": match.el2n, "visual_gain": match.visual_gain}
+        inside = msgspec.convert(newer | content["match"], Match)
     except (msgspec.ValidationError, TypeError) as error:
         raise UserError(f"{path} has no valid `match` ({error}); {_DAMAGED}") from error
     differing = [key.name for key in fields(Match) if getattr(inside, key.name) != getattr(match, key.name)]

@@ -166,7 +166,8 @@ def compute_windows(
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
     """What reads and encodes a chunk's records for a step."""
     workers = workers_beside(step.reference.device, options.num_workers)
-    return Loader(step.family, step.reference, checked.records, options.image_folder, workers)
+    place = (step.reference, checked.records, options.image_folder)
+    return Loader(step.family, *place, workers, text_alone=step.visual_gain)
 
 
 def of_window(
@@ -187,7 +188,7 @@ def of_window(
         for name in (computed[0][1] if computed else ())
     }
     features = np.zeros((len(rows), step.projector.proj_dim), np.float16)
-    names = ("norms", "losses", *(["el2n"] if step.el2n else []))
+    names = ("norms", "losses", *step.optional)
     columns = {name: np.full(len(rows), np.nan, np.float32) for name in names}
     columns |= {name: np.zeros(len(rows), np.int32) for name in ("supervised_tokens", "tokens")}
     for place, (row, supervised, tokens) in enumerate(items):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from tive.data.conversations import images_of, without_images
 from tive.data.problems import images_named
 from tive.data.records import Records, name_of
 from tive.models import UNSUPERVISED, Encoded, Family, LeftOut, Reference
@@ -40,15 +41,24 @@ class Loader(Dataset):
 
     Attributes:
         waited: seconds that its user has waited for records.
+
+    Args:
+        text_alone: encode records with images a second time, without them.
     """
 
     def __init__(
-        self, family: Family, reference: Reference, records: Records, image_folder: str, num_workers: int = 0
+        self,
+        family: Family,
+        reference: Reference,
+        records: Records,
+        image_folder: str,
+        num_workers: int = 0,
+        text_alone: bool = False,
     ) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.records, self.image_folder = family.encode, records, image_folder
         self.processor, self.in_half = reference.processor, reference.dtype.itemsize == 2
-        self.num_workers, self.waited = num_workers, 0.0
+        self.num_workers, self.text_alone, self.waited = num_workers, text_alone, 0.0
         # Of each worker: its process, and the row that it is reading, for when it is killed.
         self.processes = multiprocessing.RawArray("q", num_workers)
         self.reading = multiprocessing.RawArray("q", [_NOTHING] * num_workers)
@@ -64,14 +74,23 @@ class Loader(Dataset):
 
     def _encoded(self, row: int) -> Encoded | str | MemoryError:
         try:
-            record = self.encode(self.processor, self.records[row], self.image_folder)
-            return replace(record, inputs=pixels_in_half(record.inputs)) if self.in_half else record
+            record = self.records[row]
+            encoded = self.encode(self.processor, record, self.image_folder)
+            if self.text_alone and images_of(record):
+                encoded = replace(encoded, text_alone=self._text_alone(record))
+            return replace(encoded, inputs=pixels_in_half(encoded.inputs)) if self.in_half else encoded
         except LeftOut as reason:
             return str(reason)
         except MemoryError:  # a lack of this machine, which is no reason to leave the record out
             return MemoryError()
         except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
             return f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+    def _text_alone(self, record: Any) -> Encoded | None:
+        try:
+            return self.encode(self.processor, without_images(record), self.image_folder)
+        except LeftOut:
+            return None
 
     @contextlib.contextmanager
     def read(self, rows: Sequence[int]) -> Iterator[Iterator[tuple[int, Encoded | str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from tive.features.chunk import Match
 from tive.features.gradient_kind import GradientKind, transform_of
 from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector, make_projector
+from tive.method.value import visual_gain
 from tive.models import Encoded, Family, ModelFiles, RecordLosses, Reference
 from tive.models.common import freeze, target_modules
 from tive.util.device import leave_a_core
@@ -33,7 +35,7 @@ class GradientStep:
     Attributes:
         matrices: canonical name -> target module.
         transform: of each matrix's per-record gradients; None for the gradients as they are.
-        el2n: whether EL2N is computed too.
+        el2n, visual_gain: whether they are computed too.
     """
 
     family: Family
@@ -42,11 +44,17 @@ class GradientStep:
     projector: Projector
     transform: Transform | None = None
     el2n: bool = False
+    visual_gain: bool = False
     measure: Measure = unmeasured
 
     @property
     def counted_parameters(self) -> int:
         return sum(matrix.weight.numel() for matrix in self.matrices.values())
+
+    @property
+    def optional(self) -> list[str]:
+        """The columns that were asked for."""
+        return [name for name in ("el2n", "visual_gain") if getattr(self, name)]
 
     def relieved(self) -> int:
         """Turn gradient checkpointing on; the tokens that fit in a batch then."""
@@ -57,7 +65,7 @@ class GradientStep:
         return tokens_that_fit(self.reference, torch.cuda.mem_get_info(self.reference.device)[0], True)
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Of a batch of one group: `features` float16 `[B, d]`, `norms`, `losses` and perhaps `el2n` `[B]`.
+        """Of a batch of one group: `features` float16 `[B, d]`, `norms`, `losses` and the `optional` columns `[B]`.
 
         They stay on the device.
         """
@@ -70,7 +78,30 @@ class GradientStep:
         scale = _FLOAT16_LOSS_SCALE if self.reference.dtype == torch.float16 else 1.0
         computed = gradient_features(forward, self.matrices, self.projector, self.transform, scale, self.measure)
         results = {"features": computed.features.half(), "norms": computed.norms, "losses": computed.losses}
-        return results if last[0].el2n is None else results | {"el2n": last[0].el2n}
+        if last[0].el2n is not None:
+            results["el2n"] = last[0].el2n
+        if self.visual_gain:
+            results["visual_gain"] = self.visual_gains(batch, computed.losses)
+        return results
+
+    @torch.no_grad()
+    def visual_gains(self, batch: Sequence[Encoded], losses: Tensor) -> Tensor:
+        """The visual gain of each record `[B]`; NaN without images, or where they cost it a part of its answer.
+
+        Args:
+            losses: with the images, `[B]`.
+        """
+        gains = torch.full_like(losses, math.nan)
+        groups: dict[str, list[tuple[int, Encoded]]] = {}
+        for place, record in enumerate(batch):
+            alone = record.text_alone
+            if alone is not None and alone.supervised == record.supervised:
+                groups.setdefault(alone.group, []).append((place, alone))
+        for members in groups.values():
+            places = [place for place, _ in members]
+            without = self.family.record_losses(self.reference, [alone for _, alone in members]).losses
+            gains[places] = visual_gain(without, losses[places])
+        return gains
 
 
 def load_step(
@@ -98,7 +129,7 @@ def load_step(
     except ValueError as error:
         raise UserError(f"cannot project: {error}; take the projector auto or sparse") from error
     transform = transform_of(gradient, reference, matrices, files.model_path)
-    step = GradientStep(family, reference, matrices, projector, transform, match.el2n)
+    step = GradientStep(family, reference, matrices, projector, transform, match.el2n, match.visual_gain)
     print(
         f"reference model {files.model_path}: {step.counted_parameters:,} parameters count, in {len(matrices)} LoRA "
         f"matrices of {len(reference.layers)} layers\nprojector {projector.kind}: {projector.about}"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import stdtrit
+from torch import Tensor
 
 
 def task_value(norms: np.ndarray) -> float:
@@ -131,6 +132,18 @@ def instance_weights(scores: np.ndarray, q: float) -> np.ndarray:
     """Instance weights `softmax(q * I)` over the records of one task, `[n_t]`; they sum to 1."""
     weights = np.exp(_logits(scores, q))
     return weights / weights.sum()
+
+
+def visual_gain(without_images: Tensor, with_images: Tensor) -> Tensor:
+    """What its images take off a record's loss: that of the text alone minus that with them, `[n]`.
+
+    Around 0 the model answers as well without the images; below 0 they mislead it, as those of another record do
+    (VisNec, arXiv 2603.01195).
+
+    Args:
+        without_images: mean cross-entropy over the same supervised tokens, `[n]`; so is `with_images`.
+    """
+    return without_images - with_images
 
 
 def effective_sample_size(weights: np.ndarray) -> float:

@@ -53,12 +53,14 @@ class Encoded:
         supervised: how many of them are targets, of which the record's loss is the mean.
         group: records of one group may share a batch.
         inputs: what the family's `record_losses` reads; it travels from a loader's worker process.
+        text_alone: the record without its images, where it has any and that was asked for.
     """
 
     length: int
     supervised: int
     group: str
     inputs: Any
+    text_alone: Encoded | None = None
 
 
 @dataclass(frozen=True)

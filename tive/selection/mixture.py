@@ -27,6 +27,7 @@ COLUMN_OF = {
     "supervised_tokens": "supervised_tokens",
     "tokens": "tokens",
     "el2n": "el2n",
+    "visual_gain": "visual_gain",
 }
 
 
@@ -73,8 +74,8 @@ def _text(value: Any) -> str:
 def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str, np.ndarray]:
     """What the feature files know of every record beside its features, `[N]` each, by the scores file's column.
 
-    `norm` is always there; `loss`, `el2n` (float64), `supervised_tokens` and `tokens` (int64, or float64 where records
-    have no features) where every chunk has them.
+    `norm` is always there; `loss`, `el2n`, `visual_gain` (float64), `supervised_tokens` and `tokens` (int64, or float64
+    where records have no features) where every chunk has them.
 
     Raises:
         UserError: a column that is needed is not there.
@@ -87,7 +88,7 @@ def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str,
             scores[column] = values.astype(np.int64) if is_whole else values
         elif column in needed:
             lacking = next(chunk.path for chunk in features.chunks if key not in chunk.scores)
-            how = " with el2n" if key == "el2n" else ""
+            how = f" with {key}" if key in ("el2n", "visual_gain") else ""
             raise UserError(f"{lacking} holds no `{key}`; take the gradients again{how}, or choose by another score")
     return scores
 

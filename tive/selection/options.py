@@ -18,6 +18,7 @@ SCORE_COLUMNS = {
     "loss": "loss",
     "length": "supervised_tokens",
     "el2n": "el2n",
+    "visual_gain": "visual_gain",
 }
 BUDGET_COLUMNS = {"difficulty": "norm", "loss": "loss", "length": "supervised_tokens", "el2n": "el2n"}
 INSTANCE_SCORES = (*SCORE_COLUMNS, "random")
