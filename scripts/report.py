@@ -45,13 +45,14 @@ def main() -> None:
     target = target_of(selection)
     results = [read_evaluation(path) for path in arguments.evaluation]
 
-    groups = groups_of_subtasks(selection, target) if target else groups_of_tasks(selection)
-    cards = records(selection, groups, arguments.samples, *reader(selection, arguments))
-    pictures = Pictures()
+    samples, pictures = (arguments.samples, *reader(selection, arguments)), Pictures()
     if target:
+        cards = records(selection, groups_of_subtasks(selection, target), *samples)
         sections = less_sections(selection, target, cards, pictures)
     else:
-        sections = tive_sections(selection, cards, pictures)
+        columns = ["influence", *["visual_gain"] * ("visual_gain" in selection.numbers)]
+        ends = [records(selection, groups_of_tasks(selection, column), *samples) for column in columns]
+        sections = tive_sections(selection, ends, pictures)
     if results:
         sections.insert(0, evaluations(results))
     write_page(arguments.output or default_output(summary), render(*header_of(selection), sections), pictures)
@@ -107,7 +108,8 @@ def reader(selection: Selection, arguments: argparse.Namespace) -> tuple[Callabl
     if arguments.samples:
         try:
             file = open_checked(selection, arguments.data_path)
-            return partial(read_sample, file, arguments.image_folder or selection.summary.inputs.image_folder), ""
+            folder = arguments.image_folder or selection.summary.inputs.image_folder
+            return partial(read_sample, file, folder), ""
         except UserError as error:
             if arguments.data_path:
                 raise

@@ -487,6 +487,22 @@ def add_scores(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_plots")
+def test_records_whose_images_help_least_are_shown_where_the_gain_is_known(copy: Path, plain: Page) -> None:
+    path = copy / f"{STEM}_scores.csv"
+    header, *rows = csv.reader(path.open(newline=""))
+    for position, row in enumerate(rows):
+        row[6:6] = [round(0.5 - position / 100, 2) if position % 6 != 5 else ""]  # every sixth is without an image
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([[*header[:6], "visual_gain", *header[6:]], *rows])
+    report(copy, "--samples", 1)
+    page = Page(copy / "report.html")
+    assert {"visual_gain", "seen"} <= {attributes["id"] for attributes in page.all("section")}
+    seen = page.text[page.text.rindex("Records whose images help most and least") :]
+    assert re.findall(r"row (\d+), id", seen[: seen.index("Records left out")])[:2] == ["0", "8"]
+    assert "Visual gain" not in plain.text
+
+
+@pytest.mark.usefixtures("without_plots")
 def test_losses_lengths_and_el2n_are_shown_where_they_are_known(copy: Path, plain: Page) -> None:
     add_scores(copy)
     report(copy, "--samples", 1)

@@ -32,6 +32,7 @@ SCORES = {
     "weight": "weight",
     "loss": "loss",
     "el2n": "EL2N",
+    "visual_gain": "visual gain",
 }
 COUNTS = {"rank": "rank", "supervised_tokens": "supervised tokens"}
 
@@ -55,10 +56,10 @@ class Group:
     rows: np.ndarray
 
 
-def groups_of_tasks(selection: Selection) -> list[Group]:
-    """Each task's records, by influence."""
+def groups_of_tasks(selection: Selection, column: str) -> list[Group]:
+    """Each task's records, by a score."""
     return [
-        Group(task.name, plural(task.records, "record"), "influence", selection.rows_of(index))
+        Group(task.name, plural(task.records, "record"), column, selection.rows_of(index))
         for index, task in enumerate(selection.tasks)
     ]
 
@@ -138,9 +139,15 @@ def records(
     Args:
         trouble: why no record can be read.
     """
-    title, titles = "Most and least influential records", ("Most influential", "Least influential")
+    anchor, title, titles = "records", "Most and least influential records", ("Most influential", "Least influential")
     if selection.summary.method == "LESS":
         title, titles = "Best and worst records of each subtask", ("Serve it best", "Serve it least")
+    elif groups[0].column == "visual_gain":
+        anchor, title, titles = (
+            "seen",
+            "Records whose images help most and least",
+            ("Help most", "Help least, or mislead"),
+        )
     blocks: list[Block] = [f"Made without images and conversations: {trouble}."] if trouble else []
     for group in tqdm(groups, desc="Reading sample records", delay=2):
         columns = [
@@ -150,7 +157,7 @@ def records(
         ]
         if columns:
             blocks.append(Cards(name(group.name), group.about, columns, len(blocks) < OPEN))
-    return Section("records", title, blocks or ["None is shown."])
+    return Section(anchor, title, blocks or ["None is shown."])
 
 
 def _card(selection: Selection, row: int, column: str, sample: Sample) -> Card:

@@ -34,20 +34,22 @@ COLUMNS = {
     "norm": ("Gradient norms", "gradient norm (logarithmic)", True),
     "loss": ("Losses", "loss: mean cross-entropy over the supervised tokens", False),
     "el2n": ("EL2N", "EL2N: mean length of predicted minus true probabilities", False),
+    "visual_gain": ("Visual gain", "visual gain: what its images take off a record's loss", False),
     "influence": ("Influence", "influence: mean cosine to the task's records", False),
     "score": ("Scores", "score", False),
 }
 
 
-def tive_sections(selection: Selection, records: Section, pictures: Pictures) -> list[Section]:
-    """The sections of TIVE's selection; `records` is that of the sample records."""
-    columns = ["norm", *(column for column in ("loss", "el2n") if column in selection.numbers), "influence"]
+def tive_sections(selection: Selection, records: Sequence[Section], pictures: Pictures) -> list[Section]:
+    """The sections of TIVE's selection; `records` are those of the sample records."""
+    further = (column for column in ("loss", "el2n", "visual_gain") if column in selection.numbers)
+    columns = ["norm", *further, "influence"]
     return [
         mixture(selection, pictures),
         task_values(selection, pictures),
         *(distributions(selection, pictures, column) for column in columns),
         choice(selection, pictures),
-        records,
+        *records,
         left_out(selection),
         cost(selection),
         origin(selection),
