@@ -23,10 +23,9 @@ class WholeGradient:
             self.starts[name] = self.proj_dim
             self.proj_dim += matrix.weight.numel()
 
-    def project(self, name: str, gradients: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(len(gradients), self.proj_dim)
-        out[:, self.starts[name] : self.starts[name] + gradients.shape[1]] = gradients
-        return out
+    def add(self, sketch: torch.Tensor, matrix_name: str, gradients: torch.Tensor) -> None:
+        start = self.starts[matrix_name]
+        sketch[:, start : start + gradients.shape[1]] += gradients
 
 
 def gradients_of(
