@@ -26,8 +26,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source_path", required=True, help="records: a JSON list or JSON Lines")
-    add("--target_path", required=True, help="file for the sample, a JSON list")
+    add("--source_path", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder")
+    add("--target_path", required=True, help="file for the sample, of the source's kind: .json or .parquet")
     size = parser.add_mutually_exclusive_group().add_argument
     size("--sample_ratio", type=float, default=0.08, help="share of all records to draw, above 0 and up to 1 (0.08)")
     size("--per_task", type=int, metavar="N", help="draw N records of every task instead, all of a smaller one")
@@ -49,7 +49,7 @@ def main() -> None:
     import numpy as np
 
     from tive.data.problems import form_problem, listing_beside
-    from tive.data.records import open_records, write_records
+    from tive.data.records import open_records, write_records, write_rows
     from tive.data.scan import refuse_problems, scan_records, tag_notes
     from tive.data.tasks import rows_by_task
     from tive.method.value import draw, equal_shares, rounded_down
@@ -76,7 +76,9 @@ def main() -> None:
         rows[draw(np.zeros(len(rows)), 0.0, shares[task], arguments.seed, stream.format(task))]
         for task, rows in groups.items()
     ]
-    write_records(target, records, np.sort(np.concatenate(drawn)))
+    rows = np.sort(np.concatenate(drawn))
+    write_records(target, records, rows)
+    write_rows(target, rows)
 
     print_table(
         [

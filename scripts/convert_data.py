@@ -16,15 +16,19 @@ becomes the first turn again in messages and parts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
+from tqdm import tqdm
+
+from tive.data.conversations import FORMS, count_tags, from_llava, image_paths, to_llava
+from tive.data.images import store_image
 from tive.data.problems import check_listed, listed_records, listing_beside, refuse_bad_records
-from tive.data.records import name_of, open_records, write_raw
+from tive.data.records import JsonRecords, name_of, open_records, write_raw
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed
@@ -49,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         default="string",
         help="with --to llava: the one image of a record as a path, or as a list of one (default: %(default)s)",
     )
+    parser.add_argument("--image_folder", metavar="DIR", help="where images go that lie in the rows of a table")
     parser.add_argument(
         "--drop", metavar="FILE", nargs="+", default=[], help="leave out the records that these lists of a step name"
     )
@@ -76,7 +81,13 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
     problems: dict[int, str] = {}
     to_drop = listed_records(arguments.drop)
     records = open_records(arguments.source_path)
-    for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
+    is_json = isinstance(records, JsonRecords)
+    if not is_json and arguments.to is None:
+        raise UserError(f"{arguments.source_path} is a table; name the form of the records with --to, as in --to llava")
+    texts = map(bytes, records.texts()) if isinstance(records, JsonRecords) else itertools.repeat(b"")
+    # The rows of a table are asked for one by one, with the bytes of their images.
+    rows = records if is_json else map(records.__getitem__, tqdm(range(len(records)), "Unpacking", unit=" records"))
+    for row, (raw, record) in enumerate(zip(texts, rows, strict=False)):
         if row in to_drop:
             check_listed(name_of(arguments.source_path, row, record), to_drop.pop(row), record)
             found.dropped += 1
@@ -87,7 +98,7 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             continue
         name = name_of(arguments.source_path, row, record)
         try:
-            llava = to_llava(record)
+            llava = unpacked(to_llava(record), arguments.image_folder)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
         except (ValueError, RecursionError) as error:
             problems[row] = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -106,6 +117,21 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
         refuse_bad_records(records, problems, listing_beside(arguments.target_path))
 
 
+def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """A record in LLaVA's form whose images are files below the folder: those that lie in the row are written there.
+
+    Raises:
+        ValueError: an image lies in the row, and there is no folder, or it is no image.
+    """
+    images = image_paths(record)
+    if all(isinstance(image, str) for image in images):
+        return record
+    if folder is None:
+        raise ValueError("has an image in its row; name a folder for such files (--image_folder)")
+    paths = [image if isinstance(image, str) else store_image(folder, image) for image in images]
+    return record | {"image": paths[0] if len(paths) == 1 else paths}
+
+
 def text_of(record: dict[str, Any]) -> bytes:
     """A record as JSON in UTF-8; escaped where it holds half a surrogate pair, which UTF-8 cannot.
 
@@ -114,9 +140,9 @@ def text_of(record: dict[str, Any]) -> bytes:
     """
     try:
         try:
-            return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+            return json.dumps(record, ensure_ascii=False, allow_nan=False, default=str).encode()
         except UnicodeEncodeError:
-            return json.dumps(record, allow_nan=False).encode()
+            return json.dumps(record, allow_nan=False, default=str).encode()
     except ValueError as error:
         raise ValueError("holds a number that is not finite") from error
 

@@ -17,7 +17,7 @@ from tive.data.conversations import image_of
 from tive.data.labels import Rules, add_key, read_rules, replace_key
 from tive.data.media import IMAGE_KEYS, is_empty
 from tive.data.problems import listing_beside, refuse_bad_records
-from tive.data.records import Records, name_of, open_records, write_raw
+from tive.data.records import JsonRecords, name_of, open_records, write_raw
 from tive.data.scan import described_keys
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
@@ -83,7 +83,7 @@ def check(arguments: argparse.Namespace, rules: Rules) -> None:
         raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
 
 
-def labelled(arguments: argparse.Namespace, records: Records, rules: Rules, found: Found) -> Iterator[bytes]:
+def labelled(arguments: argparse.Namespace, records: JsonRecords, rules: Rules, found: Found) -> Iterator[bytes]:
     """Yield the raw text of every record with its task, counting on the way.
 
     Raises:
@@ -168,6 +168,11 @@ def main() -> None:
     check(arguments, rules)
     found = Found()
     records = open_records(arguments.source_path)
+    if not isinstance(records, JsonRecords):
+        raise UserError(
+            f"{arguments.source_path} is a table, to which no key is added; give the steps --task_key with a column of "
+            f"it (the records have {described_keys(records)}), or make JSON of it with scripts/convert_data.py"
+        )
     write_raw(arguments.target_path, labelled(arguments, records, rules, found), records.is_lines)
     show(rules, found, arguments.split_llava)
     print(f"Wrote {arguments.target_path}.")

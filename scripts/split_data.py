@@ -45,7 +45,7 @@ def main() -> None:
     import numpy as np
 
     from tive.data.problems import form_problem
-    from tive.data.records import open_records, write_records
+    from tive.data.records import open_records, suffix_of, write_records
     from tive.data.scan import refuse_problems, scan_records
     from tive.data.tasks import rows_by_task
     from tive.method.value import draw
@@ -67,10 +67,11 @@ def main() -> None:
         # Another draw than those of the steps, which the same seed would otherwise follow.
         held_out[rows[draw(np.zeros(len(rows)), 0.0, arguments.per_task, arguments.seed, f"held out of {task}")]] = True
 
+    end = suffix_of(arguments.source_path)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        write_records(unfinished / "held_out.json", records, np.flatnonzero(held_out))
-        write_records(unfinished / "train.json", records, np.flatnonzero(~held_out))
+        write_records(unfinished / f"held_out{end}", records, np.flatnonzero(held_out))
+        write_records(unfinished / f"train{end}", records, np.flatnonzero(~held_out))
         os.rename(unfinished, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; name another folder") from error
@@ -84,7 +85,7 @@ def main() -> None:
     shared = sum(not seen.isdisjoint(scan.images[row]) for row in np.flatnonzero(held_out))
     if shared:
         print(f"{shared:,} held-out records have an image that records of train.json have too")
-    print(f"written: {target}/held_out.json, {target}/train.json")
+    print(f"written: {target}/held_out{end}, {target}/train{end}")
 
 
 if __name__ == "__main__":

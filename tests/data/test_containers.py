@@ -131,8 +131,6 @@ def test_a_list_of_data_files_is_no_record(tmp_path, content):
 
 
 SAID = {
-    "Parquet": (b"PAR1\x15\x04", "Parquet"),
-    "Arrow": (b"ARROW1\0\0", "Arrow"),
     "zstd": (b"\x28\xb5\x2f\xfd\x24", "zstd -dc"),
     "a cut zip": (b"PK\x03\x04\x14", "zip archive that is damaged"),
     "SQLite": (b"SQLite format 3\0\x10", "JSON"),

@@ -12,6 +12,7 @@ import torch
 
 import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
+from tive.data.records import open_records
 from tive.features.lookup import open_features
 from tive.selection.files import (
     Chosen,
@@ -121,7 +122,12 @@ def test_no_choice_overwrites_the_files_of_another(made):
         assert len(list((folder / "out").glob("*_summary.json"))) == number, choice
     # The default exclusion is the same whether it is named, and whether the data has such a task at all.
     call(main, *arguments, "--exclude_tasks", "textcaps")
-    assert len(list((folder / "out").iterdir())) == 3 * len(choices)
+    assert len(list((folder / "out").iterdir())) == 4 * len(choices)
+    # Beside each subset are the numbers of its rows.
+    for numbers in (folder / "out").glob("*_rows.npy"):
+        subset = open_records(numbers.with_name(numbers.name.replace("_rows.npy", ".json")))
+        records = open_records(folder / "data.json")
+        assert [records[row] for row in np.load(numbers)] == list(subset)
 
 
 def test_names_of_tasks_that_suit_no_file_name_are_replaced_and_stay_apart():

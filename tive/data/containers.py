@@ -27,8 +27,6 @@ _KINDS = {
     b"BZh": "is bzip2: unpack it with `bunzip2 -c {source} > {target}`",
     b"\xfd7zXZ\0": "is xz: unpack it with `unxz -c {source} > {target}`",
     b"\x28\xb5\x2f\xfd": "is zstd: unpack it with `zstd -dc {source} > {target}`",
-    b"PAR1": "is Parquet, which is not read yet: export it as JSON Lines",
-    b"ARROW1": "is Arrow, which is not read yet: export it as JSON Lines",
     codecs.BOM_UTF32_LE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
     codecs.BOM_UTF32_BE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
     codecs.BOM_UTF16_LE: "is UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8 {source} > {target}`",

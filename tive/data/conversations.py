@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tive.data.media import IMAGE_TAG, is_empty, media_of, path_in, plain_path
+from tive.data.media import IMAGE_TAG, Image, is_empty, media_of, path_in, plain_path
 from tive.util.text import listed, shown, shown_value
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
@@ -56,7 +56,7 @@ def to_llava(record: Any) -> dict[str, Any]:
     if _is_llavas(record):
         return record
     keys = _keys_of_turns(record)
-    paths: list[str] = []
+    paths: list[Image] = []
     indices: list[int] = []
     turns = _turns(record, keys, paths, indices)
     if paths and images:
@@ -168,10 +168,10 @@ def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> d
     return converted
 
 
-def image_paths(conversation: dict[str, Any]) -> tuple[str, ...]:
-    """The paths below the image folder of what `to_llava` returned."""
+def image_paths(conversation: dict[str, Any]) -> tuple[Image, ...]:
+    """The images, paths below the image folder or the images themselves, of what `to_llava` returned."""
     images = conversation.get("image", [])
-    return tuple(map(plain_path, [images] if isinstance(images, str) else images))
+    return tuple(map(plain_path, images if isinstance(images, list) else [images]))
 
 
 def without_images(record: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def without_images(record: Any) -> dict[str, Any]:
     return text_alone
 
 
-def images_of(record: Any) -> tuple[str, ...]:
+def images_of(record: Any) -> tuple[Image, ...]:
     """The paths of a record's images below the image folder, in any of the forms.
 
     Raises:
@@ -197,7 +197,7 @@ def images_of(record: Any) -> tuple[str, ...]:
     return image_paths(to_llava(record))
 
 
-def image_of(record: dict[str, Any]) -> str | None:
+def image_of(record: dict[str, Any]) -> Image | None:
     """The path of a record's (first) image below the image folder, in any of the forms or none; None without one."""
     try:
         images = images_of(record)
@@ -289,7 +289,9 @@ def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:
     raise ValueError(f"has no `conversations` or `messages` (its keys: {names})")
 
 
-def _turns(record: dict[str, Any], keys: tuple[str, ...], paths: list[str], indices: list[int]) -> list[dict[str, Any]]:
+def _turns(
+    record: dict[str, Any], keys: tuple[str, ...], paths: list[Image], indices: list[int]
+) -> list[dict[str, Any]]:
     """The turns under `keys`, with `from` and `value`; what the image parts of turns name is added to `paths` and
     `indices`."""
     if keys[0] in _LISTS:
@@ -323,31 +325,31 @@ def _turns(record: dict[str, Any], keys: tuple[str, ...], paths: list[str], indi
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def _turns_of_list(turns: Any, key: str, paths: list[str], indices: list[int]) -> list[dict[str, Any]]:
+def _turns_of_list(turns: Any, key: str, paths: list[Image], indices: list[int]) -> list[dict[str, Any]]:
     if not isinstance(turns, list):
         raise ValueError(f"has `{key}` that are not a list of turns")
     return [_turn(turn, index, key, paths, indices) for index, turn in enumerate(turns)]
 
 
-def _images(record: dict[str, Any]) -> list[str]:
+def _images(record: dict[str, Any]) -> list[Image]:
     media = media_of(record)
     if media.problem:
         raise ValueError(media.problem)
     return list(media.images)
 
 
-def _in_order(images: list[str], indices: list[int]) -> list[str]:
+def _in_order(images: list[Image], indices: list[int]) -> list[Image]:
     """The images that image parts count by their `index`."""
     if max(indices) >= len(images):
         raise ValueError(f"has an image part with `index` {max(indices)}, and {len(images)} images")
     return [images[index] for index in indices]
 
 
-def _image_value(images: list[str]) -> str | list[str]:
+def _image_value(images: list[Image]) -> Image | list[Image]:
     return images[0] if len(images) == 1 else images
 
 
-def _turn(turn: Any, index: int, key: str, paths: list[str], indices: list[int]) -> dict[str, Any]:
+def _turn(turn: Any, index: int, key: str, paths: list[Image], indices: list[int]) -> dict[str, Any]:
     """A turn of the list under `key` with `from` and `value`."""
     if not isinstance(turn, dict):
         raise ValueError(f"has a turn {index} that is not an object")
@@ -404,7 +406,7 @@ def _as_parts(text: str, has_image: bool) -> list[dict[str, str]]:
 _IMAGE_PART_KEYS = ("image", "path", "url", "image_url")
 
 
-def _text(content: Any, index: int, paths: list[str], indices: list[int]) -> str:
+def _text(content: Any, index: int, paths: list[Image], indices: list[int]) -> str:
     """The text of a turn's content, parts joined, an image part as its tag."""
     if isinstance(content, str):
         return content
@@ -413,7 +415,7 @@ def _text(content: Any, index: int, paths: list[str], indices: list[int]) -> str
     return "".join([_part(part, index, paths, indices) for part in content])
 
 
-def _part(part: Any, index: int, paths: list[str], indices: list[int]) -> str:
+def _part(part: Any, index: int, paths: list[Image], indices: list[int]) -> str:
     # A table's export fills the keys that other parts have with null.
     known = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     kind = known.pop("type", "text" if "text" in known else "image" if known.keys() & _IMAGE_PART_KEYS else None)

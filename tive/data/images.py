@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
 import unicodedata
@@ -10,9 +12,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from tive.data.media import StoredImage
+from tive.util.files import whole_file
 
 _LOWER = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 EXTENSIONS = (*_LOWER, *(extension.upper() for extension in _LOWER))
@@ -189,7 +195,43 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name in _FORMATS]
 
 
-def open_image(path: str, padded: bool = False, upright: bool = False) -> Image.Image:
+def read_image(folder: str, image: str | StoredImage, padded: bool = False, upright: bool = False) -> Image.Image:
+    """`open_image` of a record's image: a path below the image folder, or the image itself.
+
+    Raises:
+        BadImage: as `find_image` and `open_image`.
+    """
+    if isinstance(image, str):
+        return open_image(find_image(folder, image), padded, upright)
+    if not image.content:
+        raise BadImage("unreadable image: the row holds no bytes of it")
+    return open_image(io.BytesIO(image.content), padded, upright)
+
+
+def store_image(folder: str, image: StoredImage) -> str:
+    """Write an image that lies in its row to a file below the folder, unless it is there; its path below the folder.
+
+    Equal bytes are one file, whose name is their hash and whose suffix is that of their format.
+
+    Raises:
+        ValueError: the bytes are no image.
+    """
+    content = image.content or b""
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as opened:
+            suffix = {"JPEG": "jpg"}.get(opened.format or "", (opened.format or "").lower())
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"has an image that cannot be read ({image.name})") from error
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    name = f"{digest[:2]}/{digest}.{suffix}"
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        with whole_file(path) as file:
+            file.write(content)
+    return name
+
+
+def open_image(path: str | BinaryIO, padded: bool = False, upright: bool = False) -> Image.Image:
     """Read an image whole, as RGB; the first frame of an animation.
 
     Args:

@@ -18,7 +18,7 @@ import yaml
 
 from tive.data.containers import entries_of
 from tive.data.conversations import image_paths, to_llava
-from tive.data.media import IMAGE_TAG
+from tive.data.media import IMAGE_TAG, name_of_image
 from tive.data.tasks import value_at
 from tive.util.errors import UserError
 from tive.util.text import shown
@@ -71,7 +71,8 @@ class Rules:
         """
         conversation = to_llava(record)
         questions = [turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"]
-        facts = Facts(record, next(iter(image_paths(conversation)), None), questions)
+        image = next(iter(image_paths(conversation)), None)
+        facts = Facts(record, None if image is None else name_of_image(image), questions)
         rule = next((rule for rule in self.rules if rule.matches(facts)), None)
         if rule is not None and split and rule.split:
             rule = next((part for part in rule.split if part.matches(facts)), None)

@@ -35,6 +35,22 @@ _LONGEST_PATH = 4096
 _NOTHING: tuple[Any, ...] = ("", [], {})
 
 
+class StoredImage(NamedTuple):
+    """An image whose bytes lie in its record's row.
+
+    Attributes:
+        name: its path, or the file, row and number that it is found by.
+        content: its bytes; None where all records are gone through, which leaves them on disk.
+    """
+
+    name: str
+    content: bytes | None
+
+
+# A path below the image folder, or the image itself.
+Image = str | StoredImage
+
+
 class Media(NamedTuple):
     """What a record shows beside its text.
 
@@ -44,7 +60,7 @@ class Media(NamedTuple):
             (`has a video ...`); None where there is none. It holds nothing of the value: many records share it.
     """
 
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
     problem: str | None = None
 
 
@@ -60,7 +76,7 @@ def media_of(record: dict[str, Any]) -> Media:
             for problem in filter(None, map(_path_problem, entries)):
                 return Media((), f"has an `{key}` that {problem}")
             found.append(tuple(entries))
-    if len(set(found)) > 1:
+    if len(found) > 1 and len(set(found)) > 1:
         return Media((), "names different images under `image` and `images`; keep one of the two keys")
     if found:
         return Media(found[0])
@@ -101,6 +117,8 @@ def _names_media(value: Any) -> bool:
 
 
 def _path_problem(entry: Any) -> str | None:
+    if isinstance(entry, StoredImage):
+        return None
     if isinstance(entry, dict):
         return "is an object; write the image to a file and give its path"
     if not isinstance(entry, str) or not entry:
@@ -114,6 +132,10 @@ def _path_problem(entry: Any) -> str | None:
     return None
 
 
-def plain_path(image: str) -> str:
+def plain_path(image: Image) -> Image:
     """An image's path as it is opened below the image folder: `./coco//1.jpg` is `coco/1.jpg`."""
-    return os.path.normpath(image)
+    return os.path.normpath(image) if isinstance(image, str) else image
+
+
+def name_of_image(image: Image) -> str:
+    return image if isinstance(image, str) else image.name

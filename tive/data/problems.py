@@ -18,7 +18,7 @@ from tive.data.conversations import (
     is_unicode,
     to_llava,
 )
-from tive.data.media import IMAGE_TAG, is_empty, media_of
+from tive.data.media import IMAGE_TAG, is_empty, media_of, name_of_image
 from tive.data.records import Records, name_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
@@ -138,7 +138,7 @@ def identity_of(record: Any) -> str | int | None:
 def images_named(record: Any) -> str:
     """The paths of a record's images in one text, empty where there is none that can be told."""
     try:
-        return writable(", ".join(images_of(record)))
+        return writable(", ".join(map(name_of_image, images_of(record))))
     except ValueError:
         return ""
 

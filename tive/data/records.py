@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tive.data.containers import open_data_file
+from tive.data.tables import TableRecords, is_table, open_table, write_table
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 from tive.util.text import shown_value
@@ -43,8 +44,8 @@ _REFUSED = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Records:
-    """A data file.
+class JsonRecords:
+    """A JSON list or JSON Lines.
 
     Attributes:
         fingerprint: SHA-256 of the file.
@@ -90,6 +91,10 @@ class Records:
             raise _damaged(self.path, f"not JSON: {error}", row, int(self.starts[row])) from error
 
 
+# What every room reads: length, a record by row, all in turn, fingerprint, path; and `write_records`.
+Records = JsonRecords | TableRecords
+
+
 def parse_record(raw: bytes | memoryview) -> Any:
     """The value of a record's text.
 
@@ -103,13 +108,15 @@ def parse_record(raw: bytes | memoryview) -> Any:
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
-    """Find every record of a data file.
+    """Find every record of a data file: a JSON list, JSON Lines, Parquet, Arrow, or a folder of Parquet or Arrow.
 
     Raises:
         UserError: the file is not there, is neither a JSON list nor JSON Lines (what it is instead, and the command
             that turns it into records, where that can be told), breaks off, or holds no record or one above 64 MiB.
     """
     path = Path(path)
+    if is_table(path):
+        return open_table(path)
     with open_data_file(path) as file:
         if not os.fstat(file.fileno()).st_size:
             raise UserError(f"{path}: the file is empty; download it again")
@@ -132,7 +139,7 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     if lengths.max() > MAX_RECORD_BYTES:
         row = int(np.argmax(lengths > MAX_RECORD_BYTES))
         raise _damaged(path, f"one record above {MAX_RECORD_BYTES >> 20} MiB", row, int(starts[row]))
-    return Records(path, fingerprint, starts, lengths, is_lines)
+    return JsonRecords(path, fingerprint, starts, lengths, is_lines)
 
 
 def _damaged(path: Path, what: str, row: int, position: int) -> UserError:
@@ -225,14 +232,38 @@ def _length_slowly(path: Path, content: mmap.mmap, position: int, row: int, size
         size *= 2
 
 
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """How the name of a file ends that `write_records` writes from the records at a path."""
+    return ".parquet" if is_table(Path(path)) else ".json"
+
+
 def write_records(path: str | os.PathLike[str], records: Records, rows: Iterable[int]) -> None:
-    """Write the records of `rows`, in that order, as a JSON list; each byte for byte as it came."""
+    """Write the records of `rows`, in that order: of JSON as a JSON list, each byte for byte as it came; of a table as
+    Parquet, with its schema and metadata.
+
+    Raises:
+        UserError: the file cannot be written, or its name is of the other kind.
+    """
+    if (Path(path).suffix == ".parquet") != isinstance(records, TableRecords):
+        raise UserError(
+            f"{path} is to hold records of {records.path}: name a file that ends in {suffix_of(records.path)}"
+        )
     with whole_file(path) as file:
         copy_records(file, records, rows)
 
 
+def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> None:
+    """Write the numbers of the rows that a file of records was made of, beside it as `{stem}_rows.npy`."""
+    path = Path(path)
+    with whole_file(path.with_name(f"{path.stem}_rows.npy")) as file:
+        np.save(file, rows)
+
+
 def copy_records(file: BinaryIO, records: Records, rows: Iterable[int]) -> None:
     """`write_records` into an open file."""
+    if isinstance(records, TableRecords):
+        write_table(file, records, rows)
+        return
     with open(records.path, "rb") as source:
         descriptor = source.fileno()
         append_raw(file, (os.pread(descriptor, int(records.lengths[row]), int(records.starts[row])) for row in rows))

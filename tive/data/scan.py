@@ -13,7 +13,7 @@ from typing import Any
 from tive.data.containers import open_data_file
 from tive.data.conversations import image_paths, placeholder_in, to_llava
 from tive.data.images import look_for
-from tive.data.media import IMAGE_TAG, is_empty
+from tive.data.media import IMAGE_TAG, Image, is_empty
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records
 from tive.data.tasks import no_task, task_or_problem
@@ -28,7 +28,7 @@ class Scan:
     Attributes:
         ids: `[n]`, as text that can be written; empty where a record has none.
         tasks: `[n]`; empty where a record names none, or where no task was asked for.
-        images: `[n]`, the paths that each record names; none where it cannot be used.
+        images: `[n]`, the paths that each record names; none where it cannot be used, or its images lie in its row.
         answers: `[n]`, how many turns answer another one.
         problems: row -> what keeps the record from being used.
         tags_alone: rows whose text has the image's tag, and that name no image.
@@ -64,7 +64,7 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
             task, without_task = task_or_problem(record, task_key)
         scan.ids.append(_id_of(record))
         scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
-        images: tuple[str, ...] = ()
+        images: tuple[Image, ...] = ()
         answers = 0
         problem = problem or without_task
         try:
@@ -81,7 +81,7 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
                 (scan.tags_alone if has_tag else scan.images_alone).append(row)
             if turns and turns[-1]["from"] == "human":
                 scan.unanswered.append(row)
-        scan.images.append(images)
+        scan.images.append(tuple([image for image in images if isinstance(image, str)]))
         scan.answers.append(answers)
     return scan
 

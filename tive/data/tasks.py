@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tive.data.conversations import image_of, is_unicode
-from tive.data.media import IMAGE_KEYS
+from tive.data.media import IMAGE_KEYS, name_of_image
 from tive.util.errors import UserError
 
 
@@ -42,7 +42,10 @@ def task_or_problem(record: dict[str, Any], task_key: str = "dataset") -> tuple[
     if colon and not separator:
         raise UserError(f"the task key {task_key} names no separator; write it after the colon, as in `image:/`")
     # Whichever of the two keys of an image the record has, and however its path is spelled.
-    value = image_of(record) if key in IMAGE_KEYS else value_at(record, key)
+    value = value_at(record, key)
+    if key in IMAGE_KEYS:
+        image = image_of(record)
+        value = None if image is None else name_of_image(image)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, (list, dict)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.data.conversations import image_of
-from tive.data.images import BadImage, find_image, open_image
+from tive.data.images import BadImage, read_image
 from tive.data.problems import problem_of
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, Reference, spliced
 from tive.models.adapter import check_adapter
@@ -233,7 +233,7 @@ def encode(processor: BunnyProcessor, record: dict[str, Any], image_folder: str)
     image, picture = image_of(record), None
     if image is not None:
         try:
-            picture = open_image(find_image(image_folder, image), padded=processor.image.pad)
+            picture = read_image(image_folder, image, padded=processor.image.pad)
         except BadImage as error:
             raise LeftOut(str(error)) from error
         height = max(picture.size) if processor.image.pad else picture.height

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from tive.data.conversations import image_of
-from tive.data.images import BadImage, find_image, open_image, resize_padded
+from tive.data.images import BadImage, read_image, resize_padded
+from tive.data.media import StoredImage
 from tive.data.problems import problem_of
 from tive.models import Answer, Encoded, LeftOut, Reference, spliced
 from tive.models.common import library_versions
@@ -49,7 +50,7 @@ def encode(processor: LlavaProcessor, record: dict[str, Any], image_folder: str)
     image, pixels = image_of(record), None
     if image is not None:
         try:
-            pixels = _pixels(processor, find_image(image_folder, image))
+            pixels = _pixels(processor, image_folder, image)
         except BadImage as error:
             raise LeftOut(str(error)) from error
         except ValueError as error:  # LLaVA's image processor takes 1x1 and 3x3 pixels for a list of channels
@@ -70,12 +71,12 @@ def encode(processor: LlavaProcessor, record: dict[str, Any], image_folder: str)
     return spliced.spliced_record(ids, labels, pixels)
 
 
-def _pixels(processor: LlavaProcessor, path: str) -> np.ndarray:
-    """The pixels of an image file as LLaVA's `process_images` gives them, float32 `[3, height, width]`."""
+def _pixels(processor: LlavaProcessor, folder: str, image: str | StoredImage) -> np.ndarray:
+    """The pixels of an image as LLaVA's `process_images` gives them, float32 `[3, height, width]`."""
     from llava.mm_utils import process_images
 
     padded, images = processor.image_config.image_aspect_ratio == "pad", processor.image_processor
-    picture = open_image(path, padded)
+    picture = read_image(folder, image, padded)
     edge = images.size.get("shortest_edge") if images.do_resize else None
     if padded and edge and max(picture.size) > edge:  # the same pixels, without the square
         red, green, blue = (int(part * 255) for part in images.image_mean)

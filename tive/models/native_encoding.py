@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from tive.data.conversations import conversation_of, is_trained_on, placeholder_in
-from tive.data.images import BadImage, find_image, open_image
-from tive.data.media import IMAGE_TAG
+from tive.data.images import BadImage, read_image
+from tive.data.media import IMAGE_TAG, StoredImage
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
 from tive.models.answer_spans import align, answer_spans, text_message, token_spans
 from tive.models.common import base_of, first_line, loading
@@ -126,11 +126,11 @@ def record_problem(record: Any) -> str | None:
     return None
 
 
-def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str]]:
-    """A record's system prompt, its turns and its images' paths."""
+def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str | StoredImage]]:
+    """A record's system prompt, its turns and its images, paths or the images themselves."""
     converted = conversation_of(record)
     turns, images = converted["conversations"], converted.get("image") or []
-    images = [images] if isinstance(images, str) else images
+    images = images if isinstance(images, list) else [images]
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
     if images and tags != len(images):
         mark = placeholder_in(turns)
@@ -148,7 +148,7 @@ def encode(processor: NativeProcessor, record: dict[str, Any], image_folder: str
     """
     try:
         system, turns, paths = _read(record)
-        images = [open_image(find_image(image_folder, path), upright=True) for path in paths]
+        images = [read_image(image_folder, path, upright=True) for path in paths]
     except (BadImage, ValueError) as error:
         raise LeftOut(str(error)) from error
     return encode_turns(processor, system, turns, images)

@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tive.data.conversations import image_of, to_llava
-from tive.data.images import BadImage, find_image, open_image
+from tive.data.images import BadImage, read_image
+from tive.data.media import StoredImage
 from tive.data.problems import form_problem
 from tive.data.records import Records, open_records
 from tive.report.page import Block, Card, Cards, Section, name
@@ -117,12 +118,12 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     return turns
 
 
-def _thumbnail(image_folder: str | None, name: str) -> tuple[str | None, str]:
+def _thumbnail(image_folder: str | None, name: str | StoredImage) -> tuple[str | None, str]:
     """A small JPEG of an image, as the gradient step reads it, in a data URI; or None and the reason in a few words."""
-    if image_folder is None:
+    if image_folder is None and isinstance(name, str):
         return None, "image folder not known (image_folder)"
     try:
-        image = open_image(find_image(image_folder, name))
+        image = read_image(image_folder or "", name)
     except BadImage as reason:
         return None, str(reason)
     image.thumbnail((THUMBNAIL, THUMBNAIL))

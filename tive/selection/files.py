@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tive.data.records import Records, copy_records
+from tive.data.records import Records, copy_records, suffix_of
 from tive.features.chunk import COMMON_KEYS
 from tive.features.lookup import Features
 from tive.selection.mixture import Mixture
@@ -35,10 +35,11 @@ from tive.selection.summary import (
     read_summary,
 )
 from tive.util.errors import UserError
-from tive.util.files import HashingFile, whole_file
+from tive.util.files import sha256_of, whole_file
 from tive.util.text import LABEL_LIMIT, shown_value
 
 SUMMARY_END = "_summary.json"
+ROWS_END = "_rows.npy"
 SCORES_END = "_scores.csv"
 # A scores file begins and ends with these; between them is a column for each score.
 FIRST_COLUMNS = ["row", "id", "task"]
@@ -48,9 +49,10 @@ AGAIN = "make the selection again"
 
 @dataclass(frozen=True)
 class Files:
-    """The three files of a selection, which have one stem."""
+    """The files of a selection, which have one stem; `rows` holds the row numbers of the subset's records, int64."""
 
     subset: Path
+    rows: Path
     scores: Path
     summary: Path
 
@@ -115,8 +117,9 @@ def files_of(folder: str | os.PathLike[str], stem: str, data_path: str | os.Path
     Raises:
         UserError: the data file is in its place.
     """
-    files = Files(*(Path(folder) / f"{stem}{end}" for end in (".json", SCORES_END, SUMMARY_END)))
-    for file in (files.subset, files.scores, files.summary):
+    ends = (suffix_of(data_path), ROWS_END, SCORES_END, SUMMARY_END)
+    files = Files(*(Path(folder) / f"{stem}{end}" for end in ends))
+    for file in (files.subset, files.rows, files.scores, files.summary):
         if os.path.realpath(file) == os.path.realpath(data_path):
             raise UserError(f"the data file {data_path} would be overwritten; name another folder for the selection")
     return files
@@ -140,9 +143,9 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 def write_selection(
     files: Files, mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], features: Features
 ) -> None:
-    """Write the three files; none takes its name before all are complete.
+    """Write the four files; none takes its name before all are complete.
 
-    The subset has the selected records in the data file's order, byte for byte.
+    The subset has the selected records in the data file's order, as they came; `rows` has their row numbers.
 
     Args:
         arguments: of the script.
@@ -155,10 +158,12 @@ def write_selection(
     with (
         whole_file(files.summary) as summary_file,
         whole_file(files.scores) as scores_file,
+        whole_file(files.rows) as rows_file,
         whole_file(files.subset) as subset_file,
     ):
-        hashing = HashingFile(subset_file)
-        copy_records(hashing, mixture.records, rows)  # type: ignore[arg-type]  # `write` is all that it asks for
+        copy_records(subset_file, mixture.records, rows)
+        subset_file.flush()
+        np.save(rows_file, rows)
         _write_scores(scores_file, mixture, chosen)
         summary = Summary(
             dict(arguments),
@@ -169,7 +174,9 @@ def write_selection(
                 UncountedRecord(row, reason, mixture.ids[row], mixture.task_names[mixture.task[row]])
                 for row, reason in sorted(chosen.reasons.items())
             ],
-            Subset(files.subset.name, len(rows), hashing.sha256, int(np.count_nonzero(chosen.times_selected))),
+            Subset(
+                files.subset.name, len(rows), sha256_of(subset_file.name), int(np.count_nonzero(chosen.times_selected))
+            ),
             # Python writes and reads NaN, which is not JSON.
             json.loads(
                 json.dumps([chunk.manifest for chunk in features.chunks if chunk.manifest]),
@@ -180,7 +187,7 @@ def write_selection(
             dict(chosen.details),
         )
         summary_file.write(encode_summary(summary))
-        for file in (subset_file, scores_file, summary_file):
+        for file in (subset_file, rows_file, scores_file, summary_file):
             file.flush()
             os.fsync(file.fileno())
 

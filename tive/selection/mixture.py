@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tive.data.problems import count_and_first, form_problem, report_bad_records
-from tive.data.records import Records, open_records, write_records
+from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
 from tive.features.lookup import Features
@@ -107,6 +107,7 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | No
         row = int(missing[0])
         remedy = "name the file that the gradients were taken of, or take them again"
         if missing_path is not None:
+            missing_path = missing_path.with_suffix(suffix_of(mixture.records.path))
             write_records(missing_path, mixture.records, missing)
             again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
             remedy = f"{again} with the other arguments as before computes just them; then name both folders"

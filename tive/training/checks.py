@@ -14,7 +14,7 @@ from typing import Any
 
 from tive.data.media import media_of
 from tive.data.problems import problem_of, refuse_bad_records
-from tive.data.records import open_records
+from tive.data.records import JsonRecords, open_records
 from tive.data.scan import check_chunk, scan_records
 from tive.training.settings import (
     base_config,
@@ -71,7 +71,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
             printed.
     """
     records = open_records(path)
-    if records.is_lines:
+    if records.is_lines or not isinstance(records, JsonRecords):
         raise UserError(
             f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with "
             + command("scripts/convert_data.py", source_path=Path(path), target_path=Path(path).with_suffix(".json"))

@@ -1,0 +1,256 @@
+"""Records of Parquet and of folders that `datasets` saved: read as those of JSON, written as they came."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+from PIL import Image
+
+import select_warm_up_data
+from tests.helpers.feature_files import call
+from tests.helpers.records import record_with, write
+from tive.data.conversations import conversation_of, image_of
+from tive.data.images import BadImage, read_image
+from tive.data.media import StoredImage
+from tive.data.problems import form_problem
+from tive.data.records import open_records, write_records
+from tive.data.scan import scan_records
+from tive.data.tables import TableRecords, _row_group
+from tive.util.errors import UserError
+
+# What the hub's sets of today have as columns, from their cards: FineVision, The Cauldron, LLaVA-OneVision-Data.
+IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+FINEVISION = pyarrow.schema(
+    [
+        ("images", pyarrow.list_(IMAGE)),
+        ("texts", pyarrow.list_(pyarrow.struct([("user", pyarrow.string()), ("assistant", pyarrow.string())]))),
+        ("source", pyarrow.string()),
+        ("relevance_ratings", pyarrow.list_(pyarrow.int64())),
+    ],
+    metadata={b"huggingface": b'{"info": {"features": {"images": [{"_type": "Image"}]}}}'},
+)
+TURN = pyarrow.struct([("from", pyarrow.string()), ("value", pyarrow.string())])
+ONEVISION = pyarrow.schema(
+    [
+        ("id", pyarrow.string()),
+        ("image", IMAGE),
+        ("conversations", pyarrow.list_(TURN)),
+        ("data_source", pyarrow.string()),
+    ]
+)
+
+
+def png(number: int, size=(40, 30)) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(
+        content, "PNG"
+    )
+    return content.getvalue()
+
+
+def finevision(rows: range) -> list[dict]:
+    return [
+        {
+            "images": [{"bytes": png(row), "path": None}] * (row % 3),
+            "texts": [{"user": f"What {row}?", "assistant": "Noise."}, {"user": "Sure?", "assistant": "Yes."}],
+            "source": "ab"[row % 2],
+            "relevance_ratings": [5],
+        }
+        for row in rows
+    ]
+
+
+def onevision(rows: range) -> list[dict]:
+    return [
+        {
+            "id": str(row),
+            "image": {"bytes": png(row), "path": f"{row}.png"} if row % 2 else None,
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat?" if row % 2 else "What?"},
+                {"from": "gpt", "value": "Noise."},
+            ],
+            "data_source": "ab"[row % 2],
+        }
+        for row in rows
+    ]
+
+
+@pytest.fixture
+def fine(tmp_path):
+    """Two subsets in folders of their own, several row groups each."""
+    for name, rows in (("a", range(0, 7)), ("b/deep", range(7, 12))):
+        (tmp_path / "fine" / name).mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(finevision(rows), FINEVISION)
+        parquet.write_table(table, tmp_path / "fine" / name / "0.parquet", row_group_size=3)
+    return tmp_path / "fine"
+
+
+def test_a_folder_of_subsets_is_its_files_by_path_and_their_rows_as_they_lie(fine):
+    records = open_records(fine)
+    expected = finevision(range(12))
+    assert len(records) == 12
+    assert [records[row]["texts"] for row in range(12)] == [one["texts"] for one in expected]
+    assert [one["texts"] for one in records] == [one["texts"] for one in expected]
+    for row in range(12):
+        assert [image.content for image in records[row]["images"]] == [one["bytes"] for one in expected[row]["images"]]
+    assert [record["folder"] for record in records] == ["a"] * 7 + ["b/deep"] * 5
+    assert conversation_of(records[5])["conversations"][0]["value"] == "<image><image>What 5?"
+    assert records[-1]["texts"] == expected[-1]["texts"]
+    with pytest.raises(IndexError):
+        records[12]
+
+
+def test_all_records_are_gone_through_without_the_bytes_of_images(fine):
+    records = open_records(fine)
+    assert all(image.content is None for record in records for image in record["images"])
+    scan = scan_records(records, form_problem, "source")
+    assert not scan.problems and scan.tasks == [*"ab" * 6] and not scan.images_alone and not scan.tags_alone
+    assert scan_records(records, form_problem, "folder").tasks == ["a"] * 7 + ["b/deep"] * 5
+    assert set(scan.images) == {()}  # none is looked for in a folder
+
+
+def test_a_row_group_is_decoded_once_for_neighbouring_rows(fine):
+    records = open_records(fine)
+    _row_group.cache_clear()
+    for row in range(12):
+        records[row]
+    assert _row_group.cache_info().misses == 5
+
+
+def test_images_of_every_kind_of_column_are_opened_from_the_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(onevision(range(4)), ONEVISION), path)
+    records = open_records(path)
+    assert image_of(records[0]) is None and conversation_of(records[0])["conversations"]
+    image = image_of(records[1])
+    assert isinstance(image, StoredImage) and image.name == "1.png"
+    assert np.array_equal(np.asarray(read_image("", image)), np.asarray(Image.open(io.BytesIO(png(1)))))
+    binary = pyarrow.table({"image": pyarrow.array([png(3)], pyarrow.binary()), "question": ["a"], "answer": ["b"]})
+    parquet.write_table(binary, path)
+    assert image_of(open_records(path)[0]).content == png(3)
+    paths = pyarrow.table({"image": ["x/1.png"], "question": ["a"], "answer": ["b"]})
+    parquet.write_table(paths, path)
+    assert image_of(open_records(path)[0]) == "x/1.png"
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", png(0)[:200]], ids=["empty", "text", "cut"])
+def test_bytes_that_are_no_image_are_told_as_a_file_of_them_is(content):
+    with pytest.raises(BadImage, match="unreadable image"):
+        read_image("", StoredImage("a.png", content))
+
+
+def test_what_is_selected_is_written_with_the_schema_and_metadata_of_the_source(fine, tmp_path):
+    rows = [11, 2, 2, 5]
+    write_records(tmp_path / "subset.parquet", open_records(fine), rows)
+    written = parquet.read_table(tmp_path / "subset.parquet")
+    source = parquet.read_schema(fine / "a" / "0.parquet")
+    assert written.schema.equals(source, check_metadata=True) and source.metadata == FINEVISION.metadata
+    assert written.to_pylist() == [finevision(range(12))[row] for row in rows]
+
+
+def test_step_1_draws_from_parquet_and_leaves_the_rows_numbers(fine, tmp_path):
+    target = tmp_path / "warm_up.parquet"
+    call(
+        select_warm_up_data.main,
+        "--source_path",
+        fine,
+        "--target_path",
+        target,
+        "--sample_ratio",
+        0.5,
+        "--task_key",
+        "source",
+    )
+    rows = np.load(tmp_path / "warm_up_rows.npy")
+    assert parquet.read_table(target).to_pylist() == [finevision(range(12))[row] for row in rows]
+    assert [row % 2 for row in rows].count(0) == 3
+
+
+def test_a_table_goes_into_a_parquet_file_and_json_into_json(fine, tmp_path):
+    with pytest.raises(UserError, match=r"\.parquet"):
+        write_records(tmp_path / "a.json", open_records(fine), [0])
+    source = write(tmp_path / "a.json", json.dumps([record_with(("human", "a"), ("gpt", "b"))]))
+    with pytest.raises(UserError, match=r"\.json"):
+        write_records(tmp_path / "a.parquet", open_records(source), [0])
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist(onevision(range(6)), ONEVISION)
+    with pyarrow.OSFile(str(folder / "data-0.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, ONEVISION) as writer:
+        writer.write_table(table, max_chunksize=4)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-0.arrow"}]}))
+    (folder / "dataset_info.json").write_text("{}")
+    for path in (folder, folder / "data-0.arrow"):
+        records = open_records(path)
+        assert [record["id"] for record in records] == [*"012345"]
+        assert image_of(records[5]).content == png(5) and image_of(records[4]) is None
+        assert [image_of(record).content for record in records if image_of(record)] == [None] * 3
+    write_records(tmp_path / "a.parquet", records, [5, 1])
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == [onevision(range(6))[row] for row in (5, 1)]
+
+
+def test_a_reader_of_a_table_travels_to_another_process(fine):
+    assert pickle.loads(pickle.dumps(open_records(fine)))[3]["texts"] == finevision(range(4))[3]["texts"]
+
+
+def test_the_fingerprint_is_that_of_names_sizes_and_footers(fine, tmp_path):
+    before = open_records(fine).fingerprint
+    shutil.copytree(fine, tmp_path / "other place")
+    assert open_records(tmp_path / "other place").fingerprint == before
+    parquet.write_table(pyarrow.Table.from_pylist(finevision(range(8)), FINEVISION), fine / "a" / "0.parquet")
+    assert open_records(fine).fingerprint != before
+
+
+def cut(folder):
+    file = folder / "a" / "0.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def other_columns(folder):
+    parquet.write_table(pyarrow.Table.from_pylist(onevision(range(2)), ONEVISION), folder / "c.parquet")
+
+
+def json_beside(folder):
+    (folder / "b" / "more.jsonl").write_text("{}")
+
+
+def nothing(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE = {
+    "cut": (cut, "0.parquet"),
+    "another schema": (other_columns, "c.parquet"),
+    "JSON beside it": (json_beside, "more.jsonl"),
+    "an empty folder": (nothing, "fine"),
+    "several splits": (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "several data sets"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.values(), ids=DAMAGE)
+def test_a_folder_that_cannot_be_read_is_told_in_one_line_by_the_file(fine, damage, named):
+    damage(fine)
+    with pytest.raises(UserError, match=named) as caught:
+        open_records(fine)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_cut_since_it_was_opened_is_named(fine):
+    records = open_records(fine)
+    assert isinstance(records, TableRecords)
+    _row_group.cache_clear()
+    cut(fine)
+    with pytest.raises(UserError, match=r"0\.parquet"):
+        records[0]
+    with pytest.raises(UserError, match=r"0\.parquet"):
+        list(records)

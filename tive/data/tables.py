@@ -1,0 +1,312 @@
+"""Records in Parquet files, or in a folder that `datasets` saved (Arrow): the columns that are needed, row group by row
+group; what is selected is written as Parquet with the same schema and metadata.
+
+A column is a key of each record. Images whose bytes lie in the row (a struct of `bytes` and `path` under `image` or
+`images`, or a list of them) are read where a record is asked for by its row, and left on disk where all records are
+gone through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from tive.data.media import IMAGE_KEYS, StoredImage
+from tive.util.errors import UserError
+from tive.util.files import sampled_sha256
+from tive.util.text import listed
+
+_BATCH_ROWS = 1024
+_GROUP_BYTES = 100 << 20
+_DATA_SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class TableRecords:
+    """The rows of Parquet or Arrow files, in the order of the files' paths.
+
+    Attributes:
+        fingerprint: SHA-256 of the files' names, sizes and Parquet footers; the bytes of images play no part.
+        files: sorted by path.
+        groups: int64 `[g, 3]`, the file, its row group and the first row of each row group.
+        count: rows.
+        image_columns: of `IMAGE_KEYS`, those whose images lie in the rows.
+    """
+
+    path: Path
+    fingerprint: str
+    files: tuple[Path, ...]
+    groups: np.ndarray
+    count: int
+    image_columns: frozenset[str]
+    is_lines: bool = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Any:
+        row = range(self.count)[row]
+        file, group, first = self._place(row)
+        (values,) = _group(self.files[file], group).slice(row - first, 1).to_pylist()
+        return self._record(values, file, row)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Every record in turn, read once from front to back, without the bytes of images."""
+        row = 0
+        with tqdm(total=self.count, desc=f"Reading {self.path.name}", unit=" records", delay=2) as bar:
+            for file, path in enumerate(self.files):
+                for batch in _batches(path, self.image_columns):
+                    for values in batch.to_pylist():
+                        yield self._record(values, file, row)
+                        row += 1
+                    bar.update(batch.num_rows)
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        file, group, first = self.groups[np.searchsorted(self.groups[:, 2], row, side="right") - 1].tolist()
+        return file, group, first
+
+    def _record(self, values: dict[str, Any], file: int, row: int) -> dict[str, Any]:
+        for column in self.image_columns & values.keys():
+            entries = values[column] if isinstance(values[column], list) else [values[column]]
+            where = f"{self.files[file].name}, row {row}, image"
+            values[column] = [_image(entry, f"{where} {number}") for number, entry in enumerate(entries)]
+        if self.path.is_dir() and self.files[file].parent != self.path:
+            values.setdefault("folder", self.files[file].parent.relative_to(self.path).as_posix())
+        return values
+
+
+def _image(entry: Any, where: str) -> Any:
+    if entry is None or isinstance(entry, str):
+        return entry
+    if isinstance(entry, bytes):
+        return StoredImage(where, entry)
+    path = entry.get("path")
+    if "bytes" not in entry:
+        return StoredImage(path or where, None)
+    return StoredImage(path or where, entry["bytes"]) if entry["bytes"] else path
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is read as a table: a folder, or a file that begins as Parquet or Arrow does."""
+    if path.is_dir():
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"PAR1", b"ARRO", b"\xff\xff\xff\xff") or path.suffix in (".parquet", ".arrow")
+    except (OSError, ValueError):
+        return False
+
+
+def open_table(path: Path) -> TableRecords:
+    """Find the rows of a Parquet or Arrow file, or of all such files in a folder and the folders in it.
+
+    Raises:
+        UserError: there is none, a file is cut or damaged, or its columns differ from those of the first.
+    """
+    import pyarrow
+
+    files = _files(path)
+    digest = hashlib.sha256()
+    groups: list[tuple[int, int, int]] = []
+    columns: set[str] = set()
+    first_schema = None
+    rows = 0
+    for number, file in enumerate(files):
+        try:
+            schema, counts, stored, footer = _look(file)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{file} is not Parquet or Arrow, or is cut or damaged; download it again") from error
+        first_schema = schema if first_schema is None else first_schema
+        if set(schema.names) != set(first_schema.names):
+            others = listed(sorted(set(schema.names) ^ set(first_schema.names)))
+            raise UserError(f"{file} has other columns than {files[0]} ({others}); keep one kind of file in the folder")
+        columns |= stored
+        digest.update(f"{os.path.relpath(file, path)} {file.stat().st_size} {footer}\n".encode())
+        for group, count in enumerate(counts):
+            if count:
+                groups.append((number, group, rows))
+                rows += count
+    if not rows:
+        raise UserError(f"{path} holds no records; name a data file with at least one")
+    return TableRecords(path, digest.hexdigest(), tuple(files), np.array(groups, np.int64), rows, frozenset(columns))
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        names = listed(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise UserError(f"{path} holds several data sets ({names}); name one of these folders")
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text())
+        return [path / entry["filename"] for entry in state["_data_files"]]
+    files = sorted(path.rglob("*.parquet"))
+    others = sorted(file for file in path.rglob("*.json*") if file.suffix in _DATA_SUFFIXES)
+    if not files:
+        raise UserError(f"cannot read {path}: it is a folder without Parquet files; name a data file, or such a folder")
+    if others:
+        raise UserError(f"{path} holds Parquet and JSON ({others[0].name}); name the files of one kind")
+    return files
+
+
+def _look(file: Path) -> tuple[Any, list[int], set[str], str]:
+    """The schema of a file, the rows of its groups, the columns that hold images, and what tells it from another."""
+    import pyarrow.parquet as parquet
+
+    if file.suffix == ".arrow" or not _is_parquet(file):
+        table = _arrow(file)
+        counts = [batch.num_rows for batch in table.to_batches()]
+        return table.schema, counts, _columns_with_bytes(table.schema), sampled_sha256(file)
+    source = parquet.ParquetFile(file)
+    counts = [source.metadata.row_group(group).num_rows for group in range(source.num_row_groups)]
+    with open(file, "rb") as raw:
+        raw.seek(-8, os.SEEK_END)
+        size = int.from_bytes(raw.read(4), "little")
+        raw.seek(-8 - size, os.SEEK_END)
+        footer = hashlib.sha256(raw.read(size)).hexdigest()
+    return source.schema_arrow, counts, _columns_with_bytes(source.schema_arrow), footer
+
+
+def _is_parquet(file: Path) -> bool:
+    with open(file, "rb") as raw:
+        return raw.read(4) == b"PAR1"
+
+
+def _columns_with_bytes(schema: Any) -> set[str]:
+    """The columns under a key of images that hold their bytes."""
+    import pyarrow.types as types
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind):
+            return holds_bytes(kind.value_type)
+        if types.is_struct(kind):
+            return any(kind.field(index).name == "bytes" for index in range(kind.num_fields))
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    return {field.name for field in schema if field.name in IMAGE_KEYS and holds_bytes(field.type)}
+
+
+def _arrow(file: Path) -> Any:
+    """A memory-mapped Arrow file; of the stream form, which `datasets` writes, or the file form."""
+    import pyarrow
+
+    source = pyarrow.memory_map(str(file))
+    try:
+        return pyarrow.ipc.open_stream(source).read_all()
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+
+
+def _group(file: Path, group: int) -> Any:
+    """A row group with all its columns."""
+    try:
+        return _row_group(file, group, os.stat(file).st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; put it back") from error
+
+
+@lru_cache(maxsize=2)
+def _row_group(file: Path, group: int, _changed: int) -> Any:
+    """The last two row groups are kept, so that neighbouring rows are decoded once."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        if not _is_parquet(file):
+            return pyarrow.Table.from_batches([_arrow(file).to_batches()[group]])
+        # Without threads: a worker of the loader may be a fork.
+        return parquet.ParquetFile(file).read_row_group(group, use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read in row group {group}; it was cut or changed: download it again"
+        ) from error
+
+
+def _batches(file: Path, image_columns: frozenset[str]) -> Iterator[Any]:
+    """A file's rows in batches, without the bytes of images."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        if not _is_parquet(file):
+            table = _arrow(file)
+            for column in image_columns:
+                place = table.schema.get_field_index(column)
+                table = table.set_column(place, column, _paths_alone(table.column(column)))
+            yield from table.to_batches(_BATCH_ROWS)
+            return
+        source = parquet.ParquetFile(file)
+        leaves = [source.schema.column(index).path for index in range(len(source.schema))]
+        bytes_of = {
+            f"{column}{inner}.bytes" for column in image_columns for inner in ("", ".list.element", ".list.item")
+        }
+        yield from source.iter_batches(_BATCH_ROWS, columns=[leaf for leaf in leaves if leaf not in bytes_of])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read; it was cut or changed: download it again") from error
+
+
+def _paths_alone(column: Any) -> Any:
+    """A column of images without their bytes."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    def pruned(array: Any) -> Any:
+        if pyarrow.types.is_list(array.type):
+            return pyarrow.ListArray.from_arrays(array.offsets, pruned(array.values), mask=array.is_null())
+        if pyarrow.types.is_struct(array.type) and array.type.get_field_index("path") >= 0:
+            return pyarrow.StructArray.from_arrays(
+                [compute.struct_field(array, "path")], ["path"], mask=array.is_null()
+            )
+        return array
+
+    return pyarrow.chunked_array([pruned(chunk) for chunk in column.chunks])
+
+
+def write_table(file: BinaryIO, records: TableRecords, rows: Iterable[int]) -> None:
+    """Write the rows, in that order, as Parquet with the schema and metadata of the first file."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    schema = _group(records.files[0], int(records.groups[0, 1])).schema
+    waiting: list[Any] = []
+    size = 0
+    with parquet.ParquetWriter(file, schema) as writer:
+
+        def flush() -> None:
+            if waiting:
+                writer.write_table(pyarrow.concat_tables(waiting))
+                waiting.clear()
+
+        for (number, group, first), taken in _by_group(records, rows):
+            table = _group(records.files[number], group).take([row - first for row in taken])
+            if table.schema != schema:
+                table = table.select(schema.names).cast(schema)
+            waiting.append(table.replace_schema_metadata(schema.metadata))
+            size += table.nbytes
+            if size >= _GROUP_BYTES:
+                flush()
+                size = 0
+        flush()
+
+
+def _by_group(records: TableRecords, rows: Iterable[int]) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
+    """Consecutive rows of one row group together, with their file, group and the group's first row."""
+    place, taken = None, []
+    for row in map(int, rows):
+        here = records._place(row)
+        if place is not None and (here != place or len(taken) >= _BATCH_ROWS):
+            yield place, taken
+            taken = []
+        place = here
+        taken.append(row)
+    if place is not None:
+        yield place, taken
