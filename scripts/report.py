@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from tive.evaluation.results import read_evaluation
-from tive.report.comparison import comparison
+from tive.report.comparison import comparison, evaluations
 from tive.report.page import Pictures, render
 from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
-from tive.report.sections import evaluations, tive_sections
+from tive.report.sections import tive_sections
 from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
 from tive.selection.files import SUMMARY_END, Selection, find_summaries, read_selection
 from tive.util.errors import UserError, run

@@ -1,19 +1,23 @@
-"""The sections of a page that compares selections of the same data: budgets, overlap, means."""
+"""The sections that compare: selections of the same data (budgets, overlap, means), and models on held-out records."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
+from tive.evaluation.results import Evaluation
+from tive.evaluation.tables import INTERVAL, tables
 from tive.report import plots
-from tive.report.page import Pictures, Section, Table, name
+from tive.report.page import Block, Pictures, Section, Table, name
 from tive.report.sections import ROWS_A_PLOT
 from tive.selection.files import Selection
 from tive.util.errors import UserError
-from tive.util.text import percent, short
+from tive.util.text import percent, plural, short
 
 MEANS = {
     "norm": "gradient norm",
@@ -103,3 +107,19 @@ def means(selections: Sequence[Selection]) -> Section:
         lines.append([title, *(short(float(column.mean()) if len(column) else None) for column in known)])
     table = Table("Mean over the records of each selection", ["selection", *columns.values()], lines)
     return Section("means", "Means", [table])
+
+
+def evaluations(results: Sequence[Evaluation]) -> Section:
+    """Tables of tasks and models, for each held-out file."""
+    blocks: list[Block] = []
+    for evaluation in results:
+        file = name(Path(evaluation.data_path).name)
+        records = plural(evaluation.models[0].conditions.data_records, "record")
+        blocks.append(Markup("{} in {}. Every task counts the same in a mean; {}.").format(records, file, INTERVAL))
+        for model in evaluation.models:
+            if count := sum(task.left_out for task in model.tasks):
+                could_not = Markup("{} could not be given to {}.")
+                blocks.append(could_not.format(plural(count, "record"), name(model.name)))
+        for title, (header, *rows) in tables(evaluation).items():
+            blocks.append(Table(title, header, [(name(row[0]), *row[1:]) for row in rows]))
+    return Section("evaluation", "Held-out evaluation", blocks)

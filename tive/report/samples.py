@@ -36,6 +36,12 @@ SCORES = {
     "visual_gain": "visual gain",
 }
 COUNTS = {"rank": "rank", "supervised_tokens": "supervised tokens"}
+# The score that groups are ordered by -> the section's anchor and title, and the titles of its two ends.
+ENDS = {
+    "influence": ("records", "Most and least influential records", ("Most influential", "Least influential")),
+    "visual_gain": ("seen", "Records whose images help most and least", ("Help most", "Help least, or mislead")),
+    "subtask": ("records", "Best and worst records of each subtask", ("Serve it best", "Serve it least")),
+}
 
 
 @dataclass(frozen=True)
@@ -138,17 +144,10 @@ def records(
     """The `count` records at each end of every group's score.
 
     Args:
+        groups: all of tasks by one score, or all of subtasks.
         trouble: why no record can be read.
     """
-    anchor, title, titles = "records", "Most and least influential records", ("Most influential", "Least influential")
-    if selection.summary.method == "LESS":
-        title, titles = "Best and worst records of each subtask", ("Serve it best", "Serve it least")
-    elif groups[0].column == "visual_gain":
-        anchor, title, titles = (
-            "seen",
-            "Records whose images help most and least",
-            ("Help most", "Help least, or mislead"),
-        )
+    anchor, title, titles = ENDS.get(groups[0].column, ENDS["subtask"])
     blocks: list[Block] = [f"Made without images and conversations: {trouble}."] if trouble else []
     for group in tqdm(groups, desc="Reading sample records", delay=2):
         columns = [

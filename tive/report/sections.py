@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from markupsafe import Markup
 from msgspec import structs
 from scipy.stats import spearmanr
 
-from tive.evaluation.results import Evaluation
-from tive.evaluation.tables import INTERVAL, tables
 from tive.method.value import effective_sample_size, instance_weights
 from tive.report import plots
 from tive.report.page import Block, Pictures, Section, Table, facts, name
@@ -54,22 +51,6 @@ def tive_sections(selection: Selection, records: Sequence[Section], pictures: Pi
         cost(selection),
         origin(selection),
     ]
-
-
-def evaluations(results: Sequence[Evaluation]) -> Section:
-    """Tables of tasks and models, for each held-out file."""
-    blocks: list[Block] = []
-    for evaluation in results:
-        file = name(Path(evaluation.data_path).name)
-        records = plural(evaluation.models[0].conditions.data_records, "record")
-        blocks.append(Markup("{} in {}. Every task counts the same in a mean; {}.").format(records, file, INTERVAL))
-        for model in evaluation.models:
-            if count := sum(task.left_out for task in model.tasks):
-                could_not = Markup("{} could not be given to {}.")
-                blocks.append(could_not.format(plural(count, "record"), name(model.name)))
-        for title, (header, *rows) in tables(evaluation).items():
-            blocks.append(Table(title, header, [(name(row[0]), *row[1:]) for row in rows]))
-    return Section("evaluation", "Held-out evaluation", blocks)
 
 
 def mixture(selection: Selection, pictures: Pictures) -> Section:
