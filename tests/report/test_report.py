@@ -470,6 +470,34 @@ def test_what_the_selection_writes_makes_a_page_that_agrees_with_it(tmp_path: Pa
         row = [task["task"], str(task["records"]), str(task["distinct"]), f"{task['effective_sample_size'] or 0:.1f}"]
         assert task["excluded"] or row in [shown[:4] for shown in page.rows]
     assert "have no manifests" in page.text
+    assert not (tmp_path / "report_plots" / "budget_parts.png").exists()
+
+    sums = tmp_path / "sums"
+    script(
+        ROOT / "select_data_TIVE.py", *places[:-1], sums, "--exclude_tasks", "captions", "--task_budget", "size+equal"
+    )
+    report(sums)
+    (summary,) = (json.loads(path.read_text()) for path in sums.glob("*_summary.json"))
+    assert (sums / "report_plots" / "budget_parts.png").is_file()
+    shown = [[float(cell) for cell in row[1:]] for row in Page(sums / "report.html").rows if row[0] == "vqa"]
+    (task,) = [task for task in summary["tasks"] if task["task"] == "vqa"]
+    parts = task["budget_parts"]
+    assert pytest.approx([*parts.values(), sum(parts.values()) / 2], rel=0.01) in [
+        row for row in shown if len(row) == 3
+    ]
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_values_from_a_sample_stand_with_their_errors(copy: Path) -> None:
+    summary = json.loads((copy / f"{STEM}_summary.json").read_text())
+    for number, task in enumerate(summary["tasks"]):
+        if not task["excluded"]:
+            errors = {"sampled": 5, "value_error": 0.25, "budget_error": 0.5, "budget_interval": [2.0, 4.0]}
+            change_summary(copy, "tasks", number, value=task | errors)
+    report(copy, "--samples", 0)
+    page = Page(copy / "report.html")
+    assert ["vqa", "2.40 ± 0.250", "5", "3 (2.00 to 4.00)"] in page.rows
+    assert "standard error" in page.text
 
 
 SCORES = ["loss", "el2n", "supervised_tokens", "tokens"]

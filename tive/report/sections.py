@@ -20,6 +20,7 @@ from tive.report.page import Block, Pictures, Section, Table, facts, name
 from tive.report.plots import Part
 from tive.selection.files import Selection
 from tive.selection.options import SCORE_COLUMNS
+from tive.selection.summary import Task
 from tive.util.text import duration, memory, percent, plural, short
 
 # A plot has a row for each of the largest tasks; its table has them all.
@@ -91,9 +92,17 @@ def task_values(selection: Selection, pictures: Pictures) -> Section:
     for index in valued:
         task, rows = selection.tasks[index], selection.rows_of(index)
         cells = [short(_mean(selection.column(column)[rows])) for column in means]
-        lines.append([name(task.name), short(task.value), f"{task.counted:,}", f"{task.budget or 0:,}", *cells])
+        value, budget = short(task.value), f"{task.budget or 0:,}"
+        if task.value_error is not None and task.budget_interval is not None:
+            value += f" ± {short(task.value_error)}"
+            budget += f" ({short(task.budget_interval[0])} to {short(task.budget_interval[1])})"
+        counted = task.counted if task.sampled is None else task.sampled
+        lines.append([name(task.name), value, f"{counted:,}", budget, *cells])
     header = ["task", "value", "records counted", "budget", *means.values()]
-    numbers = Table("Value of each task: the mean gradient norm of its records", header, lines)
+    from_sample = any(task.sampled is not None for task in selection.tasks)
+    title = "Value of each task: the mean gradient norm of its records"
+    title += " in the sample, ± its standard error, and the budget with its 95% interval" if from_sample else ""
+    numbers = Table(title, header, lines)
     tasks = [selection.tasks[index] for index in valued]
     values = {"value": [task.value or 0 for task in tasks[:ROWS_A_PLOT]]}
     names = [task.name for task in tasks[:ROWS_A_PLOT]]
@@ -103,11 +112,27 @@ def task_values(selection: Selection, pictures: Pictures) -> Section:
         name(first.name), short(first.value), name(last.name), short(last.value), _budget_rule(selection)
     )
     plot = pictures.plot("task_values", draw, caption + _largest_alone(tasks), numbers)
-    return Section("values", "Task values", [plot])
+    return Section("values", "Task values", [plot, *_budget_parts(tasks, pictures)])
+
+
+def _budget_parts(tasks: Sequence[Task], pictures: Pictures) -> list[Block]:
+    """What each of several rules gives the tasks, and the budgets that are their means."""
+    parts = [task.budget_parts or {} for task in tasks]
+    if not parts[0]:
+        return []
+    series = {rule: [part[rule] for part in parts] for rule in parts[0]}
+    series["budget"] = [task.budget_before_rounding or 0.0 for task in tasks]
+    lines = [[name(task.name), *map(short, row)] for task, *row in zip(tasks, *series.values(), strict=True)]
+    numbers = Table("Records that each rule gives a task, and the budget, their mean", ["task", *series], lines)
+    shown = {rule: values[:ROWS_A_PLOT] for rule, values in series.items()}
+    draw = partial(plots.bars, [task.name for task in tasks[:ROWS_A_PLOT]], shown, "records")
+    return [pictures.plot("budget_parts", draw, "", numbers)]
 
 
 def _budget_rule(selection: Selection) -> str:
     rule = str(selection.summary.arguments.get("task_budget"))
+    if "+" in rule:
+        return f"The budgets are the mean of what {rule.replace('+', ' and ')} give."
     if rule == "equal":
         return "The budgets are equal instead."
     others = {"size": "sizes", "loss": "mean losses", "length": "mean supervised tokens", "el2n": "mean EL2N"}
