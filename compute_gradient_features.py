@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoint is not there")
     add("--chat_template", metavar="FILE", help="instead of the model's own (transformers' models; docs/native.md)")
     add("--max_length", type=int, help="leave longer records out (transformers' models; none)")
+    add("--load_in_4bit", action="store_true", help="the base in 4 bits (NF4), as QLoRA trains on it; docs/native.md")
     add("--max_pixels", type=int, help="make larger images smaller first (transformers' models; none)")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
     add(
@@ -132,7 +133,7 @@ def main() -> None:
     records = open_records(arguments.input_file)
     scan = scan_records(records, family.record_problem)
 
-    inputs = {name: given[name] for name in ("model_path", "model_base")}
+    inputs = {name: given[name] for name in ("model_path", "model_base", "load_in_4bit")}
     inputs |= {"data_path": os.path.abspath(arguments.input_file)}
     inputs |= {"image_folder": os.path.abspath(arguments.image_folder), "learning_rates": gradient.learning_rates}
     options = PassOptions(

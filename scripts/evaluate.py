@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision_tower", help="folder of the vision tower, where the path in the checkpoints is not there")
     add("--chat_template", metavar="FILE", help="instead of the models' own (transformers' models; docs/native.md)")
     add("--max_length", type=int, help="leave longer records out (transformers' models; none)")
+    add("--load_in_4bit", action="store_true", help="the base in 4 bits (NF4), as QLoRA trains on it; docs/native.md")
     add("--max_pixels", type=int, help="make larger images smaller first (transformers' models; none)")
     add("--on_bad_record", default="stop", choices=("stop", "skip"), help="bad records and images: stop, or leave out")
     add("--overwrite", action="store_true", help="evaluate anew where results of another run have a model's name")
@@ -115,6 +116,7 @@ def main() -> None:
             chat_template=arguments.chat_template,
             max_length=arguments.max_length,
             max_pixels=arguments.max_pixels,
+            load_in_4bit=arguments.load_in_4bit,
         )
         family = family_of(files)
         family.check_files(files)

@@ -380,7 +380,9 @@ def test_a_projector_of_another_kind_than_its_files_is_refused(model, kind):
         bunny.load(model.files, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("option", [{"chat_template": "x"}, {"max_length": 9}, {"max_pixels": 9}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"chat_template": "x"}, {"max_length": 9}, {"max_pixels": 9}, {"load_in_4bit": True}], ids=str
+)
 def test_an_option_that_only_other_families_have_is_refused(option):
     assert next(iter(option)) in refused(replace(files_of(GOLDEN / "phi-2"), **option))
 

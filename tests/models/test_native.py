@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -29,7 +30,7 @@ from tests.helpers.tiny_native import CLASSES, write
 from tive.data.training_record import TrainingRecord, recorded_model, write_record
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
 from tive.models.answer_spans import align
-from tive.models.common import target_modules
+from tive.models.common import load_pretrained, target_modules
 from tive.models.native_encoding import image_tokens, load_processor
 from tive.util.errors import UserError
 
@@ -644,6 +645,56 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
     monkeypatch.setattr(native, "collate", leaking)
     with pytest.raises(UserError, match="than its records alone"):
         native.proven(reference)
+
+
+# 4 bits, and where weights go.
+
+
+def test_a_base_in_4_bits_gives_the_gradients_of_a_plain_loop_over_it(tmp_path: Path) -> None:
+    files = copied("qwen2_5_vl", tmp_path)
+    in_4bit = replace(files, load_in_4bit=True)
+    reference, records = native.load(in_4bit, CPU, torch.float32), encoded("qwen2_5_vl")[:4]
+    layer = reference.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__name__ == "Linear4bit" and layer.lora_A["default"].weight.dtype == torch.float32
+    losses, norms, _ = gradients_of(reference, records, 4)
+    whole, whole_norms, _ = gradients_of(loaded("qwen2_5_vl"), records, 4)
+    assert 0.001 < np.abs(losses - whole).max() < 0.2 and not np.allclose(norms, whole_norms, rtol=1e-3)
+    weights = [matrix.weight.requires_grad_() for matrix in target_modules(reference, "self_attn").values()]
+    for record, loss, norm in zip(records, losses, norms, strict=True):
+        logits = reference.model(**native.collate(reference, [record]), use_cache=False).logits[0].float()
+        expected = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(record.inputs.labels)[1:])
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(expected, weights)])
+        np.testing.assert_allclose([loss, norm], [expected.item(), gradient.norm().item()], rtol=1e-4)
+    assert native.identity(in_4bit) != native.identity(files)
+
+    reference.model.requires_grad_(False)
+    quantized = tmp_path / "quantized"
+    base = Path(str(files.model_base))
+    shutil.copytree(base, quantized, ignore=shutil.ignore_patterns("*.safetensors"))
+    transformers = importlib.import_module("transformers")
+    method = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    kind = transformers.AutoModelForImageTextToText
+    kind.from_pretrained(base, quantization_config=method, device_map={"": "cpu"}).save_pretrained(quantized)
+    stored = replace(files, model_base=str(quantized))
+    with pytest.raises(UserError, match=r"config\.json: quantization_config.*load_in_4bit"):
+        native.check_files(stored)
+    again = native.load(replace(stored, load_in_4bit=True), CPU, torch.float32)
+    np.testing.assert_allclose(gradients_of(again, records, 4)[0], losses, rtol=1e-5)
+
+
+def test_weights_go_straight_to_a_gpu() -> None:
+    """The library reads each weight onto the device; a CPU needs no word of it."""
+    asked: list[dict[str, Any]] = []
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(folder: str, **options: Any) -> tuple[Any, dict[str, list[str]]]:
+            asked.append(options)
+            return None, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+
+    for device in (torch.device("cuda", 1), CPU):
+        load_pretrained(Kind, "folder", (device, torch.bfloat16))
+    assert asked[0]["device_map"] == {"": torch.device("cuda", 1)} and "device_map" not in asked[1]
 
 
 def test_an_old_library_is_refused_with_the_command_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:

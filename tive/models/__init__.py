@@ -34,6 +34,7 @@ class ModelFiles:
         chat_template: a file that takes the place of the model's own template (transformers' models).
         max_length: longer records are left out; unset, none is (transformers' models).
         max_pixels: larger images are made smaller first (transformers' models).
+        load_in_4bit: quantise the base to NF4, as QLoRA trains on it (transformers' models).
     """
 
     model_path: str
@@ -42,6 +43,7 @@ class ModelFiles:
     chat_template: str | None = None
     max_length: int | None = None
     max_pixels: int | None = None
+    load_in_4bit: bool = False
 
 
 @dataclass(frozen=True)

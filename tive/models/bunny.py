@@ -87,7 +87,7 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing or cannot serve, or adapter, base and tower do not fit together.
     """
-    refuse_options(files, "chat_template", "max_length", "max_pixels")
+    refuse_options(files, "chat_template", "max_length", "max_pixels", "load_in_4bit")
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is None:
         raise UserError(f"{folder}: a whole Bunny model cannot be read, only an adapter; name its base with it")
@@ -191,11 +191,13 @@ def load(
     # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
     config.attention_dropout = 0.0
     config.use_cache = False
-    language_model = load_pretrained(AutoModelForCausalLM, base, dtype, (), config=config, trust_remote_code=False)
+    language_model = load_pretrained(
+        AutoModelForCausalLM, base, (device, dtype), config=config, trust_remote_code=False
+    )
     if language_model.lm_head.bias is not None:
         language_model.lm_head.bias = None  # Bunny's Phi has none
     # A whole SigLIP has a text model beside the tower.
-    tower = load_pretrained(SiglipVisionModel, tower_folder(files), dtype, ("text_model.", "logit_"))
+    tower = load_pretrained(SiglipVisionModel, tower_folder(files), (device, dtype), ("text_model.", "logit_"))
     projector = _projector(folder, tower.config.hidden_size, config.hidden_size, dtype)
     model = Bunny(language_model, tower, projector)
     layers = decoder_layers(language_model)

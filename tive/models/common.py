@@ -117,14 +117,17 @@ def refuse_options(files: ModelFiles, *names: str) -> None:
         UserError: one is set.
     """
     for name in names:
-        if getattr(files, name) is not None:
+        if getattr(files, name):
             raise UserError(
                 f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
             )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, in_4bit: bool = False) -> dict[str, Any]:
     """A model's config.json, of weights that are not quantised.
+
+    Args:
+        in_4bit: they may be quantised to 4 bits by bitsandbytes.
 
     Raises:
         UserError: there is none, it is no JSON object, or it or a file of weights says that weights are quantised.
@@ -135,13 +138,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object; make or download it again")
+    known = stored_in_4bit(config)
+    if known and in_4bit:
+        return config
     said = f"{path}: quantization_config" if _says_quantized(config) else _quantized_weight(folder)
     if said:
+        remedy = "take load_in_4bit (transformers' models), or " if known else ""
         raise UserError(
-            f"{said}: gradients on quantised weights are not supported; name the same model in full precision, and a "
-            "reference model that was trained on it"
+            f"{said}: gradients on quantised weights are not supported as they are; {remedy}name the same model in "
+            "full precision, and a reference model that was trained on it"
         )
     return config
+
+
+def stored_in_4bit(config: dict[str, Any]) -> bool:
+    """Whether a model's weights are stored in 4 bits of bitsandbytes."""
+    method = config.get("quantization_config")
+    return isinstance(method, dict) and bool(method.get("load_in_4bit"))
 
 
 def _says_quantized(config: dict[str, Any]) -> bool:
@@ -196,25 +209,30 @@ def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, prese
         )
 
 
-def print_named_base(folder: Path, base: Path) -> None:
-    """Print the base that an adapter names, where it is not the one that is used."""
+def print_named_base(folder: Path, base: Path, in_4bit: bool = False) -> None:
+    """Print the base that an adapter names, where another is used, or one of another precision than its name says."""
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
     of_hub = re.search(r"models--([^/]+)/snapshots/", f"{base}/")
     if Path(named).resolve() == base.resolve() or (of_hub and named == of_hub[1].replace("--", "/")):
         return
-    quantized = ", which by its name has quantised weights: an adapter belongs to the weights that it was trained on"
-    print(
-        f"{folder}/adapter_config.json names the base {named}{quantized if _QUANTIZED_NAME.search(named) else ''}; "
-        f"taken as trained on {base}"
-    )
+    note = ""
+    if _QUANTIZED_NAME.search(named) and not in_4bit:
+        note = (
+            ", which by its name has quantised weights: an adapter belongs to the weights that it was trained on (of 4 "
+            "bits with load_in_4bit)"
+        )
+    print(f"{folder}/adapter_config.json names the base {named}{note}; taken as trained on {base}")
 
 
-def load_pretrained(kind: Any, folder: str | Path, dtype: torch.dtype, apart: tuple[str, ...], **options: Any) -> Any:
+def load_pretrained(
+    kind: Any, folder: str | Path, place: tuple[torch.device, torch.dtype], apart: tuple[str, ...] = (), **options: Any
+) -> Any:
     """A model of one of transformers' classes: each of its weights is in the folder's files.
 
     Weights in the files that the model has no parameter for are printed.
 
     Args:
+        place: where its weights go, each as it is read, and in which precision.
         apart: prefixes of weights that come from another place, or that the class leaves out on purpose.
 
     Raises:
@@ -222,6 +240,9 @@ def load_pretrained(kind: Any, folder: str | Path, dtype: torch.dtype, apart: tu
     """
     from transformers.utils import logging
 
+    device, dtype = place
+    if device.type != "cpu" or "quantization_config" in options:
+        options["device_map"] = {"": device}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of is looked at below
     try:

@@ -81,7 +81,7 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing, says what is not computed here, or does not fit the others.
     """
-    refuse_options(files, "chat_template", "max_length", "max_pixels")
+    refuse_options(files, "chat_template", "max_length", "max_pixels", "load_in_4bit")
     _check_library(files.model_path)
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is not None:
@@ -203,14 +203,14 @@ def load(
     model = load_pretrained(
         LlavaLlamaForCausalLM,
         base,
-        dtype,
-        ("model.mm_projector.", "model.vision_tower."),
+        (device, dtype),
+        ("model.vision_tower.", *([] if files.model_base is None else ["model.mm_projector."])),
         config=config,
         low_cpu_mem_usage=True,
         attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
     )
     tower = model.get_vision_tower()
-    _load_tower(tower)
+    _load_tower(tower, device)
     if tower_in_base:
         place_tensors(model, _tower_of_base(base), base, dtype)
     if files.model_base is not None:
@@ -231,7 +231,7 @@ def load(
     return Reference(model, decoder_layers(model), model.lm_head, processor, device, dtype)
 
 
-def _load_tower(tower: Any) -> None:
+def _load_tower(tower: Any, device: torch.device) -> None:
     """LLaVA's `load_model` for the vision tower, which would start what its files lack from random numbers."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -240,7 +240,7 @@ def _load_tower(tower: Any) -> None:
         tower.image_processor = CLIPImageProcessor.from_pretrained(name)
     # A whole CLIP has a text model beside the tower.
     apart = ("text_", "logit_", "visual_projection")
-    tower.vision_tower = load_pretrained(CLIPVisionModel, name, torch.float32, apart)
+    tower.vision_tower = load_pretrained(CLIPVisionModel, name, (device, torch.float32), apart)
     tower.is_loaded = True
 
 

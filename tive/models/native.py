@@ -8,6 +8,7 @@ place, and a batch gives what its records give alone.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from tive.models.common import (
     read_config,
     refuse_options,
     refuse_other,
+    stored_in_4bit,
 )
 from tive.models.generation import greedy, until_end
 from tive.models.losses import losses_at_supervised, losses_of_logits, sent, supervised_tokens
@@ -64,7 +66,7 @@ def check_files(files: ModelFiles) -> None:
     Raises:
         UserError: a file is missing, not supported, or does not fit the others.
     """
-    _check_library()
+    _check_library(files.load_in_4bit)
     refuse_options(files, "vision_tower")
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is not None:
@@ -77,7 +79,7 @@ def check_files(files: ModelFiles) -> None:
                 )
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    model_type = read_config(base).get("model_type")
+    model_type = read_config(base, files.load_in_4bit).get("model_type")
     with loading(base):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     record = read_record(folder)
@@ -90,7 +92,7 @@ def check_files(files: ModelFiles) -> None:
     load_processor(files)
 
 
-def _check_library() -> None:
+def _check_library(load_in_4bit: bool) -> None:
     import transformers
 
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
@@ -99,6 +101,8 @@ def _check_library() -> None:
             f"{transformers.__version__}; make the other environment with `bash scripts/setup.sh native` and run the "
             "same command with .venv-native/bin/python"
         )
+    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("load_in_4bit needs the package bitsandbytes; install it with `pip install bitsandbytes`")
     # What it warns of is proven below, or known: processors of two backends, numbers of tokens out of range.
     transformers.utils.logging.set_verbosity_error()
 
@@ -123,7 +127,7 @@ def identity(files: ModelFiles) -> str:
         processor.chat_template,
         type(processor).__name__,
         type(processor.image_processor).__name__,
-        json.dumps([files.max_length, files.max_pixels, versions()], sort_keys=True),
+        json.dumps([files.max_length, files.max_pixels, files.load_in_4bit, versions()], sort_keys=True),
     )
 
 
@@ -141,29 +145,38 @@ def load(
         UserError: a part is missing or does not fit, or a batch gives other losses than its records alone.
     """
     check_files(files)
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
     base = base_of(files)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     _turn_off_dropout(config)
-    model = load_pretrained(AutoModelForImageTextToText, base, dtype, (), config=config, trust_remote_code=False)
+    options: dict[str, Any] = {"config": config, "trust_remote_code": False}
+    if files.load_in_4bit and not stored_in_4bit(read_config(base, in_4bit=True)):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = load_pretrained(AutoModelForImageTextToText, base, (device, dtype), **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packed weights of a CPU give no gradients
+            module.support_avx512bf16_for_cpu = False
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
     layers, processor = decoder_layers(model), load_processor(files)
     if files.model_base is not None:
-        _print_training(Path(files.model_path), base, processor)
+        _print_training(files, processor)
         attach_adapter(model, Path(files.model_path), layers, dtype)
-    # Not to(dtype): that would round the rotary frequencies.
-    model.to(device)
+    if not files.load_in_4bit:  # those are there already
+        model.to(device)  # not to(dtype): that would round the rotary frequencies
     freeze(model, gradient_checkpointing)
     return proven(Reference(model, layers, None, processor, device, dtype))
 
 
-def _print_training(folder: Path, base: Path, processor: NativeProcessor) -> None:
+def _print_training(files: ModelFiles, processor: NativeProcessor) -> None:
     """Print where the training, as far as it is recorded, did otherwise than what is computed now."""
+    folder = Path(files.model_path)
     record = read_record(folder)
     if record is None:
-        print_named_base(folder, base)
+        print_named_base(folder, base_of(files), files.load_in_4bit)
         return
     if record.template != hashlib.sha256(processor.library.chat_template.encode()).hexdigest():
         print(f"{folder} was trained with another chat template than the one that is used now ({RECORD_FILE})")
