@@ -659,15 +659,10 @@ def test_a_base_in_4_bits_gives_the_gradients_of_a_plain_loop_over_it(tmp_path: 
     losses, norms, _ = gradients_of(reference, records, 4)
     whole, whole_norms, _ = gradients_of(loaded("qwen2_5_vl"), records, 4)
     assert 0.001 < np.abs(losses - whole).max() < 0.2 and not np.allclose(norms, whole_norms, rtol=1e-3)
-    weights = [matrix.weight.requires_grad_() for matrix in target_modules(reference, "self_attn").values()]
-    for record, loss, norm in zip(records, losses, norms, strict=True):
-        logits = reference.model(**native.collate(reference, [record]), use_cache=False).logits[0].float()
-        expected = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(record.inputs.labels)[1:])
-        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(expected, weights)])
-        np.testing.assert_allclose([loss, norm], [expected.item(), gradient.norm().item()], rtol=1e-4)
+    for ours, plain in zip((losses, norms), plain_loop(reference, records)[:2], strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4)
     assert native.identity(in_4bit) != native.identity(files)
 
-    reference.model.requires_grad_(False)
     quantized = tmp_path / "quantized"
     base = Path(str(files.model_base))
     shutil.copytree(base, quantized, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -680,6 +675,17 @@ def test_a_base_in_4_bits_gives_the_gradients_of_a_plain_loop_over_it(tmp_path: 
         native.check_files(stored)
     again = native.load(replace(stored, load_in_4bit=True), CPU, torch.float32)
     np.testing.assert_allclose(gradients_of(again, records, 4)[0], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_travel_in_16_bits_where_the_model_computes_in_16_bits(dtype: torch.dtype) -> None:
+    reference, record = native.load(files_of("qwen2_5_vl"), CPU, dtype), records_of("qwen2_5_vl")[0]
+    item = native.encode(reference.processor, record, str(GOLDEN / "qwen2_5_vl" / "images"))
+    whole = encoded("qwen2_5_vl")[0]
+    pixels = item.inputs.arrays["pixel_values"]
+    assert pixels.nbytes * 2 == whole.inputs.arrays["pixel_values"].nbytes
+    with torch.no_grad():
+        assert torch.equal(*(native.record_losses(reference, [one]).losses for one in (item, whole)))
 
 
 def test_weights_go_straight_to_a_gpu() -> None:

@@ -40,6 +40,7 @@ from tive.models.common import (
     refuse_options,
     refuse_other_shape,
 )
+from tive.models.losses import packed
 from tive.models.spliced import TRAINED_FILE
 from tive.models.spliced import pads_images as pads_images
 from tive.models.spliced import record_losses as record_losses
@@ -59,6 +60,7 @@ class BunnyProcessor:
 
     text: TextRules
     image: ImageRules
+    dtype: torch.dtype
 
 
 class Bunny(nn.Module):
@@ -138,7 +140,7 @@ def tower_folder(files: ModelFiles) -> Path:
     return tower
 
 
-def read_processor(files: ModelFiles) -> BunnyProcessor:
+def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> BunnyProcessor:
     """Template and pixels as the files of the reference model, its base and its tower set them.
 
     Raises:
@@ -160,6 +162,7 @@ def read_processor(files: ModelFiles) -> BunnyProcessor:
     return BunnyProcessor(
         read_text_rules(base_of(files), config["model_type"], maximum),
         read_image_rules(tower, pads_images(files), vision.image_size, vision.patch_size),
+        dtype,
     )
 
 
@@ -207,7 +210,7 @@ def load(
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model.to(device).requires_grad_(False).eval()
     freeze(language_model, gradient_checkpointing)
-    return Reference(model, layers, language_model.lm_head, read_processor(files), device, dtype)
+    return Reference(model, layers, language_model.lm_head, read_processor(files, dtype), device, dtype)
 
 
 def _projector(folder: Path, width: int, hidden: int, dtype: torch.dtype) -> nn.Module:
@@ -243,7 +246,8 @@ def encode(processor: BunnyProcessor, record: dict[str, Any], image_folder: str)
             raise LeftOut(f"unreadable image: {height} pixels high, which Bunny's image processor takes for channels")
     ids, labels = encode_text(processor.text, record["conversations"], has_image=picture is not None)
     ids, labels = spliced.splice(ids, labels, processor.image.patches, processor.text.maximum)
-    return spliced.spliced_record(ids, labels, None if picture is None else pixels_of(processor.image, picture))
+    pixels = None if picture is None else packed(pixels_of(processor.image, picture), processor.dtype)
+    return spliced.spliced_record(ids, labels, pixels)
 
 
 def answers(processor: BunnyProcessor, record: Encoded) -> list[Answer]:

@@ -24,7 +24,7 @@ from tive.models.llava_checkpoint import LlavaProcessor
 from tive.models.llava_checkpoint import check_files as check_files
 from tive.models.llava_checkpoint import identity as identity
 from tive.models.llava_checkpoint import load as load
-from tive.models.losses import IGNORE
+from tive.models.losses import IGNORE, packed
 from tive.models.spliced import pads_images as pads_images
 from tive.models.spliced import record_losses as record_losses
 
@@ -72,7 +72,7 @@ def encode(processor: LlavaProcessor, record: dict[str, Any], image_folder: str)
 
 
 def _pixels(processor: LlavaProcessor, folder: str, image: str | StoredImage) -> np.ndarray:
-    """The pixels of an image as LLaVA's `process_images` gives them, float32 `[3, height, width]`."""
+    """The pixels of an image as LLaVA's `process_images` gives them, `[3, height, width]`, `packed`."""
     from llava.mm_utils import process_images
 
     padded, images = processor.image_config.image_aspect_ratio == "pad", processor.image_processor
@@ -81,7 +81,7 @@ def _pixels(processor: LlavaProcessor, folder: str, image: str | StoredImage) ->
     if padded and edge and max(picture.size) > edge:  # the same pixels, without the square
         red, green, blue = (int(part * 255) for part in images.image_mean)
         picture = resize_padded(picture, (red, green, blue), edge, images.resample)
-    return process_images([picture], images, processor.image_config)[0].numpy()
+    return packed(process_images([picture], images, processor.image_config)[0].numpy(), processor.dtype)
 
 
 def answers(processor: LlavaProcessor, record: Encoded) -> list[Answer]:

@@ -73,6 +73,7 @@ class LlavaProcessor:
     image_config: SimpleNamespace
     image_features: int
     max_length: int
+    dtype: torch.dtype
 
 
 def check_files(files: ModelFiles) -> None:
@@ -226,7 +227,7 @@ def load(
     image_config = SimpleNamespace(image_aspect_ratio=getattr(config, "image_aspect_ratio", None))
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = LlavaProcessor(
-        template_of(folder), tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length
+        template_of(folder), tokenizer, tower.image_processor, image_config, features, tokenizer.model_max_length, dtype
     )
     return Reference(model, decoder_layers(model), model.lm_head, processor, device, dtype)
 

@@ -24,6 +24,19 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def packed(numbers: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Numbers as they travel from a worker: rounded to what the model computes in, of bfloat16 the bits as int16."""
+    tensor = torch.from_numpy(numbers).to(dtype)
+    return (tensor.view(torch.int16) if dtype == torch.bfloat16 else tensor).numpy()
+
+
+def unpacked(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """What `packed` packed, or other numbers, in `dtype`; whole numbers (of 32 or 64 bits) as they are."""
+    tensor = torch.from_numpy(numbers)
+    tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class Supervised:
     """The S supervised tokens of a batch `[B, T]`, known before anything is sent to the device.

@@ -41,7 +41,7 @@ from tive.models.common import (
     stored_in_4bit,
 )
 from tive.models.generation import greedy, until_end
-from tive.models.losses import losses_at_supervised, losses_of_logits, sent, supervised_tokens
+from tive.models.losses import losses_at_supervised, losses_of_logits, sent, supervised_tokens, unpacked
 from tive.models.native_encoding import NativeProcessor, encode_turns, load_processor, processor_folder
 from tive.models.native_encoding import answers as answers
 from tive.models.native_encoding import encode as encode
@@ -161,7 +161,7 @@ def load(
             module.support_avx512bf16_for_cpu = False
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
-    layers, processor = decoder_layers(model), load_processor(files)
+    layers, processor = decoder_layers(model), replace(load_processor(files), dtype=dtype)
     if files.model_base is not None:
         _print_training(files, processor)
         attach_adapter(model, Path(files.model_path), layers, dtype)
@@ -322,8 +322,8 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> dict[str, Tenso
     inputs = {}
     for name, arrays in by_name.items():
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
-        joined = torch.from_numpy(np.concatenate([_padded(array, shape) for array in arrays]))
-        inputs[name] = sent(joined.to(reference.dtype) if joined.is_floating_point() else joined, reference.device)
+        joined = np.concatenate([_padded(array, shape) for array in arrays])
+        inputs[name] = sent(unpacked(joined, reference.dtype), reference.device)
     return inputs
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tive.data.conversations import conversation_of, is_trained_on, placeholder_in
@@ -17,7 +18,7 @@ from tive.data.media import IMAGE_TAG, StoredImage
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
 from tive.models.answer_spans import align, answer_spans, text_message, token_spans
 from tive.models.common import base_of, first_line, loading
-from tive.models.losses import IGNORE, supervised_runs
+from tive.models.losses import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
@@ -35,6 +36,7 @@ class NativeProcessor:
         turn_ends: ids that can end an assistant's turn: the tokenizer's added tokens, images apart.
         max_length: longer records are left out; None for no limit.
         max_pixels: larger images are made smaller before the processor sees them; None for no limit.
+        dtype: what the model computes in, to which pixels are rounded.
     """
 
     library: Any
@@ -42,11 +44,15 @@ class NativeProcessor:
     turn_ends: frozenset[int]
     max_length: int | None
     max_pixels: int | None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class ProcessedRecord:
-    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`."""
+    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`.
+
+    Numbers that are not whole (pixels) are `packed`.
+    """
 
     arrays: dict[str, np.ndarray]
     labels: np.ndarray
@@ -187,6 +193,7 @@ def encode_turns(
     except Exception as error:  # an image of a shape that it does not take, for example
         raise LeftOut(f"the processor refuses it: {first_line(error)}") from error
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    arrays |= {name: packed(a, processor.dtype) for name, a in arrays.items() if np.issubdtype(a.dtype, np.floating)}
     ids = arrays["input_ids"][0]
     if processor.max_length is not None and len(ids) > processor.max_length:
         raise LeftOut("longer than the maximum length")

@@ -16,7 +16,7 @@ from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Refe
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
 from tive.models.common import base_of, fingerprint, read_config
 from tive.models.generation import generate_ids
-from tive.models.losses import IGNORE, losses_at_supervised, sent, supervised_runs, supervised_tokens
+from tive.models.losses import IGNORE, losses_at_supervised, sent, supervised_runs, supervised_tokens, unpacked
 from tive.util.errors import UserError
 
 IMAGE_ID = -200
@@ -35,7 +35,7 @@ class SplicedRecord:
     Attributes:
         ids: int64 `[t]`; `IMAGE_ID` where an image's features stand, once for each.
         labels: int64 `[t]`; `IGNORE` where nothing is supervised.
-        pixels: float32 `[3, height, width]`, or None where no `IMAGE_ID` stands.
+        pixels: `[3, height, width]`, `packed`, or None where no `IMAGE_ID` stands.
     """
 
     ids: np.ndarray
@@ -129,7 +129,7 @@ def embed(reference: Reference, records: Sequence[Encoded]) -> Tensor:
     shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
     if not shown:
         return embeddings
-    pixels = torch.from_numpy(np.stack([records[row].inputs.pixels for row in shown])).to(reference.dtype)
+    pixels = unpacked(np.stack([records[row].inputs.pixels for row in shown]), reference.dtype)
     features = reference.model.encode_images(sent(pixels, device))
     # An image that was cut gives its first features.
     places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
