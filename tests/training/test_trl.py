@@ -20,6 +20,7 @@ from tive.models.common import target_modules
 from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
 from tive.models.optimizer_state import find_optimizer_state, moments_of_matrices
 from tive.training.trl_trainer import DataArguments, opened
+from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = QWEN.parent
@@ -96,3 +97,46 @@ def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path, monkeypat
     native_encoding.encode(processor, record, str(tmp_path))
     (of_step_3,) = seen
     assert of_step_3.size == (84, 140) and np.array_equal(np.asarray(of_the_trainer), np.asarray(of_step_3))
+
+
+def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(tmp_path: Path) -> None:
+    """A small data set of FineVision's schema, written by `datasets` as the hub's are."""
+    import datasets
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)) for _ in range(8)]
+    texts = [[{"user": f"What is {row}?", "assistant": "Noise."}] for row in range(8)]
+    columns = {"images": [[picture] for picture in pictures], "texts": texts, "source": ["a", "b"] * 4}
+    features = {
+        "images": datasets.List(datasets.Image()),
+        "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
+        "source": datasets.Value("string"),
+    }
+    (tmp_path / "hub" / "subset").mkdir(parents=True)
+    whole = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    whole.to_parquet(tmp_path / "hub" / "subset" / "train-00000-of-00001.parquet")
+    subset = tmp_path / "subset.parquet"
+    command = [ROOT / "select_warm_up_data.py", "--source_path", tmp_path / "hub", "--target_path", subset]
+    command += ["--sample_ratio", 0.5, "--task_key", "source"]
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+
+    rows = np.load(tmp_path / "subset_rows.npy")
+    loaded = datasets.load_dataset("parquet", data_files=str(subset), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.features == whole.features and loaded["texts"] == whole.select(rows)["texts"]
+    for row, images in zip(rows, loaded["images"], strict=True):
+        assert np.array_equal(np.asarray(images[0]), np.asarray(pictures[row]))
+
+    seen = opened(DataArguments(str(subset)))
+    assert len(seen) == 4 and np.array_equal(np.asarray(seen[0]["images"][0]), np.asarray(pictures[rows[0]]))
+    options = "--max_steps 1 --use_cpu --bf16 false --report_to none --use_peft --lora_target_modules all-linear"
+    script("quickstart/native_model.py", "--folder", tmp_path / "model")
+    paths = ["--model_name_or_path", tmp_path / "model", "--data_path", subset, "--output_dir", tmp_path / "trained"]
+    script("train_trl.py", *paths, "--max_length", 2048, "--per_device_train_batch_size", 2, *options.split())
+    assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
+
+
+def test_an_answer_that_is_taken_out_of_training_is_refused(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": messages}]))
+    with pytest.raises(UserError, match=r"record 0.*every answer"):
+        opened(DataArguments(str(tmp_path / "data.json")))[0]

@@ -72,9 +72,13 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
     """
     records = open_records(path)
     if records.is_lines or not isinstance(records, JsonRecords):
+        source = Path(path)
+        options: dict[str, str | Path] = {"source_path": source, "target_path": source.with_suffix(".json")}
+        if not isinstance(records, JsonRecords):
+            options |= {"to": "llava", "image_folder": source.with_name(f"{source.stem}_images")}
         raise UserError(
-            f"{path} is JSON Lines, and LLaVA's trainer takes a JSON list; convert it with "
-            + command("scripts/convert_data.py", source_path=Path(path), target_path=Path(path).with_suffix(".json"))
+            f"{path} is no JSON list, which LLaVA's trainer takes; convert it with "
+            + command("scripts/convert_data.py", **options)
         )
     scan = scan_records(records, partial(training_problem, template=template))
     images = {row: paths[0] for row, paths in enumerate(scan.images) if paths}

@@ -14,10 +14,18 @@ from tive.models.common import prepare_torchvision
 prepare_torchvision()
 
 import torch  # noqa: E402
-from datasets import load_dataset  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
 
-from tive.data.images import BadImage, find_image, open_image  # noqa: E402
+from tive.data.conversations import (  # noqa: E402
+    conversation_of,
+    from_llava,
+    image_paths,
+    images_of,
+    is_trained_on,
+)
+from tive.data.images import BadImage, read_image  # noqa: E402
+from tive.data.records import name_of, open_records  # noqa: E402
 from tive.data.training_record import (  # noqa: E402
     TrainingRecord,
     lora_of,
@@ -51,31 +59,41 @@ class RecordingTrainer(SFTTrainer):
 
 
 def opened(data: DataArguments) -> Any:
-    """TRL's data set of a file of records in the form `parts`; an image is read when its record is."""
-    if not os.path.isfile(data.data_path):
-        raise UserError(f"--data_path {data.data_path} is not a file")
-    dataset = load_dataset("json", data_files=data.data_path, split="train")
-    if "messages" not in dataset.column_names:
-        raise UserError(f"{data.data_path} has no messages; convert it with scripts/convert_data.py --to parts")
-    dataset = dataset.select_columns([name for name in ("messages", "images") if name in dataset.column_names])
-    if "images" not in dataset.column_names:
-        return dataset
+    """TRL's data set of records in any form and any kind of file; a record and its images are read when they are used.
 
-    def with_images(records: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [[image_of(data, path) for path in paths or []] for paths in records["images"]]
-        return records | {"images": images}
+    Raises:
+        UserError: the records cannot be read.
+    """
+    records = open_records(data.data_path)
+    rows = list(range(len(records)))
+    columns = {"messages": rows}
+    if any(images_of_any(record) for record in records):
+        columns["images"] = rows
+    folder = os.path.abspath(data.image_folder)
 
-    return dataset.with_transform(with_images)
+    def record_of_row(row: int) -> tuple[list[Any], list[Any]]:
+        record = records[row]
+        try:
+            conversation = conversation_of(record)
+            if not all(is_trained_on(turn) for turn in conversation["conversations"]):
+                raise ValueError("takes an answer out of training, and TRL trains on every answer")
+            images = [read_image(folder, image, upright=True) for image in image_paths(conversation)]
+            return from_llava(conversation, "parts")["messages"], images
+        except (BadImage, ValueError) as error:
+            raise UserError(f"{name_of(records.path, row, record)}: {error}; repair it, or leave it out") from error
+
+    def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        pairs = [record_of_row(row) for row in batch["messages"]]
+        return {name: [pair[number] for pair in pairs] for number, name in enumerate(columns)}
+
+    return Dataset.from_dict(columns).with_transform(read)
 
 
-def image_of(data: DataArguments, path: str) -> Any:
+def images_of_any(record: Any) -> tuple[Any, ...]:
     try:
-        return open_image(find_image(os.path.abspath(data.image_folder), path), upright=True)
-    except BadImage as error:
-        raise UserError(
-            f"{data.data_path}: {path} below {data.image_folder or 'the working folder'}: {error}; set --image_folder, "
-            "or leave the record out"
-        ) from error
+        return images_of(record)
+    except ValueError:
+        return ()
 
 
 def record_of(trainer: Any, model: ModelConfig) -> TrainingRecord:
