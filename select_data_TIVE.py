@@ -27,6 +27,8 @@ the same budgets for a hundredth of the cost, from the gradients of a sample (do
   python select_warm_up_data.py --source_path data.json --target_path sample.json --per_task 1000
   python compute_gradient_features.py --input_file sample.json --output_file sample_features ...
   python select_data_TIVE.py --data_path data.json --gradient_path sample_features --from_sample ...
+variety within a task instead of a draw:
+  python select_data_TIVE.py ... --sampling clusters
 gradient norm instead of influence, the best instead of a draw:
   python select_data_TIVE.py ... --instance_score norm --sampling top
 
@@ -76,7 +78,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--at_most_once", action="store_true", help="what a budget has above its task's records goes to other tasks")
     add("--instance_score", default="influence", choices=INSTANCE_SCORES, help="what decides within it (influence)")
-    add("--sampling", default="weighted", choices=SAMPLINGS, help="draw by weight, or take the best (weighted)")
+    add(
+        "--sampling",
+        default="weighted",
+        choices=SAMPLINGS,
+        help="by weight, the best, or varied (weighted)",
+    )
     add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")
     add("--device", default="cpu", help="where the two passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
@@ -93,7 +100,8 @@ def main() -> None:
     from tive.selection.choose import choose, is_excluded
     from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.printing import bar, print_choice, print_files
-    from tive.selection.sample import sample_sentences, with_errors
+    from tive.selection.sample import with_errors
+    from tive.selection.variety import whitened_points
     from tive.util.device import double_device
 
     device = double_device(arguments.device)
@@ -111,6 +119,7 @@ def main() -> None:
     scores = read.record_scores(features, options.columns)
     listing = Path(arguments.save_path) / "bad_records.json"
     reasons = read.reasons_left_out(mixture, features, scores, options.columns, listing)
+    points = None
     if not options.from_sample:
         groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
         spans = features.spans()
@@ -120,16 +129,14 @@ def main() -> None:
             influence = products(spans, means.means, groups, means.lengths, device, done.update).values
         reasons |= read.reasons_of_features(means.lengths, groups)
         scores = {"norm": scores["norm"], "influence": influence} | scores
+        if options.sampling == "clusters":
+            points = whitened_points(features, means.lengths, arguments.save_path)
 
-    chosen = choose(mixture.task_names, mixture.task, scores, reasons, options)
-    more: list[str] = []
+    chosen = choose(mixture.task_names, mixture.task, scores, reasons, options, points)
     if options.from_sample:
-        chosen, per_task = with_errors(chosen, mixture.task, scores, options)
-        more = list(sample_sentences(chosen, per_task))
+        chosen = with_errors(chosen, mixture.task, scores, options)
     write_selection(files, mixture, chosen, vars(arguments), features)
     print_choice(chosen, mixture.task, options)
-    for sentence in more:
-        print(sentence)
     print_files(files, chosen)
 
 

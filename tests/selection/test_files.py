@@ -114,6 +114,7 @@ def test_no_choice_overwrites_the_files_of_another(made):
         ["--at_most_once"],
         ["--instance_score", "loss"],
         ["--instance_score", "loss", "--sampling", "top"],
+        ["--sampling", "clusters"],
         ["--task_key", "id:/", "--exclude_tasks", "none"],
         ["--q", 3, "--p", 0.3],
     ]

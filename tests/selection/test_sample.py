@@ -57,7 +57,7 @@ def test_the_95_percent_intervals_hold_the_budgets_of_all_records_in_95_percent_
         held = []
         for seed in range(200):
             some = sampled(task, scores, number, seed)
-            chosen = with_errors(choose(names, task, some, {}, options), task, some, options)[0]
+            chosen = with_errors(choose(names, task, some, {}, options), task, some, options)
             low, high = np.array([entry.budget_interval for entry in chosen.tasks]).T
             held.append((low <= whole) & (whole <= high))
         assert 0.92 <= np.mean(held) <= 0.98, (number, np.mean(held))
@@ -66,10 +66,10 @@ def test_the_95_percent_intervals_hold_the_budgets_of_all_records_in_95_percent_
 def test_the_sample_of_all_records_gives_their_budgets_without_error():
     names, task, scores = population([50, 30, 20])
     options = TiveOptions(from_sample=True)
-    chosen, per_task = with_errors(choose(names, task, scores, {}, options), task, scores, options)
+    chosen = with_errors(choose(names, task, scores, {}, options), task, scores, options)
     whole = budgets(names, task, scores | {"influence": scores["norm"]}, TiveOptions())
     assert [entry.budget_before_rounding for entry in chosen.tasks] == whole.tolist()
-    assert [entry.budget_error for entry in chosen.tasks] == [0, 0, 0] and per_task <= 50
+    assert [entry.budget_error for entry in chosen.tasks] == [0, 0, 0] and chosen.details["records_per_task"] <= 50
 
 
 def test_the_error_is_that_of_many_samples_and_the_planned_number_brings_it_under_two_percent():
@@ -78,10 +78,10 @@ def test_the_error_is_that_of_many_samples_and_the_planned_number_brings_it_unde
     drawn, errors, planned = [], [], []
     for seed in range(300):
         some = sampled(task, scores, 100, seed)
-        chosen, per_task = with_errors(choose(names, task, some, {}, options), task, some, options)
+        chosen = with_errors(choose(names, task, some, {}, options), task, some, options)
         drawn.append([entry.budget_before_rounding for entry in chosen.tasks])
         errors.append([entry.budget_error for entry in chosen.tasks])
-        planned.append(per_task)
+        planned.append(chosen.details["records_per_task"])
     np.testing.assert_allclose(np.mean(errors, axis=0), np.std(drawn, axis=0), rtol=0.1)
     whole = budgets(names, task, scores | {"influence": scores["norm"]}, TiveOptions())
     number = int(np.median(planned))

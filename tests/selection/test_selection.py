@@ -231,6 +231,37 @@ def test_top_takes_the_best_scores_and_random_ignores_q(made, tmp_path, capsys):
     assert texts[0] == texts[1]
 
 
+def test_clusters_give_varied_records_and_the_same_for_any_chunking(tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([record(row, ["vqa", "chat"][row % 2]) for row in range(400)]))
+    features, norms = random_features(400)
+    corners = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
+    corner = np.random.default_rng(0).choice(5, 400, p=[0.9, 0.04, 0.02, 0.02, 0.02])
+    features = (corners[torch.from_numpy(corner)] + 0.05 * features.float()).half()
+    features[7], norms[7] = 0, 1.0
+    subsets = []
+    for chunks in (1, 7):
+        write_features(tmp_path / str(chunks), tmp_path / "data.json", features, norms, num_chunks=chunks)
+        arguments = [*paths(tmp_path, tmp_path / "out"), "--gradient_path", tmp_path / str(chunks)]
+        call(main, *arguments, "--sampling", "clusters", "--task_budget", "size")
+        outcome = Outcome(tmp_path / "out", "Tive_q_0.001_p_0.15_budget-size_sampling-clusters")
+        subsets.append(outcome.subset_text)
+    assert subsets[0] == subsets[1]
+    times = outcome.column("times_selected")
+    assert times.max() == 1 and times.sum() == 60 and times[7] == 0
+    for task in range(2):
+        drawn = np.flatnonzero((times > 0) & (np.arange(400) % 2 == task))
+        assert set(corner[drawn].tolist()) == set(corner[task::2].tolist())
+    assert "clusters" in capsys.readouterr().out
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".json"]
+
+
+def test_a_budget_above_the_records_is_met_by_clusters_too(made, tmp_path):
+    call(main, *paths(made[0], tmp_path), "--p", 1, "--task_budget", "equal", "--sampling", "clusters")
+    outcome = Outcome(tmp_path)
+    times = [int(line["times_selected"]) for line in outcome.scores if line["task"] == "chat"]
+    assert sorted(times) == [4, 4, 4, 4, 5, 5]
+
+
 def test_equal_records_are_tied_and_top_takes_the_earlier(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([record(row, "vqa") for row in range(301)]))
     features, norms = random_features(301, 64)

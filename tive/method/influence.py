@@ -96,7 +96,7 @@ def group_means(
         return sums
 
     means = torch.zeros(int(groups.max(initial=-1)) + 1, 0, dtype=torch.float64, device=device)
-    for sums in _in_threads(add_up, spans, device, progress):
+    for sums in in_threads(add_up, spans, device, progress):
         for group, total in sums.items():
             if not means.shape[1]:
                 means = means.new_zeros(len(means), len(total))
@@ -139,7 +139,7 @@ def products(
             values[rows] = (features @ (means.T if groups is None else means[group])).cpu().numpy()
 
     # Backwards: where memory does not hold all files, it holds what a pass before this one read last.
-    for _ in _in_threads(multiply, spans[::-1], device, progress):
+    for _ in in_threads(multiply, spans[::-1], device, progress):
         pass
     usable = np.isfinite(lengths) & (lengths > 0)
     # What differs between machines below 1e-12 must not break a tie between equal records.
@@ -148,7 +148,7 @@ def products(
     return Products(values, lengths)
 
 
-def _in_threads(
+def in_threads(
     function: Callable[[Span], _Result], spans: Sequence[Span], device: torch.device, progress: Callable[[int], object]
 ) -> Iterator[_Result]:
     """`function` of every span, in order. A thread has a span to itself: small shared operations would only wait."""

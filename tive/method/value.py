@@ -163,7 +163,7 @@ def draw(scores: np.ndarray, q: float, number: int, seed: int, task: str) -> np.
     Args:
         scores: `[n_t]`, finite.
     """
-    noise = -np.log(-np.log(_uniform(len(scores), seed, task)))
+    noise = -np.log(-np.log(uniform(len(scores), seed, task)))
     return draw_top(_logits(scores, q) + noise, number)
 
 
@@ -197,8 +197,11 @@ def _logits(scores: np.ndarray, q: float) -> np.ndarray:
         return q * (scores - scores.max(initial=-np.inf))
 
 
-def _uniform(count: int, seed: int, task: str) -> np.ndarray:
-    """`count` random numbers strictly between 0 and 1. NumPy keeps PCG64's raw output fixed, not its distributions."""
+def uniform(count: int, seed: int, task: str) -> np.ndarray:
+    """`count` random numbers strictly between 0 and 1, by seed and name.
+
+    NumPy keeps PCG64's raw output fixed, not its distributions.
+    """
     name = np.frombuffer(hashlib.sha256(task.encode("utf-8", "surrogatepass")).digest(), "<u4").tolist()
     raw = np.random.PCG64(np.random.SeedSequence([seed, *name])).random_raw(count)
     return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from msgspec import structs
 
+from tive.method.clusters import MAX_CLUSTERS, draw_from_clusters, k_means
 from tive.method.value import (
     capped,
     draw,
@@ -37,6 +38,7 @@ def choose(
     scores: Mapping[str, np.ndarray],
     reasons: Mapping[int, str],
     options: TiveOptions,
+    points: np.ndarray | None = None,
 ) -> Chosen:
     """Task values, task budgets, instance weights, and the records drawn.
 
@@ -46,6 +48,7 @@ def choose(
         scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`TiveOptions.columns`).
         reasons: why records cannot be drawn, by row: they count in nothing but N. A record without a norm, in a
             selection from a sample, counts in no mean.
+        points: int8 `[N, m]`, of `whitened_points`, for sampling by clusters.
 
     Returns:
         The columns are the scores and `weight`, `softmax(q * score)` over the record's task.
@@ -93,7 +96,9 @@ def choose(
         rows, records = counted[index], int(whole[place])
         instance_scores = _instance_scores(options, scores, rows)
         weights[rows] = instance_weights(instance_scores, options.q)
-        times[rows] = _times_selected(instance_scores, records, task_names[index], options)
+        each, rest = divmod(records, len(rows))
+        times[rows] = each  # a budget above the records takes each so often, and draws the rest
+        times[rows[_drawn(instance_scores, rows, rest, task_names[index], options, points)]] += 1
         tasks[index] = structs.replace(
             tasks[index],
             excluded=False,
@@ -149,13 +154,15 @@ def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], row
     return scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
 
 
-def _times_selected(scores: np.ndarray, budget: int, task: str, options: TiveOptions) -> np.ndarray:
-    """How often each record of a task is taken, int64 `[n_t]`.
-
-    A budget above the records takes each `budget // n_t` times and draws the remainder.
-    """
-    whole, rest = divmod(budget, len(scores))
-    times = np.full(len(scores), whole, np.int64)
-    is_top = options.sampling == "top"
-    times[draw_top(scores, rest) if is_top else draw(scores, options.q, rest, options.seed, task)] += 1
-    return times
+def _drawn(
+    scores: np.ndarray, rows: np.ndarray, number: int, task: str, options: TiveOptions, points: np.ndarray | None
+) -> np.ndarray:
+    """Which `number` of a task's records are drawn: indices into `rows`, sorted."""
+    if options.sampling == "top":
+        return draw_top(scores, number)
+    if options.sampling == "weighted":
+        return draw(scores, options.q, number, options.seed, task)
+    assert points is not None
+    if not number:
+        return np.empty(0, np.int64)
+    return draw_from_clusters(*k_means(points[rows], min(number, MAX_CLUSTERS), options.seed, task), number)

@@ -23,7 +23,7 @@ SCORE_COLUMNS = {
 BUDGET_COLUMNS = {"difficulty": "norm", "loss": "loss", "length": "supervised_tokens", "el2n": "el2n"}
 INSTANCE_SCORES = (*SCORE_COLUMNS, "random")
 TASK_BUDGETS = (*BUDGET_COLUMNS, "size", "equal")
-SAMPLINGS = ("weighted", "top")
+SAMPLINGS = ("weighted", "top", "clusters")
 ROUNDINGS = ("down", "largest_remainder")
 GRADIENTS = ("adam", "sgd")
 OVER_TARGETS = ("max", "mean", "vote", "round_robin")
@@ -45,7 +45,7 @@ class TiveOptions:
         task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`, or several with `+` between:
             the mean of their shares.
         instance_score: what decides within a task, one of `INSTANCE_SCORES`.
-        sampling: a `weighted` draw, or the `top` scores.
+        sampling: a `weighted` draw, the `top` scores, or the records nearest to the centres of `clusters`.
         rounding: of the budgets, `down` or `largest_remainder`.
         at_most_once: what a task's budget has above its records goes to the other tasks.
         from_sample: budgets from the records that have features, and a uniform draw from all.

@@ -12,6 +12,7 @@ from tive.method.value import mean_budgets, rounded_down
 from tive.selection.files import Chosen, Files
 from tive.selection.less import CheckpointFeatures, Subtask
 from tive.selection.options import TiveOptions
+from tive.selection.sample import AIM, FEW
 from tive.selection.summary import Task
 from tive.util.text import LABEL_LIMIT, listed, print_table, shown
 
@@ -95,10 +96,14 @@ def _included(chosen: Chosen) -> list[Task]:
 def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterator[str]:
     if options.sampling == "top":
         yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
+    elif options.sampling == "clusters":
+        yield "sampling: the records nearest to the centres of clusters of each task's features; q plays no part"
     elif options.instance_score == "random" or options.from_sample:
         yield "sampling: every record of a task is as likely as any other; q plays no part"
     else:
         yield _weights(chosen, task, options)
+    if options.from_sample:
+        yield from _sample(chosen)
     yield from _rounding(chosen)
     yield from _small_shares(chosen, options)
     repeated = [
@@ -118,6 +123,21 @@ def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterat
             f"left out: {len(chosen.reasons):,} records that count in no mean and are never drawn "
             f"({_most_common(chosen.reasons)})"
         )
+
+
+def _sample(chosen: Chosen) -> Iterator[str]:
+    """What a reader of budgets from a sample should know."""
+    tasks = [task for task in chosen.tasks if task.sampled is not None]
+    sampled, records = sum(task.sampled or 0 for task in tasks), sum(task.records for task in tasks)
+    worst = max(tasks, key=lambda task: (task.budget_error or 0) / (task.budget_before_rounding or 1))
+    error = (worst.budget_error or 0) / (worst.budget_before_rounding or 1)
+    yield (
+        f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
+        f"{error:.1%} of it ({shown(worst.name, LABEL_LIMIT)}); {chosen.details['records_per_task']:,} records a task "
+        f"bring all under {AIM:.0%}"
+    )
+    if few := [f"{task.name} ({task.sampled})" for task in tasks if (task.sampled or 0) < min(FEW, task.counted)]:
+        yield f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}"
 
 
 def _weights(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +13,16 @@ from tive.selection.choose import rule_value
 from tive.selection.files import Chosen
 from tive.selection.options import BUDGET_COLUMNS, TiveOptions
 from tive.util.errors import UserError
-from tive.util.text import LABEL_LIMIT, listed, shown
+from tive.util.text import LABEL_LIMIT, shown
 
 # The error of the largest budget that the program plans for, and the records below which it names a task.
 AIM = 0.02
 FEW = 30
 
 
-def with_errors(
-    chosen: Chosen, task: np.ndarray, scores: Mapping[str, np.ndarray], options: TiveOptions
-) -> tuple[Chosen, int]:
-    """The tasks with the errors that their values and budgets have, and the records a task that would bring all errors
-    of budgets under `AIM`.
+def with_errors(chosen: Chosen, task: np.ndarray, scores: Mapping[str, np.ndarray], options: TiveOptions) -> Chosen:
+    """The tasks with the errors of their values and budgets; the details have `records_per_task`, which would bring all
+    errors of budgets under `AIM`.
 
     Args:
         task: int `[N]`, each record's task.
@@ -62,7 +60,8 @@ def with_errors(
             budget_error=float(errors[place]),
             budget_interval=(float(intervals[place, 0]), float(intervals[place, 1])),
         )
-    return replace(chosen, tasks=tuple(tasks)), records_for_error(means, covariances, sizes, AIM)
+    per_task = records_for_error(means, covariances, sizes, AIM)
+    return replace(chosen, tasks=tuple(tasks), details={"records_per_task": per_task})
 
 
 def _covariance(rules: tuple[str, ...], scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -74,17 +73,3 @@ def _covariance(rules: tuple[str, ...], scores: Mapping[str, np.ndarray], rows: 
     if len(rows) < 2:
         return np.zeros((len(rules), len(rules)))
     return np.atleast_2d(np.cov(values, ddof=1))
-
-
-def sample_sentences(chosen: Chosen, per_task: int) -> Iterator[str]:
-    """What a reader of budgets from a sample should know."""
-    tasks = [task for task in chosen.tasks if task.sampled is not None]
-    sampled, records = sum(task.sampled or 0 for task in tasks), sum(task.records for task in tasks)
-    worst = max(tasks, key=lambda task: (task.budget_error or 0) / (task.budget_before_rounding or 1))
-    error = (worst.budget_error or 0) / (worst.budget_before_rounding or 1)
-    yield (
-        f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
-        f"{error:.1%} of it ({shown(worst.name, LABEL_LIMIT)}); {per_task:,} records a task bring all under {AIM:.0%}"
-    )
-    if few := [f"{task.name} ({task.sampled})" for task in tasks if (task.sampled or 0) < min(FEW, task.counted)]:
-        yield f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}"
