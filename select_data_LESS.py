@@ -69,8 +69,8 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
-    from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.mixture import read_mixture
+    from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import double_device
 
     device = double_device(arguments.device)

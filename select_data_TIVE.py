@@ -98,10 +98,10 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
-    from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.printing import bar, print_choice, print_files
     from tive.selection.sample import with_errors
     from tive.selection.variety import whitened_points
+    from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import double_device
 
     device = double_device(arguments.device)

@@ -14,7 +14,8 @@ from tive.report.page import Pictures, render
 from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
 from tive.report.sections import tive_sections
 from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
-from tive.selection.files import SUMMARY_END, Selection, find_summaries, read_selection
+from tive.selection.reading import Selection, find_summaries, read_selection
+from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError, run
 from tive.util.files import whole_file
 from tive.util.text import percent, plural, shown

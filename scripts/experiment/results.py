@@ -16,7 +16,7 @@ import numpy as np
 
 from scripts.experiment.plan import KNOWN, NEW, P, Plan, Run, runs, variants
 from tive.evaluation.results import ModelResult, mean_over_tasks, read_evaluation
-from tive.selection.files import Selection, find_summary, read_selection
+from tive.selection.reading import Selection, find_summary, read_selection
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 

@@ -48,7 +48,8 @@ from scripts.experiment.results import (
 )
 from scripts.experiment.tables import write_tables
 from tive.report.sections import choice_curves, q_where
-from tive.selection.files import SUMMARY_END, find_summary
+from tive.selection.reading import find_summary
+from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 

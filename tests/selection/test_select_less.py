@@ -16,9 +16,9 @@ import torch
 import select_data_LESS
 from tests.helpers.feature_files import call, mixture, random_features, record, refusal, write_features
 from tive.method.target import checkpoint_weights, mean_rates_since, round_robin, votes
-from tive.selection.files import find_summary, read_selection
 from tive.selection.less import repeated_in
 from tive.selection.mixture import read_mixture
+from tive.selection.reading import find_summary, read_selection
 
 main = select_data_LESS.main
 STEPS = (105, 211)

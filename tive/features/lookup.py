@@ -23,7 +23,7 @@ _OF_THE_DATA = ("data_sha256", "data_records", "num_chunks")
 
 
 @dataclass(frozen=True)
-class Span:
+class ChunkSpan:
     """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
 
     start: int
@@ -62,7 +62,7 @@ class GatheredSpan:
         return features
 
 
-def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
+def spans_of(chunks: Sequence[Chunk]) -> list[ChunkSpan]:
     """Every row of the chunks, in order, in spans of at most `SPAN_ROWS`, for the linear passes over them."""
     spans = []
     for chunk in chunks:
@@ -77,7 +77,7 @@ def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
             room -= len(piece)
         row = chunk.start
         for pieces in groups:
-            spans.append(Span(row, pieces))
+            spans.append(ChunkSpan(row, pieces))
             row += sum(len(piece) for piece in pieces)
     return spans
 
@@ -117,7 +117,7 @@ class Features:
         rows = np.flatnonzero(np.isin(self.rows, list(reasons))).tolist()
         return {row: reasons[int(self.rows[row])] for row in rows}
 
-    def spans(self) -> list[Span] | list[GatheredSpan]:
+    def spans(self) -> list[ChunkSpan] | list[GatheredSpan]:
         """The features in the records' order, for the linear passes over them; zero for a record without."""
         if self.is_by_row:
             return spans_of(self.chunks)

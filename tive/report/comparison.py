@@ -15,7 +15,7 @@ from tive.evaluation.tables import INTERVAL, tables
 from tive.report import plots
 from tive.report.page import Block, Pictures, Section, Table, name
 from tive.report.sections import ROWS_A_PLOT
-from tive.selection.files import Selection
+from tive.selection.reading import Selection
 from tive.util.errors import UserError
 from tive.util.text import percent, plural, short
 

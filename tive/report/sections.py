@@ -18,8 +18,8 @@ from tive.method.value import effective_sample_size, instance_weights
 from tive.report import plots
 from tive.report.page import Block, Pictures, Section, Table, facts, name
 from tive.report.plots import Part
-from tive.selection.files import Selection
 from tive.selection.options import SCORE_COLUMNS
+from tive.selection.reading import Selection
 from tive.selection.summary import Task
 from tive.util.text import duration, memory, percent, plural, short
 

@@ -15,8 +15,8 @@ from tive.report.page import Pictures, Section, Table, name
 from tive.report.plots import Part
 from tive.report.samples import Group
 from tive.report.sections import ROWS_A_PLOT, cost, distributions, left_out, mixture, origin, quantiles
-from tive.selection.files import Selection
 from tive.selection.less import Subtask
+from tive.selection.reading import Selection
 from tive.selection.summary import Count, Size
 from tive.util.errors import UserError
 from tive.util.text import plural, short, shown

@@ -19,10 +19,10 @@ from tive.method.value import (
     task_budgets,
     task_value,
 )
-from tive.selection.files import Chosen
 from tive.selection.mixture import NO_TASK
 from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, TiveOptions
 from tive.selection.summary import Task
+from tive.selection.writing import Chosen
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, command, listed, shown
 

@@ -22,10 +22,10 @@ from tive.method.target import (
     votes,
 )
 from tive.method.value import rounded_down
-from tive.selection.files import Chosen
 from tive.selection.mixture import Mixture, reasons_left_out, record_scores, refuse_missing
 from tive.selection.options import LessOptions
 from tive.selection.summary import Task
+from tive.selection.writing import Chosen
 from tive.util.errors import UserError
 from tive.util.text import shown
 

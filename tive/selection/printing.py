@@ -9,11 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tive.method.value import mean_budgets, rounded_down
-from tive.selection.files import Chosen, Files
 from tive.selection.less import CheckpointFeatures, Subtask
 from tive.selection.options import TiveOptions
 from tive.selection.sample import AIM, FEW
 from tive.selection.summary import Task
+from tive.selection.writing import Chosen, Files
 from tive.util.text import LABEL_LIMIT, listed, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.

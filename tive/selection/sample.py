@@ -10,8 +10,8 @@ from msgspec import structs
 
 from tive.method.value import budget_errors, records_for_error
 from tive.selection.choose import rule_value
-from tive.selection.files import Chosen
 from tive.selection.options import BUDGET_COLUMNS, TiveOptions
+from tive.selection.writing import Chosen
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, shown
 

@@ -12,6 +12,12 @@ from msgspec import Meta, Struct
 from tive.util.errors import UserError
 from tive.util.files import read_json
 
+SUMMARY_END = "_summary.json"
+ROWS_END = "_rows.npy"
+SCORES_END = "_scores.csv"
+# A scores file begins and ends with these; between them is a column for each score.
+FIRST_COLUMNS = ["row", "id", "task"]
+LAST_COLUMNS = ["times_selected", "left_out"]
 MAX_COUNT = 1 << 40
 Count = Annotated[int, Meta(ge=0, lt=MAX_COUNT)]
 Size = Annotated[float, Meta(ge=0, lt=1e300)]

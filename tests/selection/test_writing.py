@@ -14,18 +14,11 @@ import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
 from tive.data.records import open_records
 from tive.features.lookup import open_features
-from tive.selection.files import (
-    Chosen,
-    Files,
-    check_writable,
-    files_of,
-    find_summary,
-    read_selection,
-    write_selection,
-)
 from tive.selection.mixture import NO_TASK, read_mixture
 from tive.selection.options import TiveOptions
+from tive.selection.reading import find_summary, read_selection
 from tive.selection.summary import Task
+from tive.selection.writing import Chosen, Files, check_writable, files_of, write_selection
 from tive.util.errors import UserError
 
 main = select_data_TIVE.main
