@@ -7,6 +7,7 @@ The target's name chooses the container: .jsonl is JSON Lines, anything else a J
   messages  messages: role, content; images          LLaMA-Factory (its OpenAI tags), ms-swift
   parts     messages, content a list of parts        TRL
 
+From Parquet or Arrow, --image_folder takes the images that lie in the rows, one file for equal ones.
 The form of each source record is seen from its keys, and roles may have their other names (user, assistant, chatgpt).
 No key is lost, and back again gives the same record. LLaVA's
 template has its own system prompt: a system turn becomes the key `system`, which LLaVA does not train on, and the key
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from tive.data.conversations import FORMS, count_tags, from_llava, image_paths, to_llava
 from tive.data.images import store_image
 from tive.data.problems import check_listed, listed_records, listing_beside, refuse_bad_records
-from tive.data.records import JsonRecords, name_of, open_records, write_raw
+from tive.data.records import JsonRecords, Records, name_of, open_records, write_raw, write_records
+from tive.data.tables import is_table
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed
@@ -44,7 +46,9 @@ def parse_arguments() -> argparse.Namespace:
   python scripts/convert_data.py --source_path Tive_q_0.001_p_0.15.json --target_path subset.jsonl --to messages
   python scripts/convert_data.py --source_path data.json --target_path good.json --drop warm_up_bad_records.json""",
     )
-    parser.add_argument("--source_path", required=True, help="records: a JSON list, or JSON Lines")
+    parser.add_argument(
+        "--source_path", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder of it"
+    )
     parser.add_argument("--target_path", required=True, help="where they go; another file")
     parser.add_argument("--to", choices=FORMS, help="form of the records (default: each as it is, byte for byte)")
     parser.add_argument(
@@ -81,12 +85,14 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
     problems: dict[int, str] = {}
     to_drop = listed_records(arguments.drop)
     records = open_records(arguments.source_path)
-    is_json = isinstance(records, JsonRecords)
-    if not is_json and arguments.to is None:
-        raise UserError(f"{arguments.source_path} is a table; name the form of the records with --to, as in --to llava")
-    texts = map(bytes, records.texts()) if isinstance(records, JsonRecords) else itertools.repeat(b"")
-    # The rows of a table are asked for one by one, with the bytes of their images.
-    rows = records if is_json else map(records.__getitem__, tqdm(range(len(records)), "Unpacking", unit=" records"))
+    if not isinstance(records, JsonRecords) and records.image_columns and arguments.image_folder is None:
+        raise UserError(f"{arguments.source_path} has images in its rows; name a folder for them with --image_folder")
+    texts: Iterator[bytes] = itertools.repeat(b"")
+    rows = iter(records)
+    if isinstance(records, JsonRecords):
+        texts = map(bytes, records.texts())
+    else:  # one by one, with the bytes of their images
+        rows = map(records.__getitem__, tqdm(range(len(records)), "Unpacking", unit=" records", delay=2))
     for row, (raw, record) in enumerate(zip(texts, rows, strict=False)):
         if row in to_drop:
             check_listed(name_of(arguments.source_path, row, record), to_drop.pop(row), record)
@@ -115,6 +121,23 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
         )
     if problems:
         refuse_bad_records(records, problems, listing_beside(arguments.target_path))
+
+
+def write_rows_kept(arguments: argparse.Namespace, records: Records, found: Found) -> None:
+    """Write a table without the records that are to be dropped, its rows as they are.
+
+    Raises:
+        UserError: a record that is to be dropped is not there, or is another one.
+    """
+    to_drop = listed_records(arguments.drop)
+    for row, entry in to_drop.items():
+        name = f"{arguments.source_path}: record {row}"
+        if row >= len(records):
+            raise UserError(f"{name} is listed in {listed(arguments.drop)}, and the data ends before it")
+        check_listed(name, entry, records[row])
+    kept = [row for row in range(len(records)) if row not in to_drop]
+    write_records(arguments.target_path, records, kept)
+    found.records, found.dropped = len(kept), len(to_drop)
 
 
 def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
@@ -154,7 +177,10 @@ def main() -> None:
     if arguments.image == "list" and arguments.to != "llava":
         raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
     found = Found()
-    write_raw(target, converted(arguments, found), lines=Path(target).suffix == ".jsonl")
+    if arguments.to is None and is_table(Path(arguments.source_path)):
+        write_rows_kept(arguments, open_records(arguments.source_path), found)
+    else:
+        write_raw(target, converted(arguments, found), lines=Path(target).suffix == ".jsonl")
     print(f"Wrote {found.records:,} records to {target}.")
     if arguments.drop:
         print(f"{found.dropped:,} records are left out, those listed in {listed(arguments.drop)}.")

@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source_path", required=True, help="records: a JSON list or JSON Lines")
+    add("--source_path", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder")
     add("--target_path", required=True, type=Path, metavar="DIR", help="new folder for held_out.json and train.json")
     add("--per_task", required=True, type=int, metavar="N", help="records to put aside from each task")
     add("--seed", type=int, default=0, help="the same seed draws the same records on every machine (0)")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.helpers.records import MEDIA
 from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
@@ -333,3 +337,50 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path, case):
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"a.json", "b_bad_records.json"}
+
+
+def test_a_table_with_images_is_unpacked_to_files_and_again_without_writing_them_twice(tmp_path):
+    pictures = []
+    for color, form in (("red", "PNG"), ("blue", "JPEG"), ("red", "PNG")):
+        content = io.BytesIO()
+        Image.new("RGB", (9, 7), color).save(content, form)
+        pictures.append(content.getvalue())
+    kind = pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
+    images = [[{"bytes": content, "path": None}] for content in pictures] + [[]]
+    texts = [[{"user": "What?", "assistant": "Noise."}]] * 4
+    table = pyarrow.table({"images": pyarrow.array(images, kind), "texts": texts, "source": ["x"] * 4})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    folder = tmp_path / "images"
+    for _ in range(2):
+        arguments = ["--to", "llava", "--image_folder", str(folder)]
+        done, written = convert(tmp_path, (tmp_path / "a.parquet").read_bytes(), *arguments, source="a.parquet")
+        assert done.returncode == 0, done.stderr
+        files = {file: file.stat().st_mtime_ns for file in folder.rglob("*.*")}
+        records = json.loads(written)
+        assert [problem_of(record) for record in records] == [None] * 4 and "image" not in records[3]
+        assert [(folder / record["image"]).read_bytes() for record in records[:3]] == pictures
+    assert sorted(file.suffix for file in files) == [".jpg", ".png"]  # equal bytes are one file
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.*")} == files
+
+
+def test_a_table_with_images_wants_a_folder_for_them(tmp_path):
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table({"image": pyarrow.array([{"bytes": b"x"}], kind), "question": ["a"], "answer": ["b"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    done, written = convert(tmp_path, (tmp_path / "a.parquet").read_bytes(), "--to", "llava", source="a.parquet")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and written is None
+    assert "--image_folder" in done.stderr
+
+
+def test_listed_records_are_dropped_from_a_table_whose_rows_stay_as_they_are(tmp_path):
+    table = pyarrow.table({"id": ["a", "b", "c"], "question": ["1", "2", "3"], "answer": ["x"] * 3})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "bad.json").write_text(json.dumps([{"row": 1, "id": "b"}]))
+    content = (tmp_path / "a.parquet").read_bytes()
+    arguments = ["--drop", str(tmp_path / "bad.json"), "--target_path", str(tmp_path / "good.parquet")]
+    done, _ = convert(tmp_path, content, *arguments, source="a.parquet")
+    assert done.returncode == 0, done.stderr
+    assert parquet.read_table(tmp_path / "good.parquet").to_pylist() == [table.to_pylist()[row] for row in (0, 2)]
+    (tmp_path / "bad.json").write_text(json.dumps([{"row": 1, "id": "other"}]))
+    done, _ = convert(tmp_path, content, *arguments, source="a.parquet")
+    assert done.returncode == 2 and "record 1" in done.stderr

@@ -10,7 +10,10 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
+from PIL import Image
 
 from tests.helpers.records import record_with, write
 from tive.data.content import record_hash
@@ -190,6 +193,18 @@ def to_tar(records):
     return buffer.getvalue()
 
 
+def to_parquet():
+    """Three rows that can be used, and one with a question alone."""
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, "PNG")
+    texts = [[{"user": "a", "assistant": "b"}]] * 3 + [[{"user": "a", "assistant": None}]]
+    columns = {"image": pyarrow.array([{"bytes": content.getvalue()}] * 4, kind), "texts": texts, "dataset": ["x"] * 4}
+    made = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), made)
+    return made.getvalue()
+
+
 MESSAGES = [{"messages": [says("user", "a"), says("assistant", "b")], "dataset": "x", "id": row} for row in range(4)]
 BAD = [*MESSAGES[:3], MESSAGES[3] | {"video": "a.mp4"}]
 SAMPLES = [record_with(("human", "<image>a"), ("gpt", "b"), dataset="x")] * 4
@@ -201,6 +216,7 @@ FILES = {
     "a table by columns": (json.dumps({key: [one[key] for one in MESSAGES] for key in MESSAGES[0]}).encode(), 4),
     "an object by id": (json.dumps({str(row): one for row, one in enumerate(BAD)}).encode(), 3),
     "a shard of samples": (to_tar(SAMPLES), 4),
+    "Parquet with an image in each row": (to_parquet(), 3),
     "no tasks": (json.dumps([record_with(("human", "a"), ("gpt", "b"))] * 4).encode(), 4),
 }
 
@@ -231,7 +247,7 @@ def test_remedies_lead_from_any_file_to_one_that_the_step_takes(tmp_path, conten
             message = done.stderr
             if done.returncode == 0:
                 break
-        (path,) = [one for one in set(folder.iterdir()) - before if one.suffix == ".json" and "bad" not in one.name]
+        (path,) = [one for one in set(folder.iterdir()) - before if one.is_file() and "bad" not in one.name]
     pytest.fail(f"no end: {message}")
 
 

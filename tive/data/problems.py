@@ -19,7 +19,7 @@ from tive.data.conversations import (
     to_llava,
 )
 from tive.data.media import IMAGE_TAG, is_empty, media_of, name_of_image
-from tive.data.records import Records, name_of
+from tive.data.records import Records, TableRecords, name_of, suffix_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
 from tive.util.text import command, listed, shown, shown_value
@@ -175,18 +175,20 @@ def remedy_of(records: Records, reasons: dict[int, str], listing: Path) -> str:
     """What to do about records that cannot be used: convert them, look at the file's form, or leave them out."""
     first = records[min(reasons)]
     path = records.path
+    stem = path.name.split(".")[0]
     try:
         is_other_form = problem_of(first) is not None and problem_of(to_llava(first)) is None
     except ValueError:
         is_other_form = False
     if is_other_form:
-        target = path.with_name(f"{path.name.split('.')[0]}_llava.json")
-        convert = command("scripts/convert_data.py", source_path=path, target_path=target, to="llava")
-        return f"convert the data: {convert}"
+        options: dict[str, str | Path] = {"target_path": path.with_name(f"{stem}_llava.json"), "to": "llava"}
+        if isinstance(records, TableRecords) and records.image_columns:
+            options["image_folder"] = path.with_name(f"{stem}_images")
+        return f"convert the data: {command('scripts/convert_data.py', source_path=path, **options)}"
     if 2 * len(reasons) > len(records):
         keys = listed([*first], 12) if isinstance(first, dict) else "none"
         return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
-    target = path.with_name(f"{path.name.split('.')[0]}_good.json")
+    target = path.with_name(f"{stem}_good{suffix_of(path)}")
     without = command("scripts/convert_data.py", source_path=path, target_path=target, drop=listing)
     return f"repair them, or write the data without them: {without}"
 
