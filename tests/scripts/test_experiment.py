@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from scripts.experiment import plan, statistics, tables
+from scripts.experiment.commands import trainer_arguments
 from scripts.experiment.data import make_data, with_wrong_answers
 from scripts.experiment.datamodel import half_of
 from scripts.experiment.plan import FULL, SMALL, Run, runs
@@ -174,6 +176,17 @@ def test_the_first_experiments_tables_are_made_again_from_its_data(capsys, monke
                 shown = next(row for row in page[variant] if row[0] == arm and len(row) == 10)
                 wanted = [float(shown[column]) for column in (2, 3, 4, 6)]  # mean, known, new, weighted
                 assert [float(cell) for cell in cells[7:]] == pytest.approx(wanted, abs=1.1e-3)
+
+
+@pytest.mark.parametrize("script", ["finetune.sh", "finetune_lora.sh"])
+def test_the_experiment_trains_with_what_the_scripts_start(script, tmp_path):
+    settings = {"GPUS": "none", "OUTPUT_DIR": tmp_path / "a b", "EPOCHS": 7}
+    module, *arguments = trainer_arguments(script, ("--seed", 3), settings)
+    assert importlib.util.find_spec(module) is not None and module.startswith("tive.training")
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert given["--output_dir"] == str(tmp_path / "a b") and given["--num_train_epochs"] == "7"
+    assert given["--seed"] == "3" and given["--use_cpu"] == "True"
+    assert ("--lora_enable" in given) == (script == "finetune_lora.sh")
 
 
 def test_a_half_has_half_of_every_tasks_records():
