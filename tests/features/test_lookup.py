@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 from tests.helpers.feature_files import mixture, random_features, record, write_features
-from tive.data.content import record_hashes, rows_with
-from tive.data.records import open_records
+from tive.data.content import record_hash, record_hashes, rows_with
+from tive.data.records import Records, open_records
 from tive.features.lookup import Features, open_features
 from tive.util.errors import UserError
 
@@ -106,9 +108,28 @@ def test_several_folders_are_one_and_must_be_of_one_space(made, tmp_path):
 
 
 def test_half_a_hash_in_common_is_no_match():
-    hashes = record_hashes(RECORDS[:4], 4)
+    hashes = np.array([list(record_hash(one)) for one in RECORDS[:4]], np.uint8)
     near = hashes.copy()
     near[:, 12] ^= 1
     assert rows_with(hashes, near).tolist() == [-1] * 4
     assert rows_with(hashes, hashes[::-1]).tolist() == [3, 2, 1, 0]
     assert rows_with(hashes[:0], hashes).tolist() == [-1] * 4
+
+
+def test_images_in_the_rows_count_by_their_bytes_wherever_the_rows_stand(tmp_path):
+    def written(name: str, order: list[int]) -> Records:
+        rows = [
+            {
+                "image": {"bytes": bytes([row]) * 9, "path": "0.png"},
+                "source": name,
+                "texts": [{"user": "?", "assistant": "!"}],
+            }
+            for row in order
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+        return open_records(tmp_path / f"{name}.parquet")
+
+    first, second = written("first", [0, 1, 2, 3]), written("second", [3, 1, 9])
+    assert rows_with(record_hashes(first), record_hashes(second)).tolist() == [3, 1, -1]
+    assert record_hashes(first, range(1, 3)).tolist() == record_hashes(first)[1:3].tolist()
+    assert record_hashes(first, range(2, 2)).shape == (0, 16)

@@ -86,7 +86,7 @@ def write_features(
         columns = scores_of(norms[rows])
         if content:
             records = open_records(data)
-            hashes = record_hashes(iter(records), len(records)) if len(records) == len(features) else None
+            hashes = record_hashes(records) if len(records) == len(features) else None
             columns |= {} if hashes is None else {"content": hashes[rows]}
         write_chunk(folder, Match(**match), features[rows], columns, entries, made)
 

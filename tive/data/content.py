@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from tive.data.conversations import ROLES, image_paths, to_llava
-from tive.data.media import media_of, plain_path
+from tive.data.media import Image, media_of, plain_path
+from tive.data.records import Records
 
 HASH_BYTES = 16
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -20,7 +21,9 @@ def record_hash(record: Any) -> bytes:
     """128 bits of a record's turns, system prompt and images; `HASH_BYTES` long.
 
     Two records have the same hash where a trainer sees the same in both: the form (`to_llava`), the order of keys,
-    the spelling of a path, ids, tasks and other keys play no part. A record of no known form is hashed whole.
+    the spelling of a path, ids, tasks and other keys play no part. An image counts by its path, or by its bytes where
+    they lie in the record (`StoredImage`; by its name where they were left on disk). A record of no known form is
+    hashed whole.
     """
     try:
         content = _plain_content(record) or _content(to_llava(record))
@@ -33,12 +36,14 @@ def record_hash(record: Any) -> bytes:
     return hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest()
 
 
-def record_hashes(records: Iterable[Any], count: int) -> np.ndarray:
-    """The hashes of `count` records, uint8 `[n, HASH_BYTES]`."""
-    hashes = np.empty((count, HASH_BYTES), np.uint8)
-    for row, record in enumerate(records):
-        hashes[row] = np.frombuffer(record_hash(record), np.uint8)
-    return hashes
+def record_hashes(records: Records, rows: range | None = None) -> np.ndarray:
+    """The hashes of some records or of all, uint8 `[n, HASH_BYTES]`; the bytes of images in the rows are read."""
+    if rows is None and not getattr(records, "image_columns", None):
+        each: Iterable[Any] = records  # read from front to back
+    else:
+        each = (records[row] for row in (range(len(records)) if rows is None else rows))
+    digests = bytearray().join(map(record_hash, each))
+    return np.frombuffer(digests, np.uint8).reshape(-1, HASH_BYTES)
 
 
 def rows_with(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -58,7 +63,16 @@ def rows_with(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _content(conversation: dict[str, Any]) -> list[Any]:
     """What counts of a record as `to_llava` returns it. A system prompt that is null or empty is none."""
-    return [conversation["conversations"], conversation.get("system") or "", image_paths(conversation)]
+    images = [_image(image) for image in image_paths(conversation)]
+    return [conversation["conversations"], conversation.get("system") or "", images]
+
+
+def _image(image: Image) -> str | list[str]:
+    if isinstance(image, str):
+        return image
+    if image.content is None:
+        return ["name", image.name]
+    return ["bytes", hashlib.blake2b(image.content, digest_size=HASH_BYTES).hexdigest()]
 
 
 def _plain_content(record: Any) -> list[Any] | None:
@@ -72,4 +86,6 @@ def _plain_content(record: Any) -> list[Any] | None:
         if not isinstance(turn.get("value"), str):
             return None
     media = media_of(record)
-    return None if media.problem else [turns, record.get("system") or "", tuple(map(plain_path, media.images))]
+    if media.problem:
+        return None
+    return [turns, record.get("system") or "", [_image(plain_path(image)) for image in media.images]]

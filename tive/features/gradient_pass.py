@@ -100,7 +100,7 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         left_out = chunk.store.left_out()
         device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
         about = {"projector_about": step.projector.about}
-        content = record_hashes((scan.records[row] for row in match.rows), len(match.rows))
+        content = record_hashes(scan.records, match.rows)
         chunk.finish(about | device | cost | dict(options.inputs), content)
     print(
         f"written: {', '.join(str(chunk.path(form)) for form in ('output_{}.pt', 'output_norm_{}.json'))} and the "

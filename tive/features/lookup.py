@@ -151,7 +151,7 @@ def open_features(
         return Features(folder, chunks, np.arange(total), True)
     if (match.data_sha256, match.data_records) == (records.fingerprint, len(records)):
         return Features(folder, chunks, np.arange(total), True)
-    return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), _hashes(records)), False)
+    return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), record_hashes(records)), False)
 
 
 def _joined(parts: list[Features], records: Records) -> Features:
@@ -184,10 +184,6 @@ def _joined(parts: list[Features], records: Records) -> Features:
     return Features(first.folder, chunks, rows, False)
 
 
-def _hashes(records: Records) -> np.ndarray:
-    return record_hashes(iter(records), len(records))
-
-
 def _content_of(folder: Path, chunks: list[Chunk], records: Records) -> np.ndarray:
     """The hashes of a folder's records, uint8 `[M, 16]`: from the chunks, or their data file."""
     contents = [chunk.content for chunk in chunks if chunk.content is not None]
@@ -197,7 +193,7 @@ def _content_of(folder: Path, chunks: list[Chunk], records: Records) -> np.ndarr
     if match is not None and isinstance(path, str) and os.path.isfile(path):
         source = open_records(path)
         if source.fingerprint == match.data_sha256:
-            return _hashes(source)
+            return record_hashes(source)
     raise UserError(
         f"{folder} holds features of another data file than {records.path}, of a version that did not store which "
         f"records they are of; keep that file where it was ({shown(str(path), 200)}), name it, or take them again"
