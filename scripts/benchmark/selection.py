@@ -17,8 +17,8 @@ from tive.features.folder import Chunk
 from tive.features.lookup import spans_of
 from tive.method.influence import group_means, products
 from tive.method.value import draw
+from tive.util.device import anonymous_memory
 from tive.util.errors import UserError
-from tive.util.memory import anonymous_memory
 from tive.util.text import duration, print_table
 
 Q, SHARE = 0.001, 0.15

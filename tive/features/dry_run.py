@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -18,7 +20,6 @@ from tive.method.projection import make_projector, project
 from tive.models import Encoded
 from tive.util.device import peak_memory
 from tive.util.errors import UserError
-from tive.util.stopwatch import Stopwatch
 from tive.util.text import duration
 
 # The release's: the share of the records that the reference model is trained on, and the share that is selected.
@@ -129,3 +130,26 @@ def wait_for(step: GradientStep) -> None:
     """Wait until a GPU has done all that it was given."""
     if step.reference.device.type == "cuda":
         torch.cuda.synchronize(step.reference.device)
+
+
+class Stopwatch:
+    """Seconds by name, each without what was measured inside it. A GPU is waited for at every boundary."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.inside = device, defaultdict[str, float](float), [0.0]
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = self._now()
+        self.inside.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            self.seconds[name] += elapsed - self.inside.pop()
+            self.inside[-1] += elapsed
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

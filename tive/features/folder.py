@@ -24,9 +24,9 @@ import torch
 from tive.data.content import HASH_BYTES
 from tive.features.chunk import COLUMNS, COMMON_KEYS, CONTENT, Match, match_of_manifest
 from tive.features.store import LeftOutRecord
+from tive.util.device import available_memory
 from tive.util.errors import UserError
 from tive.util.files import read_json
-from tive.util.memory import available_memory
 from tive.util.text import listed, shown
 
 _DAMAGED = "it may be damaged or unfinished: make this chunk again"

@@ -1,12 +1,14 @@
-"""The device that a step computes on, and the dtype for it."""
+"""The device that a step computes on, the dtype for it, and how much memory is used and left, in bytes."""
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
-from tive.util import memory
 from tive.util.errors import UserError
 
 _WIDE = 1024
@@ -86,13 +88,36 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use at one time, since the start or `forget_peak`: of a GPU's memory, else of this process's."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_memory()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = _kernel_says("/proc/self/status", "VmHWM")
+    if peak is None:  # not Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start `peak_memory` afresh."""
+    """Start `peak_memory` afresh (of a process: on Linux)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        memory.forget_peak()
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def anonymous_memory() -> int:
+    """The bytes that this process holds now, without the files that it has mapped (Linux)."""
+    return _kernel_says("/proc/self/status", "RssAnon") or 0
+
+
+def available_memory() -> int | None:
+    """The bytes that the machine can still give without swapping; None where it does not say."""
+    return _kernel_says("/proc/meminfo", "MemAvailable")
+
+
+def _kernel_says(path: str, name: str) -> int | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
