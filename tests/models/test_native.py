@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.native_gradients import gradients_of, plain_loop
 from tests.helpers.tiny_native import CLASSES, write
 from tive.data.training_record import TrainingRecord, recorded_model, write_record
-from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native
+from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, native, native_losses
 from tive.models.answer_spans import align
-from tive.models.common import load_pretrained, target_modules
+from tive.models.checkpoint import load_pretrained
+from tive.models.common import target_modules
 from tive.models.native_encoding import image_tokens, load_processor
 from tive.util.errors import UserError
 
@@ -580,14 +581,14 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_whose_batch_differs_from_its_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that loses its padding's mask, or a key of the processor, is such a model."""
-    collate = native.collate
+    collate = native_losses.collate
 
     def leaking(reference: Reference, records: Any) -> Any:
         inputs = collate(reference, records)
         inputs["input_ids"] = inputs["input_ids"].roll(len(records) - 1, dims=0)
         return inputs
 
-    monkeypatch.setattr(native, "collate", leaking)
+    monkeypatch.setattr(native_losses, "collate", leaking)
     with pytest.raises(UserError, match="a batch gives other losses than its records alone"):
         native.load(files_of("internvl"), CPU, torch.float32)
 
@@ -609,12 +610,12 @@ def test_what_a_model_does_to_its_logits_is_done(change: str, known: bool, monke
     if change == "cap":
         text = reference.model.config.get_text_config()
         monkeypatch.setattr(text, "final_logit_softcapping", cap, raising=False)
-    proven = native.proven(reference)
+    proven = native_losses.proven(reference)
     assert (proven.head is not None) is known
     with torch.no_grad():
         ours = native.record_losses(proven, records).losses
         for loss, record in zip(ours, records, strict=True):
-            logits = reference.model(**native.collate(reference, [record]), use_cache=False).logits[0]
+            logits = reference.model(**native_losses.collate(reference, [record]), use_cache=False).logits[0]
             targets = torch.from_numpy(record.inputs.labels)[1:]
             torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:-1], targets))
 
@@ -623,9 +624,11 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = native.load(files_of("internvl"), CPU, torch.float32)
-    made_up, encode_turns, collate = [], native.encode_turns, native.collate
-    monkeypatch.setattr(native, "encode_turns", lambda *given: made_up.append(encode_turns(*given)) or made_up[-1])
-    native.proven(reference)
+    made_up, encode_turns, collate = [], native_losses.encode_turns, native_losses.collate
+    monkeypatch.setattr(
+        native_losses, "encode_turns", lambda *given: made_up.append(encode_turns(*given)) or made_up[-1]
+    )
+    native_losses.proven(reference)
     optimizer = torch.optim.Adam(reference.model.requires_grad_(True).parameters(), lr=3e-3)
     for _ in range(100):
         optimizer.zero_grad()
@@ -636,15 +639,15 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
         optimizer.step()
     assert losses.max() < 0.2
     reference = replace(reference, model=reference.model.requires_grad_(False).to(torch.bfloat16), dtype=torch.bfloat16)
-    native.proven(reference)
+    native_losses.proven(reference)
 
     def leaking(reference: Reference, records: Any) -> Any:
         inputs = collate(reference, records)
         return inputs | {"input_ids": inputs["input_ids"].roll(len(records) - 1, dims=0)}
 
-    monkeypatch.setattr(native, "collate", leaking)
+    monkeypatch.setattr(native_losses, "collate", leaking)
     with pytest.raises(UserError, match="than its records alone"):
-        native.proven(reference)
+        native_losses.proven(reference)
 
 
 # 4 bits, and where weights go.

@@ -32,7 +32,7 @@ _KNOWN_KEYS |= {"target_modules", "exclude_modules", "layers_to_transform"}
 _KNOWN_KEYS |= {"r", "rank_pattern", "layers_pattern", "bias", "lora_bias", "lora_dropout", "fan_in_fan_out"}
 _KNOWN_KEYS |= {"peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping"}
 _KNOWN_KEYS |= {"eva_config", "qalora_group_size", "megatron_core", "megatron_config", "runtime_config"}
-_KNOWN_KEYS |= {"ensure_weight_tying"}
+_KNOWN_KEYS.add("ensure_weight_tying")
 # Every other key says nothing by one of these values.
 _NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "", "none")
 # What a LoRA may start from without changing the base's weights.

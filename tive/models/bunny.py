@@ -28,18 +28,8 @@ from tive.models.bunny_encoding import (
     read_image_rules,
     read_text_rules,
 )
-from tive.models.common import (
-    base_folder,
-    base_of,
-    decoder_layers,
-    freeze,
-    library_versions,
-    load_pretrained,
-    loading,
-    read_config,
-    refuse_options,
-    refuse_other_shape,
-)
+from tive.models.checkpoint import load_pretrained, loading, read_config, refuse_other_shape
+from tive.models.common import base_folder, base_of, decoder_layers, freeze, library_versions, refuse_options
 from tive.models.losses import packed
 from tive.models.spliced import TRAINED_FILE
 from tive.models.spliced import pads_images as pads_images

@@ -30,18 +30,15 @@ from tive.models.adapter import (
     read_tensors,
     tensor_shapes,
 )
-from tive.models.common import (
-    base_of,
-    decoder_layers,
-    freeze,
+from tive.models.checkpoint import (
     load_pretrained,
     loading,
     print_named_base,
     read_config,
-    refuse_options,
     refuse_other,
     refuse_other_shape,
 )
+from tive.models.common import base_of, decoder_layers, freeze, refuse_options
 from tive.models.spliced import TRAINED_FILE, attach_trained, identity_of
 from tive.util.errors import UserError
 from tive.util.packages import package_in_use

@@ -17,7 +17,8 @@ from tive.data.images import BadImage, read_image
 from tive.data.media import IMAGE_TAG, StoredImage
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
 from tive.models.answer_spans import align, answer_spans, text_message, token_spans
-from tive.models.common import base_of, first_line, loading
+from tive.models.checkpoint import loading
+from tive.models.common import base_of, first_line
 from tive.models.losses import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_json

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
-from tive.models.common import base_of, fingerprint, read_config
+from tive.models.checkpoint import read_config
+from tive.models.common import base_of, fingerprint
 from tive.models.generation import generate_ids
 from tive.models.losses import IGNORE, losses_at_supervised, sent, supervised_runs, supervised_tokens, unpacked
 from tive.util.errors import UserError
