@@ -15,8 +15,8 @@ example:
   writes split/held_out.json, for scripts/evaluate.py, and split/train.json, the data for steps 1 to 5
 
 Records are drawn at random and written as they came, in their order. The folder is there with both files or not at
-all; one that is there is left as it is. What may be learnt of a held-out record from the others, such as an image that
-both have, is counted and said, not prevented.
+all; one that is there is left as it is. The script prints how many images the two files share; it does not keep them
+apart.
 """
 
 

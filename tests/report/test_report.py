@@ -23,8 +23,10 @@ from PIL import Image
 from setuptools import Distribution
 
 from tests.helpers.feature_files import random_features, record, write_features
+from tive.data.records import open_records
 from tive.evaluation.results import Conditions, Evaluation, ModelResult, TaskResult, write_result
 from tive.report import plots, sections
+from tive.report.samples import read_sample
 from tive.report.sections import Q_GRID, effective_shares
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,6 +342,34 @@ def test_a_data_file_that_is_gone_or_changed_costs_the_samples_only(
     assert "jpeg" not in page.source and "not read" in page.text
     assert "without images and conversations" in capsys.readouterr().err
     assert "is not the file" in error_of(capsys, copy, "--data_path", changed)
+
+
+QUESTION, ANSWER = "What is it?", "A circle."
+FORMS = [
+    {
+        "conversations": [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWER}],
+        "image": "a.png",
+    },
+    {
+        "messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}],
+        "images": ["a.png"],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": QUESTION}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        ]
+    },
+    {"texts": [{"user": QUESTION, "assistant": ANSWER}], "images": ["a.png"]},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["conversations", "messages", "parts", "texts"])
+def test_a_record_of_any_form_is_shown_with_its_turns_and_image(folder: Path, tmp_path: Path, form: dict) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([form]))
+    sample = read_sample(open_records(str(tmp_path / "data.json")), str(folder / "images"), 0)
+    assert sample.image is not None and sample.image.startswith("data:image/jpeg")
+    assert [text.removeprefix("<image>").strip() for _, text in sample.turns] == [QUESTION, ANSWER]
 
 
 @pytest.mark.usefixtures("without_plots")

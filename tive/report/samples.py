@@ -14,7 +14,6 @@ from tqdm import tqdm
 from tive.data.conversations import image_of, to_llava
 from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
-from tive.data.problems import form_problem
 from tive.data.records import Records, open_records
 from tive.report.page import Block, Card, Cards, Section, name
 from tive.selection.reading import Selection
@@ -104,10 +103,10 @@ def open_checked(selection: Selection, data_path: str | None) -> Records:
 
 def read_sample(records: Records, image_folder: str | None, row: int) -> Sample:
     """What the page shows of a record."""
-    record = records[row]
-    if problem := form_problem(record):
+    try:
+        record = to_llava(records[row])
+    except ValueError as problem:
         return Sample(None, f"the record {problem}")
-    record = to_llava(record)
     image = image_of(record)
     return Sample(*(_thumbnail(image_folder, image) if image else (None, "no image")), _turns(record))
 
