@@ -17,8 +17,8 @@ put records aside before anything is selected, then compare what was trained on 
 
 A model is NAME PATH for a whole model (finetune.sh, or a model that was downloaded) and NAME PATH BASE for an adapter.
 The first one is what the others are relative to. Answers are generated greedily, with the true earlier turns before
-them, and compared as VQA does: without case, articles and punctuation. Results of a model are kept in --save_path and
-used again; a run that stops is continued by the same command.
+them, and compared without case, articles and punctuation (docs/evaluation.md). Results of a model are kept in
+--save_path and used again; a run that stops is continued by the same command.
 """
 
 
