@@ -73,7 +73,7 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
 
 FLAG = re.compile(
     r"(?<![\w-])(?<!var\()--(?!version\b)[A-Za-z]"
-)  # all scripts have --version; var() is a style sheet's
+)  # var() is a style sheet's
 WHOLE_COMMAND = re.compile(r"`python [^`]*`")
 # The trainer's own arguments are flags.
 ROOMS_WITH_FLAGS = ("training",)
