@@ -1,7 +1,7 @@
 """Every command block of the pages, taken from the page's own text: run, parsed, or named as not run.
 
-The word behind a block's opening says which: ```bash is run, on the quickstarts' data under the names that the page
-uses; ```bash parsed: WHY is only parsed, by the script's own parser; ```bash not run: WHY needs what is not here.
+The word behind a block's opening says which: ```bash and ```python are run, on the quickstarts' data under the names that
+the page uses; ```bash parsed: WHY is only parsed, by the script's own parser; ```bash not run: WHY needs what is not here.
 `pytest -m pages` runs it, and makes the quickstarts first where they are missing.
 """
 
@@ -45,10 +45,14 @@ ON_A_CPU = {"--bf16 true": "--bf16 false --use_cpu"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its text, and what is done with it (`run`, `parsed`, `not run`; empty: no commands)."""
+    """A fenced block: its text, and what is done with it (`run`, `parsed`, `not run`; empty: no commands).
+
+    Blocks of Python build on each other, so they are run with those of the page before them.
+    """
 
     text: str
     done: str
+    python: bool = False
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -57,7 +61,8 @@ def blocks_of(page: Path) -> list[Block]:
         language, _, why = info.strip().partition(" ")
         done, _, reason = why.partition(":")
         assert not done or (done in ("parsed", "not run") and reason.strip()), f"{page.name}: ```{info}"
-        blocks.append(Block(textwrap.dedent(text), (done or "run") if language == "bash" else ""))
+        known = language in ("bash", "python")
+        blocks.append(Block(textwrap.dedent(text), (done or "run") if known else "", language == "python"))
     return blocks
 
 
@@ -208,6 +213,7 @@ def test_the_commands_of_a_page_run_as_they_are_written(page: Path, tmp_path: Pa
     if here() != ("native" if page.name in NATIVE else "llava"):
         pytest.skip("of the other environment")
     environment = workspace(page.name, tmp_path)
+    script = ""
     for block in blocks_of(page):
         if block.done not in ("run", "parsed"):
             continue
@@ -218,8 +224,10 @@ def test_the_commands_of_a_page_run_as_they_are_written(page: Path, tmp_path: Pa
         if block.done == "parsed":
             stand_ins = tmp_path / "parse_only"
             settings = environment | {"PATH": f"{stand_ins}:{environment['PATH']}", "PYTHON": f"{stand_ins}/python"}
-        ended = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path, env=settings, capture_output=True, text=True
-        )
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        if block.python:
+            script += text
+            command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
         assert ended.returncode == 0, f"{block.text}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
     shutil.rmtree(tmp_path)

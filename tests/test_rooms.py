@@ -71,9 +71,7 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
-FLAG = re.compile(
-    r"(?<![\w-])(?<!var\()--(?!version\b)[A-Za-z]"
-)  # var() is a style sheet's
+FLAG = re.compile(r"(?<![\w-])(?<!var\()--(?!version\b)[A-Za-z]")  # var() is a style sheet's
 WHOLE_COMMAND = re.compile(r"`python [^`]*`")
 # The trainer's own arguments are flags.
 ROOMS_WITH_FLAGS = ("training",)
