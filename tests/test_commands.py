@@ -1,8 +1,8 @@
 """Every command block of the pages, taken from the page's own text: run, parsed, or named as not run.
 
-The word behind a block's opening says which: ```bash and ```python are run, on the quickstarts' data under the names that
-the page uses; ```bash parsed: WHY is only parsed, by the script's own parser; ```bash not run: WHY needs what is not here.
-`pytest -m pages` runs it, and makes the quickstarts first where they are missing.
+The word behind a block's opening says which: ```bash and ```python are run, on the quickstarts' data under the names
+that the page uses; ```bash parsed: WHY is only parsed, by the script's own parser; ```bash not run: WHY needs what is
+not here. `pytest -m pages` runs it, and makes the quickstarts first where they are missing.
 """
 
 from __future__ import annotations
