@@ -39,8 +39,8 @@ COMMANDS = (
     "llamafactory",
     "export ",
 )
-# On a CPU, as the pages say beside the command.
-ON_A_CPU = {"--bf16 true": "--bf16 false --use_cpu"}
+# On a CPU, as the page says beside the command; and with data of a hundredth of the size.
+SMALLER = {"--bf16 true": "--bf16 false --use_cpu", "--per_task 200": "--per_task 5", "--per_task 1000": "--per_task 9"}
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,22 @@ def linked(folder: Path, **more: Path) -> Callable[[Path], None]:
     return link
 
 
-def bad_records(target: Path) -> None:
-    target.write_text(json.dumps([{"row": 3, "id": "boxes-3", "reason": "missing image"}]))
+def one_bad_record(source: Path) -> Callable[[Path], None]:
+    def write(target: Path) -> None:
+        identity = json.loads(source.read_text())[3]["id"]
+        target.write_text(json.dumps([{"row": 3, "id": identity, "reason": "missing image"}]))
+
+    return write
+
+
+def selections(source: Path, features: Path) -> Callable[[Path], None]:
+    def select(target: Path) -> None:
+        for q in (0.001, 50):
+            command = [sys.executable, ROOT / "select_data_TIVE.py", "--data_path", source, "--q", q]
+            command += ["--gradient_path", features, "--save_path", target]
+            subprocess.run(list(map(str, command)), check=True, capture_output=True)
+
+    return select
 
 
 def chat(source: Path) -> Callable[[Path], None]:
@@ -153,7 +167,7 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
         "README.md": {"llava_v1_5_mix665k.json": small_mixture},
         "data.md": {
             "llava_v1_5_mix665k.json": small_mixture,
-            "warm_up_bad_records.json": bad_records,
+            "warm_up_bad_records.json": one_bad_record(folder / "data.json"),
             "chat.jsonl": chat(folder / "data.json"),
             **copied,
         },
@@ -163,10 +177,16 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
             "checkpoints/llava-v1.5-7b-warm-up-lora": reference,
         },
         "clusters.md": {"checkpoints/reference-lora": reference},
-        "selection.md": {"llava_labelled.json": folder / "data.json", "features": folder / "gradients"},
+        "selection.md": {
+            "llava_labelled.json": folder / "data.json",
+            "features": folder / "gradients",
+            "playground/data": folder / "images",
+            "checkpoints/llava-v1.5-7b-warm-up-lora": reference,
+        },
         "report.md": {
             "playground/data": folder / "images",
             "evaluation": evaluated(folder / "data.json", folder / "images", tuned),
+            "selections": selections(folder / "data.json", folder / "gradients"),
             **copied,
         },
         "evaluation.md": {f"checkpoints/llava-{name}": tuned for name in ("all", "random", "tive")}
@@ -218,8 +238,8 @@ def test_the_commands_of_a_page_run_as_they_are_written(page: Path, tmp_path: Pa
         if block.done not in ("run", "parsed"):
             continue
         text = block.text
-        for words, on_a_cpu in ON_A_CPU.items():
-            text = text.replace(words, on_a_cpu)
+        for words, smaller in SMALLER.items():
+            text = text.replace(words, smaller)
         settings = environment
         if block.done == "parsed":
             stand_ins = tmp_path / "parse_only"
