@@ -40,7 +40,13 @@ COMMANDS = (
     "export ",
 )
 # On a CPU, as the page says beside the command; and with data of a hundredth of the size.
-SMALLER = {"--bf16 true": "--bf16 false --use_cpu", "--per_task 200": "--per_task 5", "--per_task 1000": "--per_task 9"}
+SMALLER = {
+    "--bf16 true": "--bf16 false --use_cpu",
+    "--per_task 200": "--per_task 5",
+    "--per_task 1000": "--per_task 9",
+    "NUM_CHUNKS=64 bash": "NUM_CHUNKS=4 bash",
+    "\nbash finetune_lora.sh\n": "\nBATCH_SIZE=2 bash finetune_lora.sh\n",
+}
 
 
 @dataclass(frozen=True)
