@@ -69,6 +69,7 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
+    from tive.selection.checkpoints import open_checkpoints, weights_of
     from tive.selection.mixture import read_mixture
     from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import double_device
@@ -79,8 +80,8 @@ def main() -> None:
     read_ahead(*arguments.train)  # while the records are parsed
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
-    checkpoints = less.open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient)
-    checkpoint_weights = less.weights_of(checkpoints, options.weights)
+    checkpoints = open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient)
+    checkpoint_weights = weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints)
     reasons = less.records_left_out(mixture, checkpoints)
     printing.print_checkpoints(checkpoints, checkpoint_weights)
@@ -89,7 +90,7 @@ def main() -> None:
     def products_of_checkpoints() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:
             means = group_means(checkpoint.target.spans(), groups, device).means
-            with printing.bar(checkpoint.train_path, len(mixture.ids)) as done:
+            with printing.bar(str(checkpoint.train.folder), len(mixture.ids)) as done:
                 yield products(checkpoint.train.spans(), means, device=device, progress=done.update).values
 
     scores = subtask_scores(products_of_checkpoints(), checkpoint_weights)

@@ -303,11 +303,6 @@ OTHERS: dict[str, Any] = {
     "projector": "trak_basic",
     "proj_seed": 1,
 }
-NAMED = {
-    "counted_parameters": "counted parameters",
-    "proj_seed": "projection's seed",
-    "grad_modules": "target modules",
-}
 
 
 def zero_norm(folder: Path) -> None:
@@ -382,7 +377,7 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
             change=set_match(**match_of(105, "sgd")),
         ),
         [],
-        "differ in dimension (24 and 16)",
+        "differ in `proj_dim` (24 and 16)",
     ),
     "too small a share": (lambda folder: None, ["--p", 0.001], "p = 0.001 of 78 records is less than one"),
     "no share": (lambda folder: None, ["--p", 1.5], "p = 1.5 is not a share"),
@@ -391,7 +386,7 @@ BAD |= {
     key: (
         lambda folder, key=key, value=value: write(folder, "target", 105, 20, **{key: value}),
         [],
-        f"train_105 and {{folder}}/target_105 differ in {NAMED.get(key, key)}",
+        f"train_105 and {{folder}}/target_105 differ in `{key}`",
     )
     for key, value in OTHERS.items()
 }  # fmt: skip
@@ -420,7 +415,7 @@ def test_folders_that_do_not_pair_are_refused(made: Made, tmp_path: Path, capsys
     train, target = arguments[5:7], arguments[8:10]
     for of_records, of_target, reason in (
         (train, target[:1], "2 folders of the records' features and 1 of the target's"),
-        (train, target[::-1], "differ in model"),
+        (train, target[::-1], "differ in `model`"),
         ([train[0], train[0]], [target[0], target[0]], "are of the same checkpoint"),
     ):
         given = [*arguments[:4], "--train", *of_records, "--target", *of_target, "--save_path", tmp_path / "out"]

@@ -12,14 +12,14 @@ import torch
 
 from tive.data.content import record_hashes, rows_with
 from tive.data.records import Records, open_records
-from tive.features.chunk import COMMON_KEYS, Match
+from tive.features.chunk import Match
 from tive.features.folder import Chunk, open_chunks
 from tive.util.errors import UserError
 from tive.util.text import shown
 
 SPAN_ROWS = 4096
-# What chunks of one data file have in common, and what does not tell what the numbers mean.
-_OF_THE_DATA = ("data_sha256", "data_records", "num_chunks")
+# What features must have in common to be of one space.
+SPACE_KEYS = ("model", "grad_modules", "counted_parameters", "projector", "proj_seed", "proj_dim")
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,10 @@ def _joined(parts: list[Features], records: Records) -> Features:
         UserError: they are not of one space.
     """
     first = parts[0]
-    for part in parts:
-        if part.match is None:
-            raise UserError(
-                f"{part.folder} holds features of the release, which are of a whole data file; name it alone"
-            )
     rows = np.full(len(records), -1, np.int64)
     chunks: list[Chunk] = []
     for part in parts:
-        for key in COMMON_KEYS:
-            here, there = (getattr(one.match, key, None) for one in (first, part))
-            if here != there and key not in _OF_THE_DATA:
-                raise UserError(
-                    f"{first.folder} and {part.folder} differ in `{key}`; take both with the same arguments"
-                )
+        refuse_other_space(first, part, (*SPACE_KEYS, "gradient", "optimizer_state", "dtype"))
         offset = chunks[-1].stop if chunks else 0
         rows = np.where((rows < 0) & (part.rows >= 0), part.rows + offset, rows)
         for chunk in part.chunks:
@@ -182,6 +172,27 @@ def _joined(parts: list[Features], records: Records) -> Features:
             start, stop = chunk.start + offset, chunk.stop + offset
             chunks.append(replace(chunk, start=start, stop=stop, left_out=left_out))
     return Features(first.folder, chunks, rows, False)
+
+
+def refuse_other_space(first: Features, second: Features, keys: Sequence[str] = SPACE_KEYS) -> None:
+    """See that two folders' features may be compared with each other.
+
+    Raises:
+        UserError: they differ in one of the keys, or do not say what they are of.
+    """
+    for features in (first, second):
+        if features.match is None:
+            raise UserError(
+                f"{features.folder} holds feature files of the release, which do not say what model they are of; take "
+                "the gradients again with compute_gradient_features.py"
+            )
+    for key in keys:
+        here, there = (shown(str(getattr(features.match, key)), 24) for features in (first, second))
+        if getattr(first.match, key) != getattr(second.match, key):
+            raise UserError(
+                f"{first.folder} and {second.folder} differ in `{key}` ({here} and {there}); give folders that belong "
+                "together, and take both with the same arguments"
+            )
 
 
 def _content_of(folder: Path, chunks: list[Chunk], records: Records) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""LESS (arXiv 2402.04333) between its files and `tive.method.target`: checkpoints, subtasks, the best records."""
+"""LESS (arXiv 2402.04333) between its files and `tive.method.target`: subtasks, and the best records."""
 
 from __future__ import annotations
 
@@ -10,49 +10,20 @@ from typing import Any
 import numpy as np
 
 from tive.data.content import record_hash
-from tive.features.chunk import Match
-from tive.features.lookup import Features, open_features
 from tive.method.target import (
     best_subtask,
-    checkpoint_weights,
-    mean_rates_since,
     mean_subtask,
     ranking,
     round_robin,
     votes,
 )
 from tive.method.value import rounded_down
-from tive.selection.mixture import Mixture, reasons_left_out, record_scores, refuse_missing
+from tive.selection.checkpoints import CheckpointFeatures
+from tive.selection.mixture import Mixture, reasons_left_out, record_scores
 from tive.selection.options import LessOptions
 from tive.selection.summary import Task
 from tive.selection.writing import Chosen
 from tive.util.errors import UserError
-from tive.util.text import shown
-
-# What the features of the records and of the target must have in common, to be of one space.
-_PAIRED = {
-    "model": "model",
-    "grad_modules": "target modules",
-    "counted_parameters": "counted parameters",
-    "projector": "projector",
-    "proj_seed": "projection's seed",
-    "proj_dim": "dimension",
-}
-
-
-@dataclass(frozen=True)
-class CheckpointFeatures:
-    """One checkpoint's features: of the records, and of the target."""
-
-    train_path: str
-    target_path: str
-    train: Features
-    target: Features
-
-    @property
-    def match(self) -> Match:
-        """What the features of the records are."""
-        return _match(self.train_path, self.train)
 
 
 @dataclass(frozen=True)
@@ -72,118 +43,6 @@ class Subtask:
     selected: int
 
 
-def open_checkpoints(
-    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str
-) -> list[CheckpointFeatures]:
-    """The features of every checkpoint, verified to be of one space by pairs.
-
-    Raises:
-        UserError: folders do not pair, are of other data or of another gradient, or name a checkpoint twice.
-    """
-    if len(train) != len(target):
-        raise UserError(
-            f"{len(train)} folders of the records' features and {len(target)} of the target's; give one of each for "
-            "every checkpoint, in the same order"
-        )
-    checkpoints = [
-        CheckpointFeatures(
-            records, goal, open_features(records, mixture.records), open_features(goal, target_data.records)
-        )
-        for records, goal in zip(train, target, strict=True)
-    ]
-    for checkpoint in checkpoints:
-        refuse_missing(checkpoint.train, mixture)
-        refuse_missing(checkpoint.target, target_data)
-    forms: dict[str, str] = {}
-    first: dict[str, str] = {}
-    for checkpoint in checkpoints:
-        _check_pair(checkpoint)
-        _check_gradients(checkpoint, gradient)
-        forms[checkpoint.match.gradient] = checkpoint.train_path
-        other = first.setdefault(checkpoint.match.model, checkpoint.train_path)
-        if other != checkpoint.train_path or train.count(other) > 1:
-            raise UserError(f"{other} and {checkpoint.train_path} are of the same checkpoint; give each one once")
-    if len(forms) > 1:
-        listed = ", ".join(f"{path} {form}" for form, path in forms.items())
-        raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
-    return checkpoints
-
-
-def _match(path: str, features: Features) -> Match:
-    match = features.match
-    if match is None:
-        raise UserError(
-            f"{path} holds feature files of the release, which do not say what model they are of; take the gradients "
-            "again with compute_gradient_features.py"
-        )
-    return match
-
-
-def _check_pair(checkpoint: CheckpointFeatures) -> None:
-    records, target = checkpoint.match, _match(checkpoint.target_path, checkpoint.target)
-    for key, name in _PAIRED.items():
-        ours, theirs = getattr(records, key), getattr(target, key)
-        if ours != theirs:
-            raise UserError(
-                f"{checkpoint.train_path} and {checkpoint.target_path} differ in {name} ({shown(str(ours), 24)} and "
-                f"{shown(str(theirs), 24)}); give the folders in the same order, and take both with the same options"
-            )
-
-
-def _check_gradients(checkpoint: CheckpointFeatures, gradient: str) -> None:
-    ours, theirs = checkpoint.match.gradient, _match(checkpoint.target_path, checkpoint.target).gradient
-    if theirs != "sgd":
-        raise UserError(
-            f"{checkpoint.target_path} holds {theirs} gradients, and a target's are taken as they are; take them again "
-            "in another folder (gradient sgd)"
-        )
-    if (ours == "sgd") != (gradient == "sgd"):
-        remedy = (
-            "take Adam's in another folder (gradient adam), or select by plain ones (gradient sgd)"
-            if ours == "sgd"
-            else "leave gradient sgd out"
-        )
-        raise UserError(f"{checkpoint.train_path} holds {ours} gradients of the records; {remedy}")
-
-
-def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float] | None) -> np.ndarray:
-    """`w_i` of every checkpoint, `[C]`, in their order; they sum to 1.
-
-    Args:
-        given: in place of the mean learning rates that the trainer logged.
-
-    Raises:
-        UserError: there are not as many as checkpoints, or no learning rates were logged.
-    """
-    if given is not None:
-        if len(given) != len(checkpoints):
-            raise UserError(
-                f"{len(given)} weights for {len(checkpoints)} checkpoints; give one for each, in their order"
-            )
-        return checkpoint_weights(np.array(given))
-    steps = []
-    for checkpoint in checkpoints:
-        logged = checkpoint.train.chunks[0].manifest.get("learning_rates")
-        if checkpoint.match.checkpoint is None or not isinstance(logged, dict) or not logged["logged"]:
-            raise UserError(
-                f"{checkpoint.train_path}: the trainer logged no learning rate up to this checkpoint "
-                "(trainer_state.json beside the model); give the checkpoints' weights"
-            )
-        steps.append((checkpoint.match.checkpoint, logged["logged"], logged["sum"]))
-    order = sorted(range(len(steps)), key=lambda place: steps[place])
-    _, counts, sums = (np.array(column) for column in zip(*(steps[place] for place in order), strict=True))
-    if (np.diff(counts) <= 0).any() or (np.diff(sums, prepend=0.0) < 0).any():
-        raise UserError(
-            "the checkpoints' logs do not continue each other, so they are of different trainings or were logged too "
-            "seldom; give their weights"
-        )
-    rates = np.empty(len(steps))
-    rates[order] = mean_rates_since(sums, counts)
-    if not rates.any():
-        raise UserError("the learning rates that the trainer logged are all zero; give the checkpoints' weights")
-    return checkpoint_weights(rates)
-
-
 def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) -> tuple[np.ndarray, dict[int, str]]:
     """The subtask of each target record, int `[M]`, -1 where the gradient pass left it out, and the reasons by row.
 
@@ -197,7 +56,7 @@ def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) ->
         for row, reason in sorted(here.items()):
             if row not in left_out or reason == "not finite":
                 raise UserError(
-                    f"{checkpoint.target_path}: the gradient of target record {row} (id {target.ids[row]!r}) is zero "
+                    f"{checkpoint.target.folder}: the gradient of target record {row} (id {target.ids[row]!r}) is zero "
                     f"or not finite ({reason}), so it has no direction; remove the record from the target, or take "
                     "another checkpoint"
                 )
@@ -324,8 +183,8 @@ def target_details(
         "target_sha256": target.records.fingerprint,
         "checkpoints": [
             {
-                "train": os.path.abspath(checkpoint.train_path),
-                "target": os.path.abspath(checkpoint.target_path),
+                "train": os.path.abspath(checkpoint.train.folder),
+                "target": os.path.abspath(checkpoint.target.folder),
                 "weight": weight,
                 "step": checkpoint.match.checkpoint,
                 "gradient": checkpoint.match.gradient,

@@ -9,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tive.method.value import mean_budgets, rounded_down
-from tive.selection.less import CheckpointFeatures, Subtask
+from tive.selection.checkpoints import CheckpointFeatures
+from tive.selection.less import Subtask
 from tive.selection.options import TiveOptions
 from tive.selection.sample import AIM, FEW
 from tive.selection.summary import Task
@@ -219,7 +220,12 @@ def print_checkpoints(checkpoints: Sequence[CheckpointFeatures], weights: np.nda
     for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
         step = checkpoint.match.checkpoint
         rows.append(
-            (checkpoint.train_path, "" if step is None else str(step), checkpoint.match.gradient, f"{weight:.4f}")
+            (
+                str(checkpoint.train.folder),
+                "" if step is None else str(step),
+                checkpoint.match.gradient,
+                f"{weight:.4f}",
+            )
         )
     print_table(rows)
     print()
