@@ -66,6 +66,13 @@ SPELLINGS = {
             {"from": "gpt", "value": "Noise.", "loss": None},
         ],
     },
+    "null keys of the other form in its turns": {
+        "images": ["a/0.png"],
+        "messages": [
+            says("user", "<image>What?", **{"from": None, "value": None}),
+            says("assistant", "Noise.", **{"from": "", "value": ""}),
+        ],
+    },
     "texts": {"images": ["a/0.png"], "texts": [{"user": "What?", "assistant": "Noise."}], "source": "x"},
     "prompt and completion": {
         "images": ["a/0.png"],
@@ -126,6 +133,10 @@ REFUSED = {
         "`rejected_response`",
     ),
     "tools": ({"messages": [says("user", "x"), says("assistant", "y")], "tools": [{"name": "a"}]}, "`tools`"),
+    "an option of the template": (
+        {"messages": [says("user", "x"), says("assistant", "y")], "chat_template_kwargs": {"enable_thinking": False}},
+        "`chat_template_kwargs`",
+    ),
     "both forms": ({"messages": [says("user", "x")], "conversations": [says("user", "x")]}, "both `conversations`"),
     "a prompt that is a text": ({"prompt": "x", "completion": "y"}, "`prompt`"),
     "an earlier exchange": ({"query": "x", "response": "y", "history": [["a", "b"]]}, "`history`"),
@@ -142,7 +153,7 @@ def test_what_a_trainer_acts_on_and_is_not_followed_is_refused_by_its_name(recor
 
 
 @pytest.mark.parametrize("key", ["loss", "weight", "train", "training"])
-@pytest.mark.parametrize("no", [False, 0])
+@pytest.mark.parametrize("no", [False, 0, 0.0])
 def test_an_answer_may_be_taken_out_of_training_by_a_key_of_its_turn(key, no):
     """Followed where the trainer follows it; LLaVA's trains on every answer, and refuses the record."""
     turns = [says("user", "a"), says("assistant", "b", **{key: no}), says("user", "c"), says("assistant", "d")]
@@ -152,6 +163,15 @@ def test_an_answer_may_be_taken_out_of_training_by_a_key_of_its_turn(key, no):
     assert form_problem({"messages": turns}) is None and form_problem(conversation) is None
     assert f"`{key}`" in problem_of(conversation)
     assert problem_of(record_with(("human", "a"), ("gpt", "b")) | {key: no}) is None  # a record's key is no turn's
+
+
+@pytest.mark.parametrize("value", ["false", 0.5, [0], "no"])
+def test_a_key_of_training_that_says_neither_yes_nor_no_is_refused_for_every_model(value):
+    record = record_with(("human", "a"), ("gpt", "b"))
+    record["conversations"][1]["loss"] = value
+    assert "`loss`" in problem_of(record)
+    with pytest.raises(ValueError, match="`loss`"):
+        conversation_of(record)
 
 
 def test_the_answers_of_a_prompt_are_not_trained_on():
@@ -168,7 +188,20 @@ def test_an_empty_key_is_no_key(key, empty):
     assert record_hash(record) == record_hash(record_with(("human", "a"), ("gpt", "b")))
 
 
-@pytest.mark.parametrize("mark", ["<image 1>", "<|image_pad|>", "<img>", "<ImageHere>", "[IMG]", ""])
+OTHER_TAGS = [
+    "<image 1>",
+    "<|image_pad|>",
+    "<img>",
+    "<ImageHere>",
+    "[IMG]",
+    "<Image>",
+    "<start_of_image>",
+    "{image}",
+    "",
+]
+
+
+@pytest.mark.parametrize("mark", [*OTHER_TAGS, ""])
 def test_images_without_a_tag_are_counted_and_what_stands_there_is_named(tmp_path, mark):
     records = [
         record_with(("human", text), ("gpt", "a"), image="0.png") for text in ("<image>\nb", f"{mark}b", f"{mark}c")

@@ -18,6 +18,7 @@ from tive.evaluation.answers import is_exact, normalised
         ("1,000", "1000"),
         ("left-hand side", "left hand side"),
         ("[0.12, 0.5]", "0.12 0.5"),
+        *[("−5", "-5"), ("1990–2000", "1990-2000"), ("yes -- no", "yes no")],
         ("  yes \n", "Yes!"),
     ],
 )
@@ -31,7 +32,7 @@ def test_case_articles_punctuation_and_numbers_as_words_make_no_difference(produ
         *[("A", "An"), ("A", ""), ("1.5", "15"), ("it's", "its"), ("red circle", "redcircle"), ("", "no")],
         *[
             ("<", ">"),
-            ("-5", "5"),
+            *[("-5", "5"), ("–5", "5"), ("-$5", "$5"), ("-x", "x"), ("-.5", ".5")],
             ("+", "-"),
             ("50%", "50"),
             ("$5", "5"),

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from tive.data.conversations import ROLES, image_paths, to_llava
-from tive.data.media import Image, media_of, plain_path
+from tive.data.media import Image, is_empty, media_of, plain_path
 from tive.data.records import Records
 
 HASH_BYTES = 16
@@ -64,7 +64,12 @@ def rows_with(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _content(conversation: dict[str, Any]) -> list[Any]:
     """What counts of a record as `to_llava` returns it. A system prompt that is null or empty is none."""
     images = [_image(image) for image in image_paths(conversation)]
-    return [conversation["conversations"], conversation.get("system") or "", images]
+    return [conversation["conversations"], _system(conversation), images]
+
+
+def _system(record: dict[str, Any]) -> Any:
+    system = record.get("system")
+    return "" if is_empty(system) else system
 
 
 def _image(image: Image) -> str | list[str]:
@@ -88,4 +93,4 @@ def _plain_content(record: Any) -> list[Any] | None:
     media = media_of(record)
     if media.problem:
         return None
-    return [turns, record.get("system") or "", [_image(plain_path(image)) for image in media.images]]
+    return [turns, _system(record), [_image(plain_path(image)) for image in media.images]]

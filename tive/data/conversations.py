@@ -36,8 +36,9 @@ _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output
 TRAINED_KEYS = ("loss", "weight", "train", "training")
 # Keys of a turn that no trainer acts on.
 _NOTES = ("id", "source", "metadata", "model", "markdown", "timestamp")
-# Keys of a record that trainers act on and that nothing here follows: preference pairs and tools.
-_ACTED_ON = {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "tools"}
+# Keys of a record that trainers act on and that nothing here follows: preference pairs, tools, options of a template.
+_ACTED_ON = {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag"}
+_ACTED_ON |= {"positive_messages", "negative_messages", "tools", "functions", "chat_template_kwargs"}
 # ms-swift puts the entries of `objects` in their place before it trains.
 _PLACEHOLDERS = ("<bbox>", "<ref-object>")
 
@@ -247,8 +248,11 @@ def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str
     return None
 
 
-# <image 1>, <image_1>, <|image_pad|>, <img>, <ImageHere>, [IMG] and others like them.
-_OTHER_TAG = re.compile(r"<(?!image>)[|/]?(?:image|img)[^<>]{0,24}>|\[img[^\[\]]{0,8}\]", re.IGNORECASE)
+# <image 1>, <|image_pad|>, <start_of_image>, <Image>, <img>, <ImageHere>, [IMG] and others like them.
+_OTHER_TAG = re.compile(
+    r"(?-i:(?!<image>))(?:<[|/]?[a-z_]{0,16}(?:image|img)[^<>]{0,24}>|[\[{](?:image|img)[^\[\]{}]{0,8}[\]}])",
+    re.IGNORECASE,
+)
 _LISTS = ("conversations", "messages")
 # Keys that a conversion to LLaVA's form takes away.
 _REWRITTEN = ("messages", "images", "system")
@@ -355,7 +359,7 @@ def _turn(turn: Any, index: int, key: str, paths: list[Image], indices: list[int
         raise ValueError(f"has a turn {index} that is not an object")
     is_message, is_turn = ("role" in turn or "content" in turn), ("from" in turn or "value" in turn)
     if is_message and is_turn:
-        missing = {"role", "content"} if "from" in turn and "value" in turn else {"from", "value"}
+        missing = {"from", "value"} if is_empty(turn.get("from")) else {"role", "content"}
         turn = {name: value for name, value in turn.items() if name not in missing or not is_empty(value)}
         is_message, is_turn = ("role" in turn or "content" in turn), ("from" in turn or "value" in turn)
         if is_message and is_turn:

@@ -40,7 +40,7 @@ def problem_of(record: Any) -> str | None:
     for index, turn in enumerate(record["conversations"]):
         if len(turn) > 2 and turn["from"] == "gpt":
             for key in TRAINED_KEYS:
-                if turn.get(key) is not None and turn[key] in (False, 0):
+                if not is_empty(turn.get(key)) and turn[key] not in (True, 1):
                     return (
                         f"has `{key}` {shown_value(turn[key])} in turn {index}, and LLaVA's trainer trains on every "
                         "answer; remove the key, or the record"

@@ -1,8 +1,8 @@
 """When an answer counts as produced: two texts that are the same once both are normalised.
 
 After VQA's evaluation, without its list of contractions. Its rule was made for words, so this one departs from it where
-signs carry meaning: `<`, `+`, `%`, emoji and the like stay, and so does a minus before a number; an answer of nothing
-but an article or punctuation keeps it; an empty answer equals nothing.
+signs carry meaning: `<`, `+`, `%`, emoji and the like stay, and so does a minus before a number or letter, whichever
+dash is written; an answer of nothing but an article or punctuation keeps it; an empty answer equals nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _SEPARATOR_IN_NUMBER = re.compile(r"(?<=\d),(?=\d{3})")
-# What is no part of a word or number. `0.5`, `.5`, `10:30`, `1/2` and `-5` are numbers, `it's` is a word.
-_SIGN = re.compile(r"\.(?!\d)|(?<!\d)[:/]|[:/](?!\d)|(?<=\w)-|-(?!\.?\d)|[^\w\s.:/'-]|_")
+# What is no part of a word or number. `0.5`, `.5`, `10:30`, `1/2`, `-5`, `-$5` and `-x` are, `it's` is a word.
+_SIGN = re.compile(r"\.(?!\d)|(?<!\d)[:/]|[:/](?!\d)|(?<=[\w-])-|-(?![.$€£¥]?\w)|[^\w\s.:/'-]|_")
+_DASHES = str.maketrans("−–‐‑", "----")
 _PUNCTUATION_THAT_COUNTS = "%&#@*"
 
 
 def normalised(text: str) -> str:
     """An answer without what is not looked at: case, punctuation, articles, numbers as words."""
-    text = " ".join(text.lower().split())
+    text = " ".join(text.lower().translate(_DASHES).split())
     words = _SIGN.sub(_apart, _SEPARATOR_IN_NUMBER.sub("", text)).split()
     kept = [word for word in words if word not in _ARTICLES] or words
     return " ".join(_DIGITS.get(word, word) for word in kept) or text
