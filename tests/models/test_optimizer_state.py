@@ -242,6 +242,10 @@ UNFITTING: dict[str, tuple[Change, str]] = {
     ),
     "never stepped": (changed(lambda content: content["state"].pop(5)), "never stepped"),
     "not finite": (changed(lambda content: content["state"][1]["exp_avg"].fill_(float("nan"))), "q_proj.B"),
+    "twice the second": (
+        changed(lambda content: content["state"][1].update(exp_avg=content["state"][1]["exp_avg_sq"])),
+        "q_proj.B",
+    ),
     "below zero": (changed(lambda content: content["state"][1]["exp_avg_sq"].neg_()), "q_proj.B"),
 }
 

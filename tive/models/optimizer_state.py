@@ -105,6 +105,8 @@ def _problem_of(moments: Moments, weight: Tensor) -> str | None:
         return "they are not finite: the training diverged or the file is damaged"
     if (moments.v < 0).any():
         return "second moments are below zero: the file is damaged"
+    if moments.m.any() and torch.equal(moments.m, moments.v):  # as FSDP writes them from a CPU
+        return "both moments are the same numbers: the file was written wrongly"
     if moments.weight is not None:
         kept = moments.weight.detach().float().reshape(weight.shape)
         if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
