@@ -86,8 +86,8 @@ def make_reference(paths: Paths, plan: Plan, variant: str, number: int) -> None:
 
 def less_checkpoints(paths: Paths, variant: str, number: int) -> list[Path]:
     """The checkpoints whose gradients LESS takes, by their steps."""
-    found = (paths.folder / variant / f"reference_{number}").glob("checkpoint-*")
-    by_step = sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    checkpoints = (paths.folder / variant / f"reference_{number}").glob("checkpoint-*")
+    by_step = sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return [by_step[epoch - 1] for epoch in LESS_EPOCHS if epoch <= len(by_step)]
 
 

@@ -95,10 +95,10 @@ def test_the_answers_of_a_record_are_its_turns_each_behind_all_that_came_before(
         turns = record["conversations"]
         turns = turns[turns[0]["from"] == "gpt" :]
         expected = [" ".join(turn["value"].split()) for turn in turns if turn["from"] == "gpt"]
-        found = llava.answers(golden.processor, encoded)
-        assert [" ".join(answer.expected.split()) for answer in found] == expected[: len(found)]
-        assert len(found) == len(expected) or encoded.length == golden.processor.max_length
-        for answer in found:
+        answers = llava.answers(golden.processor, encoded)
+        assert [" ".join(answer.expected.split()) for answer in answers] == expected[: len(answers)]
+        assert len(answers) == len(expected) or encoded.length == golden.processor.max_length
+        for answer in answers:
             whole, before = encoded.inputs.ids, answer.prompt.inputs.ids
             assert (whole[: len(before)] == before).all() and encoded.inputs.labels[len(before)] != IGNORE
 
@@ -119,8 +119,8 @@ def test_losses_are_those_of_the_family_and_the_means_are_over_tasks(golden, tmp
         alone = [float(llava.record_losses(golden, [record]).losses) for record in encoded]
     assert [record.loss for record in model.records] == pytest.approx(alone, rel=1e-5)
     for task in model.tasks:
-        own = [loss for loss, record in zip(alone, RECORDS, strict=True) if record["dataset"] == task.name]
-        assert task.loss == pytest.approx(sum(own) / len(own), rel=1e-5)
+        losses = [loss for loss, record in zip(alone, RECORDS, strict=True) if record["dataset"] == task.name]
+        assert task.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert f"{task.loss:.4f}" in done.out
 
 
@@ -135,7 +135,7 @@ def test_an_answer_that_the_model_itself_gives_is_exact(golden, tmp_path):
         if len(records) == 3:
             break
     records.append(RECORDS[0])
-    data = tmp_path / "own.json"
+    data = tmp_path / "records.json"
     data.write_text(json.dumps(records))
     done = evaluate_models(tmp_path / "out", "--max_new_tokens", 4, data=data)
     assert done.code == 0, done.err
@@ -148,12 +148,12 @@ def test_a_whole_model_gives_what_llavas_own_code_gives(whole_model):
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     reference = llava.load(ModelFiles(str(whole_model), None), CPU, torch.float32)
-    own = LlavaLlamaForCausalLM.from_pretrained(whole_model).eval()
-    own.get_vision_tower().load_model()
+    theirs = LlavaLlamaForCausalLM.from_pretrained(whole_model).eval()
+    theirs.get_vision_tower().load_model()
     for record in RECORDS[:6]:
         encoded = llava.encode(reference.processor, record, str(GOLDEN / "images"))
         with torch.no_grad():
-            expected = float(own(**llavas_inputs(encoded.inputs)).loss)
+            expected = float(theirs(**llavas_inputs(encoded.inputs)).loss)
             assert float(llava.record_losses(reference, [encoded]).losses) == pytest.approx(expected, rel=1e-5)
 
 

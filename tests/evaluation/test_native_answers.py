@@ -46,9 +46,9 @@ def test_the_first_token_of_an_answer_is_the_most_probable_after_all_that_comes_
             best = reference.model(**inputs, use_cache=False).logits[0].argmax(dim=-1)
         answers = native.answers(reference.processor, encoded)
         asked += len(answers)
-        found = native.generate(reference, [answer.prompt for answer in answers], 1)
+        texts = native.generate(reference, [answer.prompt for answer in answers], 1)
         ends = [int(best[answer.prompt.length - 1]) for answer in answers]
-        assert found == [tokenizer.decode([number], skip_special_tokens=True).strip() for number in ends]
+        assert texts == [tokenizer.decode([number], skip_special_tokens=True).strip() for number in ends]
     assert asked
 
 
@@ -59,8 +59,8 @@ def test_the_answers_of_a_record_are_its_turns(model):
         turns = record["conversations"]
         turns = turns[turns[0]["from"] == "gpt" :]
         expected = [turn["value"].strip() for turn in turns if turn["from"] == "gpt"]
-        found = [answer.expected for answer in native.answers(reference.processor, encoded)]
-        assert found and set(found) <= set(expected)
+        answers = [answer.expected for answer in native.answers(reference.processor, encoded)]
+        assert answers and set(answers) <= set(expected)
 
 
 def test_generation_leaves_the_model_as_it_was():

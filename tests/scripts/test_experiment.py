@@ -121,15 +121,15 @@ def test_a_noisy_mixture_is_the_clean_one_with_answers_of_other_records_of_the_t
 def test_measures_are_the_means_that_they_are_named_for():
     losses = {task: float(number + 1) for number, task in enumerate(FULL.records)}
     records = FULL.records
-    found = measures(
+    measured = measures(
         {task: {"loss": x, "answers": 2, "exact": 1, "mixture_records": records[task]} for task, x in losses.items()}
     )
     weighted = sum(losses[task] * records[task] for task in losses) / sum(records.values())
-    assert found["weighted"] == pytest.approx(weighted)
-    assert found["mean"] == 4.0 and found["worst"] == 7.0
-    assert found["geometric"] == pytest.approx(math.exp(sum(map(math.log, losses.values())) / 7))
-    assert found["known"] == pytest.approx(2.0) and found["new"] == pytest.approx(5.5)
-    assert found["exact"] == 0.5
+    assert measured["weighted"] == pytest.approx(weighted)
+    assert measured["mean"] == 4.0 and measured["worst"] == 7.0
+    assert measured["geometric"] == pytest.approx(math.exp(sum(map(math.log, losses.values())) / 7))
+    assert measured["known"] == pytest.approx(2.0) and measured["new"] == pytest.approx(5.5)
+    assert measured["exact"] == 0.5
 
 
 def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_beside_each():
@@ -137,8 +137,8 @@ def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_be
     for run in runs(SMALL, "varied_clean"):
         lower = {"tive": 0.5, "all_epochs": 2.0}.get(run.arm, 0.0)
         measured[run] = {"mean": 5.0 + 10 * run.seed - lower}
-    found = tables.paired(measured, "tive", "random", 0)
-    assert found.mean == pytest.approx(-0.5) and found.error == pytest.approx(0.0, abs=1e-9)
+    cell = tables.paired(measured, "tive", "random", 0)
+    assert cell.mean == pytest.approx(-0.5) and cell.error == pytest.approx(0.0, abs=1e-9)
     assert Run("random", plan.P, 0, None) in measured and Run("tive", plan.P, 0, 0) in measured
     both = {f"{mixture}_clean": measured for mixture in plan.MIXTURES}
     assert {answer.hypothesis: answer.word for answer in tables.answers(both)}["tive_q_half below tive"] != "yes"
@@ -149,8 +149,8 @@ def test_the_difference_of_equal_runs_is_no_difference():
 
 
 def test_of_a_single_pair_no_error_is_known():
-    found = difference([0.5])
-    assert found.mean == 0.5 and math.isnan(found.error) and found.freedom == 0
+    cell = difference([0.5])
+    assert cell.mean == 0.5 and math.isnan(cell.error) and cell.freedom == 0
 
 
 def tables_of_page(page: str) -> dict[str, list[list[str]]]:
