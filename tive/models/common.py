@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import warnings
@@ -44,6 +45,8 @@ def prepare_torchvision() -> None:
 _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 # Before transformers and peft are imported, also in a loader's worker that is not forked.
 prepare_torchvision()
+# peft imports bitsandbytes wherever it is installed, and that warns of kernels for inference that are not.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def first_line(error: BaseException) -> str:
