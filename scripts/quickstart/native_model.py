@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    config = AutoConfig.from_pretrained(GOLDEN)
+    config = AutoConfig.from_pretrained(GOLDEN, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     # Built beside its place, so that a model that is there is a whole one.
     unfinished = arguments.folder.with_name(arguments.folder.name + ".unfinished")
