@@ -84,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=SAMPLINGS,
         help="by weight, the best, or varied (weighted)",
     )
+    add("--drop_below", type=float, metavar="GAIN", help="leave out records whose visual gain is smaller, such as 0")
     add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")
     add("--device", default="cpu", help="where the two passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
 
     scores = read.record_scores(features, options.columns)
     listing = Path(arguments.save_path) / "bad_records.json"
-    reasons = read.reasons_left_out(mixture, features, scores, options.columns, listing)
+    reasons = read.reasons_left_out(mixture, features, scores, options, listing)
     points = None
     if not options.from_sample:
         groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)

@@ -98,7 +98,13 @@ def test_a_rule_that_looks_at_no_record_has_no_error():
 
 @pytest.mark.parametrize(
     "given",
-    [{"q": 1.0}, {"instance_score": "norm"}, {"instance_score": "loss", "sampling": "top"}, {"sampling": "top"}],
+    [
+        {"q": 1.0},
+        {"drop_below": 0.0},
+        {"instance_score": "norm"},
+        {"instance_score": "loss", "sampling": "top"},
+        {"sampling": "top"},
+    ],
 )
 def test_what_needs_every_records_gradient_is_refused(given):
     with pytest.raises(UserError, match="from_sample"):

@@ -93,6 +93,31 @@ def test_a_score_that_is_no_number_leaves_its_record_out_where_it_decides(made):
     assert not any(line["left_out"] for line in lines)
 
 
+def test_the_visual_gain_decides_and_drops_records_and_one_without_images_gains_nothing(made, capsys):
+    folder, arguments = made
+    line = refusal(capsys, main, *arguments, "--drop_below", 0)
+    assert "with visual_gain" in line
+
+    def add_gains(content):
+        gains = torch.linspace(-1, 1, len(content["norms"]))
+        gains[::2] = float("nan")  # without images
+        content["visual_gain"] = gains
+
+    change_chunks(folder / "features", add_gains)
+    call(main, *arguments, "--instance_score", "visual_gain", "--sampling", "top", "--p", 0.3)
+    _, lines = columns(folder / "out" / "Tive_q_0.001_p_0.3_score-visual_gain_sampling-top_scores.csv")
+    assert not any(line["left_out"] for line in lines)
+    for task in ("vqa", "boxes"):
+        there = [line for line in lines if line["task"] == task]
+        gains = [float(line["visual_gain"] or 0) for line in there]
+        drawn = [gain for gain, line in zip(gains, there, strict=True) if line["times_selected"] == "1"]
+        assert sorted(drawn) == sorted(gains)[-len(drawn) :]
+    call(main, *arguments, "--drop_below", 0)
+    _, lines = columns(folder / "out" / "Tive_q_0.001_p_0.15_drop_below-0.0_scores.csv")
+    assert all((line["left_out"] == "visual gain below 0") == (float(line["visual_gain"] or 0) < 0) for line in lines)
+    assert "visual gain below 0" in capsys.readouterr().out
+
+
 def test_no_choice_overwrites_the_files_of_another(made):
     folder, arguments = made
     choices = [

@@ -151,7 +151,9 @@ def rule_value(rule: str, scores: Mapping[str, np.ndarray], records: int, measur
 def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
     if options.instance_score == "random" or options.from_sample:
         return np.zeros(len(rows))
-    return scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
+    values = scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
+    # Images that a record does not have take nothing off its loss.
+    return np.nan_to_num(values, nan=0.0) if options.instance_score == "visual_gain" else values
 
 
 def _drawn(

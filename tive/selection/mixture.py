@@ -16,6 +16,7 @@ from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
 from tive.features.lookup import Features
+from tive.selection.options import TiveOptions
 from tive.util.errors import UserError
 from tive.util.text import command, shown_value
 
@@ -110,7 +111,7 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | No
             missing_path = missing_path.with_suffix(suffix_of(mixture.records.path))
             write_records(missing_path, mixture.records, missing)
             again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
-            remedy = f"{again} with the other arguments as before computes just them; then name both folders"
+            remedy = f"{again} with the other arguments as before computes just them, then name both folders; or select from_sample"
         raise UserError(
             f"{features.folder} holds no features of {len(missing):,} of the {len(mixture.ids):,} records of "
             f"{mixture.records.path} (the first: record {row}, id {shown_value(mixture.ids[row])}), and features of "
@@ -138,13 +139,14 @@ def reasons_left_out(
     mixture: Mixture,
     features: Features,
     scores: Mapping[str, np.ndarray],
-    needed: Collection[str] = (),
+    options: TiveOptions | None = None,
     listing: Path | None = None,
 ) -> dict[int, str]:
-    """Why records cannot count, by row: the gradient step's reason, or a score that is no number.
+    """Why records cannot count, by row: the gradient step's reason, a score that is no number, or too small a gain.
 
     Args:
-        needed: the columns of `scores` that must be finite; a norm must be above zero.
+        options: name the columns of `scores` that must be finite, and the visual gain that a record must have. A norm
+            must be above zero; a record without images has no visual gain, and that is no reason.
         listing: where records that cannot be used are listed, all of them. None: they are counted, the first is named.
 
     Raises:
@@ -162,9 +164,15 @@ def reasons_left_out(
     norms, there = scores["norm"], features.rows >= 0
     for row in np.flatnonzero(there & ~(np.isfinite(norms) & (norms > 0))).tolist():
         reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
-    for column in sorted(set(needed) & scores.keys() - {"norm"}):
-        for row in np.flatnonzero(there & ~np.isfinite(scores[column])).tolist():
+    if options is None:
+        return reasons
+    for column in sorted(options.columns & scores.keys() - {"norm"}):
+        wrong = np.isinf(scores[column]) if column == "visual_gain" else ~np.isfinite(scores[column])
+        for row in np.flatnonzero(there & wrong).tolist():
             reasons.setdefault(row, f"{column} not a number")
+    if options.drop_below is not None:
+        for row in np.flatnonzero(scores["visual_gain"] < options.drop_below).tolist():
+            reasons.setdefault(row, f"visual gain below {options.drop_below:g}")
     return reasons
 
 

@@ -48,6 +48,7 @@ class TiveOptions:
         sampling: a `weighted` draw, the `top` scores, or the records nearest to the centres of `clusters`.
         rounding: of the budgets, `down` or `largest_remainder`.
         at_most_once: what a task's budget has above its records goes to the other tasks.
+        drop_below: leaves out the records whose visual gain is smaller; None for none.
         from_sample: budgets from the records that have features, and a uniform draw from all.
 
     Raises:
@@ -64,6 +65,7 @@ class TiveOptions:
     rounding: str = "down"
     at_most_once: bool = False
     from_sample: bool = False
+    drop_below: float | None = None
 
     def __post_init__(self) -> None:
         _check_share(self.p)
@@ -82,6 +84,10 @@ class TiveOptions:
         if self.sampling != "weighted" and self.instance_score == "random":
             raise UserError(f"sampling {self.sampling} has no meaning for random scores; leave one of them out")
 
+        if self.drop_below is not None and not math.isfinite(self.drop_below):
+            raise UserError(f"drop_below {self.drop_below} is not a visual gain; give a number, such as 0")
+        if self.from_sample and self.drop_below is not None:
+            raise UserError("drop_below needs the visual gain of all records; leave it out, or from_sample")
         if self.from_sample and (self.instance_score not in ("influence", "random") or self.sampling != "weighted"):
             raise UserError(
                 f"instance_score {self.instance_score} with sampling {self.sampling} needs the gradients of all "
@@ -104,6 +110,8 @@ class TiveOptions:
         columns = {"norm"}
         if not self.from_sample:
             columns |= {"influence", SCORE_COLUMNS.get(self.instance_score, "influence")}
+        if self.drop_below is not None:
+            columns |= {"visual_gain"}
         return columns | {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
 
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
@@ -118,6 +126,7 @@ class TiveOptions:
             "rounding": _unless(TiveOptions.rounding, self.rounding),
             "at_most_once": "yes" if self.at_most_once else "",
             "from_sample": "yes" if self.from_sample else "",
+            "drop_below": "" if self.drop_below is None else str(float(self.drop_below)),
             "seed": _unless(TiveOptions.seed, self.seed),
         }
         if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):
