@@ -9,6 +9,7 @@ gone through.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -36,7 +37,7 @@ class TableRecords:
 
     Attributes:
         fingerprint: SHA-256 of the files' names, sizes and Parquet footers; the bytes of images play no part.
-        files: sorted by path.
+        files: sorted by path; `folders` are those that they lie in, below the path, empty for the path itself.
         groups: int64 `[g, 3]`, the file, its row group and the first row of each row group.
         count: rows.
         image_columns: of `IMAGE_KEYS`, those whose images lie in the rows.
@@ -45,6 +46,7 @@ class TableRecords:
     path: Path
     fingerprint: str
     files: tuple[Path, ...]
+    folders: tuple[str, ...]
     groups: np.ndarray
     count: int
     image_columns: frozenset[str]
@@ -65,7 +67,7 @@ class TableRecords:
         with tqdm(total=self.count, desc=f"Reading {self.path.name}", unit=" records", delay=2) as bar:
             for file, path in enumerate(self.files):
                 for batch in _batches(path, self.image_columns):
-                    for values in batch.to_pylist():
+                    for values in _as_objects(batch.to_struct_array()):
                         yield self._record(values, file, row)
                         row += 1
                     bar.update(batch.num_rows)
@@ -75,12 +77,12 @@ class TableRecords:
         return file, group, first
 
     def _record(self, values: dict[str, Any], file: int, row: int) -> dict[str, Any]:
-        for column in self.image_columns & values.keys():
+        for column in self.image_columns:
             entries = values[column] if isinstance(values[column], list) else [values[column]]
             where = f"{self.files[file].name}, row {row}, image"
             values[column] = [_image(entry, f"{where} {number}") for number, entry in enumerate(entries)]
-        if self.path.is_dir() and self.files[file].parent != self.path:
-            values.setdefault("folder", self.files[file].parent.relative_to(self.path).as_posix())
+        if self.folders[file]:
+            values.setdefault("folder", self.folders[file])
         return values
 
 
@@ -137,7 +139,10 @@ def open_table(path: Path) -> TableRecords:
                 rows += count
     if not rows:
         raise UserError(f"{path} holds no records; name a data file with at least one")
-    return TableRecords(path, digest.hexdigest(), tuple(files), np.array(groups, np.int64), rows, frozenset(columns))
+    below = [os.path.relpath(file.parent, path) if path.is_dir() else "." for file in files]
+    folders = tuple("" if folder == "." else folder for folder in below)
+    places = np.array(groups, np.int64)
+    return TableRecords(path, digest.hexdigest(), tuple(files), folders, places, rows, frozenset(columns))
 
 
 def _files(path: Path) -> list[Path]:
@@ -269,6 +274,32 @@ def _paths_alone(column: Any) -> Any:
         return array
 
     return pyarrow.chunked_array([pruned(chunk) for chunk in column.chunks])
+
+
+def _as_objects(array: Any) -> list[Any]:
+    """`array.to_pylist()`, in a third of the time for texts: a column at a time, and not a value."""
+    import pyarrow.types as types
+
+    values: list[Any]
+    if types.is_struct(array.type) and array.type.num_fields:
+        names = [array.type.field(index).name for index in range(array.type.num_fields)]
+        columns = [_as_objects(column) for column in array.flatten()]
+        if len(names) == 2:  # turns and images, the most by far
+            first, second = names
+            values = [{first: one, second: other} for one, other in zip(*columns, strict=True)]
+        else:
+            values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    elif types.is_list(array.type) or types.is_large_list(array.type):
+        flat = iter(_as_objects(array.flatten()))
+        lengths = array.value_lengths().fill_null(0).to_pylist()
+        values = [list(itertools.islice(flat, length)) for length in lengths]
+    elif types.is_string(array.type) or types.is_large_string(array.type):
+        return array.to_numpy(zero_copy_only=False).tolist()
+    else:
+        return array.to_pylist()
+    if array.null_count:
+        values = [value if valid else None for value, valid in zip(values, array.is_valid().to_pylist(), strict=True)]
+    return values
 
 
 def write_table(file: BinaryIO, records: TableRecords, rows: Iterable[int]) -> None:
