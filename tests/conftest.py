@@ -16,6 +16,7 @@ import pytest
 NEEDED = {
     "llava": ("llava", "deepspeed", "tive.models.llava", "tive.training.llava_trainer", "tests.helpers.golden_model"),
     "native": (
+        "tests.helpers.golden_native",
         "tive.models.native",
         "tests.helpers.tiny_native",
         "tive.training.trl_trainer",
