@@ -306,3 +306,20 @@ def test_damaged_files_are_refused_in_one_line_or_read_with_the_right_shape(made
     else:
         assert sum(len(chunk.norms) for chunk in chunks) == sum(len(chunk.blocks[0]) for chunk in chunks) == 78
     shutil.rmtree(folder)
+
+
+def test_a_folder_of_an_earlier_version_is_read(case, made):
+    """Its `match` has no dtype and no EL2N, which stand elsewhere in the manifest, and has a key that is no more."""
+    folder, _ = case
+    for number in range(3):
+        path = folder / f"manifest_{number}.json"
+        manifest = json.loads(path.read_text())
+        earlier = {name: value for name, value in manifest["match"].items() if name not in ("dtype", "el2n")}
+        earlier |= {"last_layers": None, "projector": "sparse"}
+        run = earlier | {"batch_size": 16, "window": 512, "el2n": False}
+        path.write_text(json.dumps(manifest | {"match": earlier, "run": run, "dtype": "float32"}))
+        content = torch.load(folder / f"output_{number}.pt", weights_only=True)
+        torch.save(content | {"match": earlier}, folder / f"output_{number}.pt")
+    chunks = open_chunks(folder)
+    assert torch.equal(torch.cat([block for chunk in chunks for block in chunk.blocks]), made[1])
+    assert {chunk.match.dtype for chunk in chunks} == {"float32"} and not any(chunk.match.el2n for chunk in chunks)

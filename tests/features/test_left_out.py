@@ -390,7 +390,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
         (["--image_folder", "nowhere"], "the image folder nowhere is not there"),
         (["--image_folder", ""], "the image folder (not given) is not there"),
         (["--input_file", "nowhere.json"], "cannot read nowhere.json"),
-        (["--model_base", "nowhere"], "the base model nowhere is neither"),
+        (["--model_base", "nowhere"], "nowhere is neither a folder nor"),
         (["--model_path", "nowhere"], "nowhere holds no model"),
         (["--vision_tower", "./nowhere"], "the vision tower ./nowhere is not there"),
         (["--output_file", GOLDEN / "data.json"], "cannot write to the folder"),
