@@ -252,7 +252,8 @@ def test_clusters_give_varied_records_and_the_same_for_any_chunking(tmp_path, ca
         drawn = np.flatnonzero((times > 0) & (np.arange(400) % 2 == task))
         assert set(corner[drawn].tolist()) == set(corner[task::2].tolist())
     assert "clusters" in capsys.readouterr().out
-    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".json"]
+    # The points' file is gone.
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".json", ".json", ".npy"]
 
 
 def test_a_budget_above_the_records_is_met_by_clusters_too(made, tmp_path):

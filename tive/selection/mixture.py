@@ -111,7 +111,10 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | No
             missing_path = missing_path.with_suffix(suffix_of(mixture.records.path))
             write_records(missing_path, mixture.records, missing)
             again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
-            remedy = f"{again} with the other arguments as before computes just them, then name both folders; or select from_sample"
+            remedy = (
+                f"{again} with the other arguments as before computes just them, then name both folders; or select "
+                "from_sample"
+            )
         raise UserError(
             f"{features.folder} holds no features of {len(missing):,} of the {len(mixture.ids):,} records of "
             f"{mixture.records.path} (the first: record {row}, id {shown_value(mixture.ids[row])}), and features of "
