@@ -39,7 +39,8 @@ def save_moments(trainer: Any, folder: str) -> None:
 
 
 def _in_memory(trainer: Any, matrices: Mapping[str, nn.Parameter]) -> tuple[dict[str, Moments], AdamConstants]:
-    states = {name: trainer.optimizer.state[parameter] for name, parameter in matrices.items()}
+    # A matrix without a gradient so far has no state: one of the vision tower, where no record had an image.
+    states = {name: of for name, parameter in matrices.items() if (of := trainer.optimizer.state.get(parameter))}
     groups = [group for group in trainer.optimizer.param_groups if group["params"]]
     moments = {name: moments_of("the optimizer", of, matrices[name]) for name, of in states.items()}
     steps = [of["step"] if "step" in of else groups[0].get("step") for of in states.values()]
