@@ -1,0 +1,43 @@
+"""What is saved of an optimizer beside a checkpoint; under DeepSpeed: tests/models/test_optimizer_state.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
+from tive.training.moments import save_moments
+
+
+def trainer_after_a_step(optimizer: type[torch.optim.Optimizer]) -> SimpleNamespace:
+    """What of transformers' trainer is used; the second matrix has had no gradient."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("lora_A", "lora_B", "projector")})
+    stepping = optimizer(model.parameters(), lr=1e-2)
+    (model["lora_A"](torch.ones(1, 4)) + model["projector"](torch.ones(1, 4))).sum().backward()
+    stepping.step()
+    of = {"is_fsdp_enabled": False, "is_deepspeed_enabled": False, "is_world_process_zero": lambda: True}
+    return SimpleNamespace(model=model, optimizer=stepping, **of)
+
+
+def test_the_moments_of_every_lora_matrix_that_was_stepped_are_saved(tmp_path: Path) -> None:
+    trainer = trainer_after_a_step(torch.optim.AdamW)
+    save_moments(trainer, str(tmp_path))
+    saved = read_optimizer_state(tmp_path / MOMENTS_FILE, 1)
+    weight = trainer.model["lora_A"].weight
+    assert list(saved.by_name) == ["lora_A.weight"] and saved.constants.t == 1
+    moments = saved.by_name["lora_A.weight"]
+    assert torch.equal(moments.m, trainer.optimizer.state[weight]["exp_avg"])
+    assert torch.equal(moments.v, trainer.optimizer.state[weight]["exp_avg_sq"])
+    assert moments.weight is not None and torch.equal(moments.weight, weight)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.RAdam, torch.optim.SGD, torch.optim.Adamax])
+def test_of_another_optimizer_nothing_is_saved_and_a_line_says_so(
+    optimizer: type[torch.optim.Optimizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_moments(trainer_after_a_step(optimizer), str(tmp_path))
+    assert not list(tmp_path.iterdir()) and MOMENTS_FILE in capsys.readouterr().out
