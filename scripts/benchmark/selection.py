@@ -7,7 +7,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,15 @@ import torch
 
 from tive.features.folder import Chunk
 from tive.features.lookup import spans_of
-from tive.method.influence import group_means, products
+from tive.method.clusters import (
+    MAX_CLUSTERS,
+    draw_from_clusters,
+    grid_points,
+    k_means,
+    second_moments,
+    whitening,
+)
+from tive.method.influence import Span, group_means, products
 from tive.method.value import draw
 from tive.util.device import anonymous_memory
 from tive.util.errors import UserError
@@ -29,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000, 300_000, 1_000_000], help="records")
     add("--proj_dim", type=int, default=256, help="numbers in a feature; the real ones have 8192")
     add("--tasks", type=int, default=10, help="tasks of equal size, shuffled")
+    add("--clusters", action="store_true", help="also time the selection by clusters of as many as are drawn")
     add("--limit", type=float, default=30, metavar="SECONDS", help="all pairs are stopped where they would take longer")
     add("--folder", default=None, help="where the features are put while this runs; default: the system's place")
 
@@ -38,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--sizes, --proj_dim and --tasks must be 1 or more")
     sizes = sorted(arguments.sizes)
     rows: list[tuple[str, ...]] = [
-        ("records", "two passes and draw", "records/s", "own memory", "all pairs", "difference")
+        ("records", "two passes and draw", "records/s", "own memory", "clusters", "all pairs", "difference")
     ]
     seconds_a_pair = 0.0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -57,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
                     scores = influence[groups == task]
                     draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
                 seconds = time.perf_counter() - start
+            clusters = time_clusters(spans, means.lengths, groups) if arguments.clusters else ""
             expected = seconds_a_pair * size**2
             if expected > arguments.limit:
                 all_pairs, difference = f"stopped (about {duration(expected)})", ""
@@ -66,10 +76,25 @@ def run(arguments: argparse.Namespace) -> None:
                 taken = time.perf_counter() - start
                 all_pairs, difference = duration(taken), f"{np.abs(naive - influence).max():.0e}"
                 seconds_a_pair = taken / size**2
-            rows.append((f"{size:,}", duration(seconds), f"{size / seconds:,.0f}", memory(), all_pairs, difference))
+            rows.append(
+                (f"{size:,}", duration(seconds), f"{size / seconds:,.0f}", memory(), clusters, all_pairs, difference)
+            )
         del features, chunk, spans
     print(f"{arguments.proj_dim} numbers a feature, {arguments.tasks} tasks, {torch.get_num_threads()} threads")
     print_table(rows)
+
+
+def time_clusters(spans: Sequence[Span], lengths: np.ndarray, groups: np.ndarray) -> str:
+    """What the draw by clusters takes on top of the two passes."""
+    start = time.perf_counter()
+    matrix = whitening(second_moments(spans, lengths))
+    points = np.zeros((len(groups), len(matrix)), np.int8)
+    grid_points(spans, lengths, matrix, points)
+    for task in np.unique(groups).tolist():
+        rows = np.flatnonzero(groups == task)
+        number = max(1, int(SHARE * len(rows)))
+        draw_from_clusters(*k_means(points[rows], min(number, MAX_CLUSTERS), 0, str(task)), number)
+    return duration(time.perf_counter() - start)
 
 
 def random_features(path: Path, count: int, dimension: int) -> torch.Tensor:
