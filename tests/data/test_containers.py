@@ -92,10 +92,18 @@ def test_a_container_is_named_and_the_command_that_is_told_makes_the_records(tmp
     assert made_by_the_command(path, said)[: len(RECORDS)] == RECORDS
 
 
-def test_a_table_by_columns_is_named_and_the_command_makes_records_of_it(tmp_path):
-    columns = {key: [record[key] for record in RECORDS] for key in RECORDS[0]}
-    path = write(tmp_path / "a table.json", json.dumps(columns))
-    assert made_by_the_command(path, "a table by columns") == RECORDS
+@pytest.mark.parametrize("records", [RECORDS, [{"id": row, "question": "a", "answer": "b"} for row in range(3)]])
+@pytest.mark.parametrize("column", [list, lambda values: dict(enumerate(values))], ids=["lists", "pandas"])
+def test_a_table_by_columns_is_named_and_the_command_makes_records_of_it(tmp_path, records, column):
+    columns = {key: column([record[key] for record in records]) for key in records[0]}
+    path = write(tmp_path / "-a table.json", json.dumps(columns))
+    assert made_by_the_command(path, "a table by columns") == records
+
+
+@pytest.mark.parametrize("key", ["question", "prompt", "messages"])
+def test_one_record_is_no_table(tmp_path, key):
+    record = {"qa": [{"question": "a"}], key: "a"} if key == "question" else {"a": ["b"], key: [{"role": "user"}]}
+    assert read(write(tmp_path / "a.jsonl", json.dumps(record))) == [record]
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

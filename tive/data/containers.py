@@ -13,8 +13,9 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from tive.data.conversations import KEYS_OF_TURNS
 from tive.data.images import EXTENSIONS
 from tive.util.errors import UserError
 from tive.util.text import shown_value
@@ -35,17 +36,19 @@ _KINDS = {
     b"<": "is a web page or XML: a download may have failed; download the data file itself",
 }
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
-# The keys that hold a record's turns.
-_TURNS = ("conversations", "messages", "texts")
+_LISTS_OF_TURNS = ("conversations", "messages", "texts")
 # A list of data files has these in its entries: InternVL's, LLaMA-Factory's.
-_FILE_KEYS = ("annotation", "file_name", "hf_hub_url", "ms_hub_url", "script_url")
+_FILE_KEYS = ("annotation", "file_name", "load_from", "hf_hub_url", "ms_hub_url", "script_url")
 _RECORDS_OF_SAMPLES = (
     'import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); files = sorted(folder.rglob("*.*")); '
     'images = {file.with_suffix(""): str(file.relative_to(folder)) for file in files if file.suffix != ".json"}; '
     'records = [json.loads(file.read_text()) | {"image": images[file.with_suffix("")]} '
     'for file in files if file.suffix == ".json"]; json.dump(records, open(sys.argv[2], "w"))'
 )
-_ROWS_OF_COLUMNS = "[dict(zip(data, row)) for row in zip(*data.values())]"
+# A column is a list, or, as pandas writes it, an object by row number.
+_ROWS_OF_COLUMNS = (
+    "[dict(zip(data, row)) for row in zip(*(x.values() if isinstance(x, dict) else x for x in data.values()))]"
+)
 
 
 def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -139,10 +142,10 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
     except (ValueError, IndexError, RecursionError):
         pass  # the text breaks off, or is no JSON, which its reader says better
     for key, value, is_list in entries:
-        holds_turns = isinstance(value, dict) and any(turns in value for turns in _TURNS)
-        if key in _TURNS and not isinstance(value, list):
+        holds_turns = isinstance(value, dict) and any(turns in value for turns in _LISTS_OF_TURNS)
+        if key in KEYS_OF_TURNS and not _is_column(key, value, is_list):
             return None
-        if key in _TURNS:
+        if key in KEYS_OF_TURNS:
             what, records = "is a table by columns", _ROWS_OF_COLUMNS
         elif holds_turns and is_list and not what:
             what, records = f"is an object with a list of records under {shown_value(key)}", f"data[{json.dumps(key)}]"
@@ -157,6 +160,13 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
         return None
     code = f'import json, sys; data = json.load(open(sys.argv[1])); json.dump({records}, open(sys.argv[2], "w"))'
     return f"{what}: make it a list with `{_PYTHON} -c {shlex.quote(code)} {quoted['source']} {quoted['target']}`"
+
+
+def _is_column(key: str, value: Any, is_list: bool) -> bool:
+    """Whether a key of `KEYS_OF_TURNS` holds many records' conversations; `value` is the first entry of a list."""
+    if is_list:
+        return isinstance(value, list) or (isinstance(value, str) and key not in _LISTS_OF_TURNS)
+    return isinstance(value, dict) and "0" in value
 
 
 def entries_of(text: str) -> Iterator[tuple[str, int]]:

@@ -32,6 +32,8 @@ _ROLES = {"human": "human", "gpt": "gpt", "system": "system", **OTHER_ROLE_NAMES
 _MESSAGE_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 # One question and its answer, each a text under a key of the record.
 _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
+# One of these is in every record that is read.
+KEYS_OF_TURNS = ("conversations", "messages", "texts", "prompt", *(keys[0] for keys in _PAIRS))
 # Whether a turn is trained on: ms-swift and LLaMA-Factory, OpenAI, axolotl (both).
 TRAINED_KEYS = ("loss", "weight", "train", "training")
 # Keys of a turn that no trainer acts on.
