@@ -32,6 +32,7 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "requirements-native.txt", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    shutil.copytree(ROOT / "scripts" / "shell", tmp_path / "scripts" / "shell")
     (tmp_path / "bin").mkdir()
     for name in ("python3.10", "python3.11", "python3.12", "python3", "python"):
         (tmp_path / "bin" / name).write_text(STAND_IN)
