@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers.records import MEDIA
-from tive.data.conversations import FORMS, count_tags, from_llava, to_llava
+from tive.data.conversations import to_llava
+from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.media import media_of
 from tive.data.problems import problem_of
 

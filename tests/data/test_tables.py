@@ -16,13 +16,14 @@ from PIL import Image
 import select_warm_up_data
 from tests.helpers.feature_files import call
 from tests.helpers.records import record_with, write
-from tive.data.conversations import conversation_of, image_of
+from tive.data.conversations import image_of
 from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
 from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
 from tive.data.scan import scan_records
 from tive.data.tables import TableRecords, _row_group
+from tive.data.trained import conversation_of
 from tive.util.errors import UserError
 
 # What the hub's sets of today have as columns, from their cards: FineVision, The Cauldron, LLaVA-OneVision-Data.

@@ -23,26 +23,17 @@ from typing import Any
 from tive.data.media import IMAGE_TAG, Image, is_empty, media_of, path_in, plain_path
 from tive.util.text import listed, shown, shown_value
 
-FORMS = ("llava", "sharegpt", "messages", "parts")
 ROLES = ("human", "gpt")
 # What other trainers call LLaVA's roles.
 OTHER_ROLE_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt"}
 # Every name of a role that is known, and LLaVA's; a system turn is no turn of LLaVA's.
 _ROLES = {"human": "human", "gpt": "gpt", "system": "system", **OTHER_ROLE_NAMES}
-_MESSAGE_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 # One question and its answer, each a text under a key of the record.
 _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
 # One of these is in every record that is read.
 KEYS_OF_TURNS = ("conversations", "messages", "texts", "prompt", *(keys[0] for keys in _PAIRS))
-# Whether a turn is trained on: ms-swift and LLaMA-Factory, OpenAI, axolotl (both).
-TRAINED_KEYS = ("loss", "weight", "train", "training")
 # Keys of a turn that no trainer acts on.
-_NOTES = ("id", "source", "metadata", "model", "markdown", "timestamp")
-# Keys of a record that trainers act on and that nothing here follows: preference pairs, tools, options of a template.
-_ACTED_ON = {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag"}
-_ACTED_ON |= {"positive_messages", "negative_messages", "tools", "functions", "chat_template_kwargs"}
-# ms-swift puts the entries of `objects` in their place before it trains.
-_PLACEHOLDERS = ("<bbox>", "<ref-object>")
+NOTES = ("id", "source", "metadata", "model", "markdown", "timestamp")
 
 
 def to_llava(record: Any) -> dict[str, Any]:
@@ -55,7 +46,7 @@ def to_llava(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object")
-    images = _images(record)
+    images = images_in(record)
     if _is_llavas(record):
         return record
     keys = _keys_of_turns(record)
@@ -87,87 +78,8 @@ def to_llava(record: Any) -> dict[str, Any]:
     if images:
         converted["image"] = _image_value(images)
     if paths:
-        _images(converted)
+        images_in(converted)
     _move_system(converted)
-    return converted
-
-
-def conversation_of(record: Any) -> dict[str, Any]:
-    """A record as trainers of any of the forms train on it, in LLaVA's form (`is_trained_on` tells of each answer).
-
-    Raises:
-        ValueError: as `to_llava`; or its text cannot be written, or it has a key that trainers act on and that is not
-            followed here.
-    """
-    converted = to_llava(record)
-    turns = converted["conversations"]
-    if problem := acted_on_problem(record, turns) or text_problem(turns):
-        raise ValueError(problem)
-    if not turns:
-        raise ValueError("has no turns")
-    for index, turn in enumerate(turns):
-        is_trained_on(turn, index)
-    return converted
-
-
-def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
-    """Whether an answer, a turn as `to_llava` returns it, is trained on: `loss`, `weight` or `train` may say no.
-
-    Args:
-        index: of the turn, for the error.
-
-    Raises:
-        ValueError: such a key says something else than yes or no, a question is to be trained on, or the turn has a key
-            that is not known here.
-    """
-    if len(turn) == 2:  # nearly every turn
-        return True
-    trained = True
-    for key, value in turn.items():
-        if key in ("from", "value") or key in _NOTES or is_empty(value):
-            continue
-        if key not in TRAINED_KEYS:
-            raise ValueError(
-                f"has a turn {index} with `{shown(key, 40)}`, which is not followed; write it into the text, or remove "
-                "the key"
-            )
-        if value not in (True, False):  # 1 and 0 among them
-            raise ValueError(f"has a turn {index} with `{key}` {shown_value(value)}, and only yes and no are followed")
-        if turn["from"] == "human" and value and key != "weight":
-            raise ValueError(
-                f"has a question in turn {index} that is to be trained on (`{key}`), which is not followed"
-            )
-        trained = trained and bool(value)
-    return trained
-
-
-def from_llava(record: dict[str, Any], form: str, image_list: bool = False) -> dict[str, Any]:
-    """A record as `to_llava` returns it, in one of `FORMS`.
-
-    Args:
-        image_list: the form `llava` gets `image` as a list, also where there is one.
-
-    Raises:
-        ValueError: a turn has a key that the form uses for something else.
-    """
-    images = _images(record)
-    if form == "llava":
-        return {**record, "image": images} if images and image_list else record
-    converted: dict[str, Any] = {}
-    for name, value in record.items():
-        if name == "image":
-            converted["images"] = images
-        elif name != "conversations" or form == "sharegpt":
-            converted[name] = value
-        else:
-            converted["messages"] = [_as_message(turn, index) for index, turn in enumerate(value)]
-    if form == "sharegpt":
-        return converted
-    if isinstance(converted.get("system"), str):
-        converted["messages"].insert(0, {"role": "system", "content": converted.pop("system")})
-    if form == "parts":
-        for message in converted["messages"]:
-            message["content"] = _as_parts(message["content"], has_image=bool(images))
     return converted
 
 
@@ -209,45 +121,10 @@ def image_of(record: dict[str, Any]) -> Image | None:
     return next(iter(images), None)
 
 
-def count_tags(record: dict[str, Any]) -> tuple[int, int]:
-    """How many `<image>` tags and how many images a record has, in the form that `to_llava` returns."""
-    return sum(turn["value"].count(IMAGE_TAG) for turn in record["conversations"]), len(_images(record))
-
-
 def placeholder_in(turns: list[dict[str, Any]]) -> str | None:
     """What stands for an image in the questions of records that were made for another model: `<image 1>`, say."""
     questions = (turn["value"] for turn in turns if turn["from"] == "human")
     return next((mark[0] for text in questions if (mark := _OTHER_TAG.search(text))), None)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def text_problem(turns: list[dict[str, Any]]) -> str | None:
-    """What keeps the texts of turns from being written; None when nothing does."""
-    wrong = [index for index, turn in enumerate(turns) if not is_unicode(turn["value"])]
-    return f"has text in turn {wrong[0]} that is not valid Unicode" if wrong else None
-
-
-def acted_on_problem(record: dict[str, Any], turns: list[dict[str, Any]]) -> str | None:
-    """The problem of a record with a key that trainers act on and that is not followed here; None where none is."""
-    for key in () if _ACTED_ON.isdisjoint(record) else sorted(record.keys() & _ACTED_ON):
-        if not is_empty(record[key]):
-            return f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
-    if "objects" in record and not is_empty(record["objects"]):
-        marks = [mark for mark in _PLACEHOLDERS if any(mark in turn["value"] for turn in turns)]
-        if marks:
-            return (
-                f"has `objects` for {marks[0]} in its text, which ms-swift replaces before it trains; write the names "
-                "and boxes into the text"
-            )
-    return None
 
 
 # <image 1>, <|image_pad|>, <start_of_image>, <Image>, <img>, <ImageHere>, [IMG] and others like them.
@@ -337,7 +214,12 @@ def _turns_of_list(turns: Any, key: str, paths: list[Image], indices: list[int])
     return [_turn(turn, index, key, paths, indices) for index, turn in enumerate(turns)]
 
 
-def _images(record: dict[str, Any]) -> list[Image]:
+def images_in(record: dict[str, Any]) -> list[Image]:
+    """The images under a record's own keys, as it writes them.
+
+    Raises:
+        ValueError: a medium is not read.
+    """
     media = media_of(record)
     if media.problem:
         raise ValueError(media.problem)
@@ -379,13 +261,6 @@ def _turn(turn: Any, index: int, key: str, paths: list[Image], indices: list[int
     return dict(renamed.get(name, (name, value)) for name, value in turn.items())
 
 
-def _as_message(turn: dict[str, Any], index: int) -> dict[str, Any]:
-    if "role" in turn or "content" in turn:
-        raise ValueError(f"has a turn {index} with keys of both forms")
-    renamed = {"from": ("role", _MESSAGE_ROLES[turn["from"]]), "value": ("content", turn["value"])}
-    return dict(renamed.get(name, (name, value)) for name, value in turn.items())
-
-
 def _move_system(record: dict[str, Any]) -> None:
     """Make a first turn of the system a key of the record: LLaVA's template has no such turn."""
     turns = record["conversations"]
@@ -398,15 +273,6 @@ def _move_system(record: dict[str, Any]) -> None:
         record["conversations"] = turns = turns[1:]
     if any(turn["from"] == "system" for turn in turns):
         raise ValueError("has a system turn that is not the first")
-
-
-def _as_parts(text: str, has_image: bool) -> list[dict[str, str]]:
-    """A text as TRL's parts. The tag of a record without an image is only text."""
-    parts: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(IMAGE_TAG) if has_image else [text]):
-        parts += [{"type": "image"}] if index else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return parts or [{"type": "text", "text": ""}]
 
 
 _IMAGE_PART_KEYS = ("image", "path", "url", "image_url")
@@ -438,7 +304,7 @@ def _part(part: Any, index: int, paths: list[Image], indices: list[int]) -> str:
     else:
         raise ValueError(f"has a part in turn {index} that is neither a text nor an image")
     for key, value in known.items():
-        if key not in _NOTES and not is_empty(value):
+        if key not in NOTES and not is_empty(value):
             raise ValueError(f"has `{shown(key, 40)}` in a part of turn {index}, which is not followed; remove the key")
     return text
 

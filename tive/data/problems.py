@@ -8,18 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tive.data.conversations import (
-    OTHER_ROLE_NAMES,
-    ROLES,
-    TRAINED_KEYS,
-    acted_on_problem,
-    conversation_of,
-    images_of,
-    is_unicode,
-    to_llava,
-)
+from tive.data.conversations import OTHER_ROLE_NAMES, ROLES, images_of, to_llava
 from tive.data.media import IMAGE_TAG, is_empty, media_of, name_of_image
 from tive.data.records import Records, TableRecords, name_of, suffix_of
+from tive.data.trained import TRAINED_KEYS, acted_on_problem, conversation_of, is_unicode
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
 from tive.util.text import command, listed, shown, shown_value

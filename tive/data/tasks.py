@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.conversations import image_of, is_unicode
+from tive.data.conversations import image_of
 from tive.data.media import IMAGE_KEYS, name_of_image
+from tive.data.trained import is_unicode
 from tive.util.errors import UserError
 
 

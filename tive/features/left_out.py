@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tive.data import problems as bad_records
+from tive.data import problems
 from tive.data.scan import Checked
 from tive.features.store import LeftOutRecord
 from tive.models import NOT_FINITE, UNSUPERVISED
@@ -36,7 +36,7 @@ def report_bad_records(checked: Checked, listing: Path, skip: bool) -> None:
         print(note)
     if checked.renamed:
         first, stand_in = next(iter(checked.renamed.items()))
-        name, used = bad_records.images_named(checked.records[first]), os.path.basename(stand_in)
+        name, used = problems.images_named(checked.records[first]), os.path.basename(stand_in)
         print(
             f"{len(checked.renamed)} records have their image under another extension, in other capitals or in another "
             f"Unicode form, and it is used (the first: record {first}, {shown(name, _LONGEST_NAME)} is "
@@ -46,7 +46,7 @@ def report_bad_records(checked: Checked, listing: Path, skip: bool) -> None:
         listing.unlink(missing_ok=True)  # of an earlier call, repaired since
         return
     count, total = len(checked.reasons), len(checked.rows)
-    bad_records.report_bad_records(checked.records, checked.reasons, total, listing, "records of this chunk")
+    problems.report_bad_records(checked.records, checked.reasons, total, listing, "records of this chunk")
     if not skip:
         raise UserError(
             f"{count:,} of {total:,} records cannot be used, all listed in {listing}; repair them, or let them be left "
@@ -58,7 +58,7 @@ def report_bad_records(checked: Checked, listing: Path, skip: bool) -> None:
 def left_out_records(checked: Checked, reasons: Mapping[int, str]) -> list[LeftOutRecord]:
     """How the manifest names records that are left out, by row."""
     return [
-        LeftOutRecord(row, bad_records.identity_of(checked.records[row]), reason)
+        LeftOutRecord(row, problems.identity_of(checked.records[row]), reason)
         for row, reason in sorted(reasons.items())
     ]
 
@@ -82,7 +82,7 @@ def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Pa
         entries = [entry for entry in left_out if entry.reason in reasons]
         if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
             reasons_of = checked.reasons | {entry.row: entry.reason for entry in left_out}
-            bad_records.list_bad_records(checked.records, reasons_of, listing)
+            problems.list_bad_records(checked.records, reasons_of, listing)
             raise UserError(
                 f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the "
                 f"first: record {entries[0].row}), above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}; those so far are "
@@ -93,7 +93,7 @@ def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Pa
 
 def count_reasons(left_out: Sequence[LeftOutRecord]) -> str:
     """How many records were left out, and why: `3 records left out (2 missing image, 1 no supervised token)`."""
-    kinds = Counter(bad_records.kind_of(entry.reason) for entry in left_out).most_common()
+    kinds = Counter(problems.kind_of(entry.reason) for entry in left_out).most_common()
     why = ", ".join(f"{count} {kind}" for kind, count in kinds)
     return f"{len(left_out)} records left out" + (f" ({why})" if why else "")
 

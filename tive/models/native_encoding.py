@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tive.data.conversations import conversation_of, is_trained_on, placeholder_in
+from tive.data.conversations import placeholder_in
 from tive.data.images import BadImage, read_image
 from tive.data.media import IMAGE_TAG, StoredImage
+from tive.data.trained import conversation_of, is_trained_on
 from tive.models import Answer, Encoded, LeftOut, ModelFiles
 from tive.models.answer_spans import align, answer_spans, text_message, token_spans
 from tive.models.checkpoint import loading
