@@ -16,7 +16,7 @@ from pathlib import Path
 from tive.data.conversations import image_of
 from tive.data.labels import Rules, add_key, read_rules, replace_key
 from tive.data.media import IMAGE_KEYS, is_empty
-from tive.data.problems import listing_beside, refuse_bad_records
+from tive.data.problems import convert_command, listing_beside, refuse_bad_records
 from tive.data.records import JsonRecords, name_of, open_records, write_raw
 from tive.data.scan import described_keys
 from tive.data.tasks import no_task, task_or_problem
@@ -171,7 +171,7 @@ def main() -> None:
     if not isinstance(records, JsonRecords):
         raise UserError(
             f"{arguments.source_path} is a table, to which no key is added; give the steps --task_key with a column of "
-            f"it (the records have {described_keys(records)}), or make JSON of it with scripts/convert_data.py"
+            f"it (the records have {described_keys(records)}), or make JSON of it with {convert_command(records)}"
         )
     write_raw(arguments.target_path, labelled(arguments, records, rules, found), records.is_lines)
     show(rules, found, arguments.split_llava)

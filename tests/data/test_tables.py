@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -21,7 +25,7 @@ from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
 from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
-from tive.data.scan import scan_records
+from tive.data.scan import refuse_problems, scan_records
 from tive.data.tables import TableRecords, _row_group
 from tive.data.trained import conversation_of
 from tive.util.errors import UserError
@@ -172,6 +176,27 @@ def test_step_1_draws_from_parquet_and_leaves_the_rows_numbers(fine, tmp_path):
     rows = np.load(tmp_path / "warm_up_rows.npy")
     assert parquet.read_table(target).to_pylist() == [finevision(range(12))[row] for row in rows]
     assert [row % 2 for row in rows].count(0) == 3
+
+
+def test_a_table_without_tasks_becomes_data_with_tasks_by_the_commands_that_are_told(fine, tmp_path):
+    """The command of step 1 and that of the labels are the same, and what it makes can be labelled."""
+    records = open_records(fine)
+    scan = scan_records(records, form_problem, "none")
+    with pytest.raises(UserError) as caught:
+        refuse_problems(scan, "none", tmp_path / "bad.json")
+    command = re.search("`([^`]*)`$", str(caught.value))[1]
+
+    def label(source):
+        options = ("--source_path", source, "--target_path", tmp_path / "labelled.json", "--default", "x")
+        script = Path(__file__).parents[2] / "scripts" / "label_tasks.py"
+        return subprocess.run([sys.executable, script, *options], check=False, capture_output=True, text=True)
+
+    refused = label(fine)
+    assert refused.returncode == 2 and command in refused.stderr
+    subprocess.run(command, shell=True, check=True, cwd="/")
+    (made,) = fine.parent.glob("*_llava.json")
+    assert label(made).returncode == 0
+    assert len(open_records(tmp_path / "labelled.json")) == len(records)
 
 
 def test_a_table_goes_into_a_parquet_file_and_json_into_json(fine, tmp_path):

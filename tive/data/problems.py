@@ -173,16 +173,22 @@ def remedy_of(records: Records, reasons: dict[int, str], listing: Path) -> str:
     except ValueError:
         is_other_form = False
     if is_other_form:
-        options: dict[str, str | Path] = {"target_path": path.with_name(f"{stem}_llava.json"), "to": "llava"}
-        if isinstance(records, TableRecords) and records.image_columns:
-            options["image_folder"] = path.with_name(f"{stem}_images")
-        return f"convert the data: {command('scripts/convert_data.py', source_path=path, **options)}"
+        return f"convert the data: {convert_command(records)}"
     if 2 * len(reasons) > len(records):
         keys = listed([*first], 12) if isinstance(first, dict) else "none"
         return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
     target = path.with_name(f"{stem}_good{suffix_of(path)}")
     without = command("scripts/convert_data.py", source_path=path, target_path=target, drop=listing)
     return f"repair them, or write the data without them: {without}"
+
+
+def convert_command(records: Records) -> str:
+    """The command that makes JSON in LLaVA's form of a data file, with its images, where they lie in it, as files."""
+    path, stem = records.path, records.path.name.split(".")[0]
+    options: dict[str, str | Path] = {"target_path": path.with_name(f"{stem}_llava.json"), "to": "llava"}
+    if isinstance(records, TableRecords) and records.image_columns:
+        options["image_folder"] = path.with_name(f"{stem}_images")
+    return command("scripts/convert_data.py", source_path=path, **options)
 
 
 def count_and_first(records: Records, reasons: dict[int, str]) -> str:
