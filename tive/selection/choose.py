@@ -64,21 +64,9 @@ def choose(
     usable = np.ones(len(task), bool)
     usable[list(reasons)] = False
     counted = [rows[usable[rows]] for rows in rows_of]
-    for index in included:
-        if not len(counted[index]):
-            row, name = int(rows_of[index][0]), shown(task_names[index], LABEL_LIMIT)
-            raise UserError(
-                f"all {len(rows_of[index])} records of task {name} are left out (record {row}: {reasons[row]}); "
-                "repair them and take their gradients again, or exclude the task"
-            )
-
     measured = [rows[np.isfinite(scores["norm"][rows])] for rows in counted]
     for index in included:
-        if not len(measured[index]):
-            raise UserError(
-                f"no record of task {shown(task_names[index], LABEL_LIMIT)} has features; take those of some of every "
-                f"task ({command('select_warm_up_data.py', per_task='1000')} draws them), or exclude the task"
-            )
+        _refuse_empty(shown(task_names[index], LABEL_LIMIT), rows_of[index], counted[index], measured[index], reasons)
     bases = {
         rule: np.array([rule_value(rule, scores, len(rows_of[index]), measured[index]) for index in included])
         for rule in options.budget_rules
@@ -112,6 +100,23 @@ def choose(
             effective_sample_size=effective_sample_size(weights[rows]),
         )
     return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons))
+
+
+def _refuse_empty(
+    name: str, rows: np.ndarray, counted: np.ndarray, measured: np.ndarray, reasons: Mapping[int, str]
+) -> None:
+    """Raise a `UserError` where no record of a task is left, or none has features."""
+    if not len(counted):
+        row = int(rows[0])
+        raise UserError(
+            f"all {len(rows)} records of task {name} are left out (record {row}: {reasons[row]}); repair them and take "
+            "their gradients again, or exclude the task"
+        )
+    if not len(measured):
+        raise UserError(
+            f"no record of task {name} has features; take those of some of every task "
+            f"({command('select_warm_up_data.py', per_task='1000')} draws them), or exclude the task"
+        )
 
 
 def _budgets(

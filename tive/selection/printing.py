@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -130,8 +131,9 @@ def _sample(chosen: Chosen) -> Iterator[str]:
     """What a reader of budgets from a sample should know."""
     tasks = [task for task in chosen.tasks if task.sampled is not None]
     sampled, records = sum(task.sampled or 0 for task in tasks), sum(task.records for task in tasks)
-    worst = max(tasks, key=lambda task: (task.budget_error or 0) / (task.budget_before_rounding or 1))
-    error = (worst.budget_error or 0) / (worst.budget_before_rounding or 1)
+    # The middle of an interval is the budget before what at_most_once takes from it.
+    errors = [(task.budget_error or 0) / math.sqrt(math.prod(task.budget_interval or (1, 1))) for task in tasks]
+    error, worst = max(errors), tasks[int(np.argmax(errors))]
     yield (
         f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
         f"{error:.1%} of it ({shown(worst.name, LABEL_LIMIT)}); {chosen.details['records_per_task']:,} records a task "
