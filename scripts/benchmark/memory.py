@@ -1,16 +1,19 @@
-"""What the gradient step needs beside the model and its activations, at LLaVA-7B's shape."""
+"""What the gradient step needs beside the model and its activations, at LLaVA-7B's shape; and what its losses need."""
 
 from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector, project
+from tive.models.losses import PIECE, losses_at_supervised, losses_of_logits, supervised_tokens
 from tive.util.device import device_of, forget_peak, peak_memory
 
-HIDDEN, RANK, MATRICES = 4096, 128, 256
+HIDDEN, RANK, MATRICES, VOCABULARY = 4096, 128, 256, 32000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,3 +42,23 @@ def run(arguments: argparse.Namespace) -> None:
         f"{MATRICES * HIDDEN * RANK:,} parameters: {(peak_memory(device) - before) / 2**30:.2f} GiB beside the model "
         "and its activations"
     )
+    at_once, in_pieces = (loss_memory(arguments, device, pieces) for pieces in (False, True))
+    count = arguments.batch_size * arguments.tokens
+    print(f"losses of {count:,} tokens: {at_once:.2f} GiB at once, {in_pieces:.2f} GiB in pieces of {PIECE:,}")
+
+
+def loss_memory(arguments: argparse.Namespace, device: torch.device, pieces: bool) -> float:
+    """GiB that the losses of every token and their gradients need; the hidden states are narrow."""
+    labels = [np.ones(arguments.tokens + 1, np.int64)] * arguments.batch_size
+    supervised = supervised_tokens(labels, arguments.tokens + 1).to(device)
+    hidden = torch.randn(arguments.batch_size, arguments.tokens + 1, 256, device=device).requires_grad_()
+    head = torch.nn.Linear(256, VOCABULARY, bias=False, device=device).requires_grad_(False)
+    forget_peak(device)
+    before = peak_memory(device)
+    losses: Tensor
+    if pieces:
+        losses = losses_at_supervised(hidden, head, supervised).losses
+    else:
+        losses = losses_of_logits(head(hidden.flatten(0, 1)[supervised.positions]), supervised).losses
+    losses.sum().backward()
+    return (peak_memory(device) - before) / 2**30
