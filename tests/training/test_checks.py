@@ -49,7 +49,7 @@ def test_records_without_a_last_answer_and_tags_without_an_image_are_counted(tmp
     asked = {"from": "human", "value": "<image> And then?"}
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns} for turns in (TURNS, [*TURNS, asked])]))
     lines = check_data(f"{tmp_path}/data.json", None, "v1", tmp_path / "listing.json")
-    assert sum("(the first is record 1)" in line for line in lines) == 2
+    assert sum(line.lstrip().startswith("1 ") and "record 1" in line for line in lines) == 2
 
 
 def test_all_records_that_cannot_be_trained_on_are_listed(
