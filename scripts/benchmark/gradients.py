@@ -186,7 +186,7 @@ def as_adam_applies_it(form: str) -> Method:
         def transform(name: str, g: Tensor) -> Tensor:
             if form == "release":
                 return release_step(g, m[name], v[name])
-            return adam_step(g, m[name], v[name], 100, 0.9, 0.999, 1e-8)
+            return adam_step(g, m[name], v[name], 100, (0.9, 0.999), 1e-8)
 
         def compute(batch: list[int]) -> None:
             gradient_features(partial(case.losses, batch), case.matrices, projector, transform)

@@ -21,7 +21,7 @@ def numbers() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_adams_step_is_the_one_that_torchs_adamw_makes_next(numbers: tuple[Tensor, Tensor, Tensor]) -> None:
     g, m, v = numbers
-    for record, step in zip(g, adam_step(g, m, v, T, B1, B2, EPS), strict=True):
+    for record, step in zip(g, adam_step(g, m, v, T, (B1, B2), EPS), strict=True):
         weight = torch.nn.Parameter(torch.zeros(4, 5, dtype=torch.float64))
         optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(B1, B2), eps=EPS, weight_decay=0.0)
         optimizer.state[weight] = {"step": torch.tensor(float(T)), "exp_avg": m.double(), "exp_avg_sq": v.double()}
@@ -38,12 +38,12 @@ def test_the_releases_step_has_no_correction_and_eps_under_the_root(numbers: tup
 
 def test_neither_form_changes_what_it_is_given(numbers: tuple[Tensor, Tensor, Tensor]) -> None:
     before = [tensor.clone() for tensor in numbers]
-    adam_step(*numbers, T, B1, B2, EPS)
+    adam_step(*numbers, T, (B1, B2), EPS)
     release_step(*numbers)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(numbers, before, strict=True))
 
 
 def test_where_nothing_ever_moved_the_step_is_zero() -> None:
     zero = torch.zeros(1, 2, 2)
-    assert not adam_step(zero, zero[0], zero[0], 1, B1, B2, 1e-8).any()
+    assert not adam_step(zero, zero[0], zero[0], 1, (B1, B2), 1e-8).any()
     assert not release_step(zero, zero[0], zero[0]).any()

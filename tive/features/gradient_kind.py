@@ -97,4 +97,4 @@ def transform_of(
     v = {name: of.v.to(reference.device, torch.float32) for name, of in moments.items()}
     if kind.name == "adam_release":
         return lambda name, g: release_step(g, m[name], v[name])
-    return lambda name, g: adam_step(g, m[name], v[name], t, b1, b2, eps)
+    return lambda name, g: adam_step(g, m[name], v[name], t, (b1, b2), eps)

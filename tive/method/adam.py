@@ -27,16 +27,18 @@ def moved_moments(g: Tensor, m: Tensor, v: Tensor, b1: float, b2: float) -> tupl
     return g.mul(1 - b1).add_(m, alpha=b1), g.square().mul_(1 - b2).add_(v, alpha=b2)
 
 
-def adam_step(g: Tensor, m: Tensor, v: Tensor, t: int, b1: float, b2: float, eps: float) -> Tensor:
+def adam_step(g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float) -> Tensor:
     """`[m' / (1 - b1^(t+1))] / [sqrt(v' / (1 - b2^(t+1))) + eps]`: the paper's, and AdamW's own next step.
 
     Args:
         g: float32 `[B, out, in]`.
         m, v: float32 `[out, in]`, after step `t`.
+        betas: `b1` and `b2`.
 
     Returns:
         float32 `[B, out, in]`.
     """
+    b1, b2 = betas
     m, v = moved_moments(g, m, v, b1, b2)
     denominator = v.div_(1 - b2 ** (t + 1)).sqrt_().add_(eps)
     return m.div_(1 - b1 ** (t + 1)).div_(denominator)
