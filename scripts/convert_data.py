@@ -29,9 +29,9 @@ from tqdm import tqdm
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.images import store_image
+from tive.data.parquet import is_table
 from tive.data.problems import check_listed, listed_records, listing_beside, refuse_bad_records
 from tive.data.records import JsonRecords, Records, name_of, open_records, write_raw, write_records
-from tive.data.tables import is_table
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed

@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,29 @@ def test_a_room_imports_what_the_table_allows(room):
     files = sorted((ROOT / "tive" / room).rglob("*.py"))
     wrong = {str(file.relative_to(ROOT)): found for file in files if (found := imported(file) - allowed)}
     assert files and not wrong
+
+
+def test_no_two_modules_or_public_classes_have_one_name():
+    files = [file for file in sorted((ROOT / "tive").rglob("*.py")) if file.stem != "__init__"]
+    classes = [
+        node.name
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    names = Counter([*(file.stem for file in files), *classes])
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_a_function_takes_at_most_six_arguments():
+    many = [
+        f"{file.relative_to(ROOT)}: {node.name}"
+        for file in sorted((ROOT / "tive").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and len([argument for argument in node.args.args if argument.arg != "self"]) + len(node.args.kwonlyargs) > 6
+    ]
+    assert not many
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:

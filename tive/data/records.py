@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tive.data.containers import open_data_file
-from tive.data.tables import TableRecords, is_table, open_table, write_table
+from tive.data.parquet import TableRecords, is_table, open_table, write_table
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 from tive.util.text import shown_value

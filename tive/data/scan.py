@@ -14,9 +14,9 @@ from tive.data.containers import open_data_file
 from tive.data.conversations import image_paths, placeholder_in, to_llava
 from tive.data.images import look_for
 from tive.data.media import IMAGE_TAG, Image, is_empty
+from tive.data.parquet import TableRecords
 from tive.data.problems import convert_command, refuse_bad_records, writable
 from tive.data.records import Records
-from tive.data.tables import TableRecords
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError
 from tive.util.text import command, listed

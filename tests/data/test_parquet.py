@@ -23,10 +23,10 @@ from tests.helpers.records import record_with, write
 from tive.data.conversations import image_of
 from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
+from tive.data.parquet import TableRecords, _row_group
 from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
 from tive.data.scan import refuse_problems, scan_records
-from tive.data.tables import TableRecords, _row_group
 from tive.data.trained import conversation_of
 from tive.util.errors import UserError
 
