@@ -178,11 +178,14 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
             **copied,
         },
         "gradients.md": {
-            "llava_labelled.json": folder / "data.json",
+            "llava_labelled.json": some_records(folder / "data.json", slice(0, None, 18)),
             "playground/data": folder / "images",
             "checkpoints/llava-v1.5-7b-warm-up-lora": reference,
         },
-        "clusters.md": {"checkpoints/reference-lora": reference},
+        "clusters.md": {
+            "data.json": some_records(folder / "data.json", slice(0, None, 18)),
+            "checkpoints/reference-lora": reference,
+        },
         "selection.md": {
             "llava_labelled.json": folder / "data.json",
             "features": folder / "gradients",
