@@ -101,6 +101,8 @@ def is_table(path: Path) -> bool:
     """Whether a path is read as a table: a folder, or a file that begins as Parquet or Arrow does."""
     if path.is_dir():
         return True
+    if not path.is_file():  # to open a pipe would wait for its writer
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(4) in (b"PAR1", b"ARRO", b"\xff\xff\xff\xff") or path.suffix in (".parquet", ".arrow")
