@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 KINDS = ("auto", "sparse", "trak")
-# Entries that a GPU projects at once: enough to keep it busy.
+# Entries of a block from which a CPU adds block by block faster than it gathers.
+_LEAST_BLOCK = 512
+# Entries that are gathered at once: enough to keep a GPU busy.
 _ENTRIES_AT_ONCE = 2**24
 _ROOM_BYTES = 2**24
 # TRAK sets it to the GPU's number of multiprocessors, so two kinds of GPU would give features that do not match.
@@ -65,8 +67,8 @@ class Sparse:
         bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
         self.signs_of_octets = (math.sqrt(proj_dim) * (1 - 2 * bits)).float().to(device)
         self.room = torch.empty(0, dtype=torch.uint8, device=device)
-        # A CPU is quickest with what its cache holds, a GPU with few operations.
-        self.block_by_block = device.type == "cpu"
+        # A CPU is quickest with what its cache holds, unless blocks are short and many; a GPU with few operations.
+        self.block_by_block = device.type == "cpu" and proj_dim >= _LEAST_BLOCK
 
     def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
         """Add the projection of the gradients `[B, P]` of one matrix, in any dtype, to `sketch` `[B, proj_dim]`."""
