@@ -34,6 +34,7 @@ from tive.method.projection import Sparse, TrakCuda, make_projector, project, sp
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.common import freeze, target_modules
 from tive.util.device import device_name, device_of, forget_peak, peak_memory
+from tive.util.errors import run
 from tive.util.files import write_json
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -399,7 +400,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
+def main() -> None:
     arguments, begin = parse_arguments(), time.perf_counter()
     device = device_of(arguments.device)
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
@@ -423,8 +424,8 @@ def main() -> int:
         f"{outcomes.count('passed')} passed, {outcomes.count('failed')} failed, {outcomes.count('left out')} left out; "
         f"written: {arguments.output}"
     )
-    return 1 if "failed" in outcomes else 0 if "passed" in outcomes else 2
+    sys.exit(1 if "failed" in outcomes else 0 if "passed" in outcomes else 2)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
