@@ -24,6 +24,7 @@ records that many subtasks agree on, or the same number for every subtask:
 
 Writes to --save_path, with every option that is not the default in the names:
   Less_p_{p}.json          the subset: records as they came, in the data file's order
+  Less_p_{p}_rows.npy      the numbers of their rows
   Less_p_{p}_scores.csv    of every record: score, rank, the score for each subtask, whether it is selected
   Less_p_{p}_summary.json  arguments, checkpoints and weights, subtasks, tasks, hashes, versions
 """
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=GRADIENTS,
         help="what the records' features must be of (adam)",
     )
+    add("--rows_only", action="store_true", help="write no records, only the numbers of their rows")
     add("--device", default="cpu", help="where the passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
 
@@ -76,7 +78,7 @@ def main() -> None:
 
     device = double_device(arguments.device)
     check_writable(arguments.save_path)
-    files = files_of(arguments.save_path, options.stem(arguments.task_key), arguments.data_path)
+    files = files_of(arguments.save_path, options.stem(arguments.task_key), arguments.data_path, arguments.rows_only)
     read_ahead(*arguments.train)  # while the records are parsed
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)

@@ -34,6 +34,7 @@ gradient norm instead of influence, the best instead of a draw:
 
 Writes to --save_path, with every option that is not the default in the names:
   Tive_q_{q}_p_{p}.json          the subset: records as they came, in the data file's order
+  Tive_q_{q}_p_{p}_rows.npy      the numbers of their rows
   Tive_q_{q}_p_{p}_scores.csv    of every record: norm, influence, other scores, weight, times selected
   Tive_q_{q}_p_{p}_summary.json  arguments, hashes, versions, tasks: enough to rebuild and check the subset
 """
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--drop_below", type=float, metavar="GAIN", help="leave out records whose visual gain is smaller, such as 0")
     add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")
+    add("--rows_only", action="store_true", help="write no records, only the numbers of their rows")
     add("--device", default="cpu", help="where the two passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
 
@@ -115,7 +117,7 @@ def main() -> None:
         read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
     stem = options.stem(mixture.task_names, arguments.task_key)
-    files = files_of(arguments.save_path, stem, arguments.data_path)
+    files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)
 
     scores = read.record_scores(features, options.columns)
     listing = Path(arguments.save_path) / "bad_records.json"

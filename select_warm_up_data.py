@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     size("--sample_ratio", type=float, default=0.08, help="share of all records to draw, above 0 and up to 1 (0.08)")
     size("--per_task", type=int, metavar="N", help="draw N records of every task instead, all of a smaller one")
     add("--seed", type=int, default=0, help="the same seed draws the same sample on every machine (0)")
+    add("--rows_only", action="store_true", help="write no records, only the numbers of their rows")
     add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
     arguments = parser.parse_args()
     if not 0 < arguments.sample_ratio <= 1:
@@ -41,6 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
     refuse_same_file(arguments.source_path, arguments.target_path)
+    if arguments.rows_only and Path(arguments.target_path).exists():
+        raise UserError(f"{arguments.target_path} has the records of an earlier sample; remove it")
     return arguments
 
 
@@ -77,8 +80,9 @@ def main() -> None:
         for task, rows in groups.items()
     ]
     rows = np.sort(np.concatenate(drawn))
-    write_records(target, records, rows)
-    write_rows(target, rows)
+    if not arguments.rows_only:
+        write_records(target, records, rows)
+    rows_path = write_rows(target, rows)
 
     print_table(
         [
@@ -95,7 +99,7 @@ def main() -> None:
         )
     for note in tag_notes(scan, range(len(records))):
         print(note)
-    print(f"written: {target}")
+    print(f"written: {rows_path if arguments.rows_only else target}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import select_warm_up_data
@@ -49,6 +50,17 @@ def test_the_total_holds_and_small_tasks_give_all_they_have(source, ratio):
     sizes = {"vqa": 40, "textcaps": 9, "boxes": 23, "chat": 6}
     for task, number in drawn.items():
         assert number >= max(drawn.values()) - 1 or number == sizes[task]
+
+
+def test_rows_only_writes_the_numbers_of_the_records_that_are_drawn_and_no_records(source, capsys):
+    folder = source.with_name("out")
+    arguments = ["--source_path", source, "--target_path", folder / "warm_up.json"]
+    call(main, *arguments, "--rows_only")
+    assert [path.name for path in folder.iterdir()] == ["warm_up_rows.npy"]
+    rows = np.load(folder / "warm_up_rows.npy")
+    records = open_records(source)
+    assert [records[row] for row in rows] == warm_up(source)
+    assert "warm_up.json" in refusal(capsys, main, *arguments, "--rows_only")  # the records could be of other data
 
 
 @pytest.mark.parametrize("number", [1, 6, 8, 25, 100])

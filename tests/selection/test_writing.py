@@ -20,6 +20,7 @@ from tive.selection.reading import find_summary, read_selection
 from tive.selection.summary import Task
 from tive.selection.writing import Chosen, Files, check_writable, files_of, write_selection
 from tive.util.errors import UserError
+from tive.util.files import sha256_of
 
 main = select_data_TIVE.main
 
@@ -147,6 +148,22 @@ def test_no_choice_overwrites_the_files_of_another(made):
         subset = open_records(numbers.with_name(numbers.name.replace("_rows.npy", ".json")))
         records = open_records(folder / "data.json")
         assert [records[row] for row in np.load(numbers)] == list(subset)
+
+
+def test_rows_only_writes_all_of_a_selection_but_its_records(made, capsys):
+    folder, arguments = made
+    stem = "Tive_q_0.001_p_0.15"
+    call(main, *arguments, "--rows_only")
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        f"{stem}{end}" for end in ("_rows.npy", "_scores.csv", "_summary.json")
+    }
+    rows = np.load(folder / "out" / f"{stem}_rows.npy")
+    summary = read_selection(find_summary(folder / "out")).summary
+    assert (summary.subset.file, summary.subset.records) == (f"{stem}_rows.npy", len(rows))
+    assert summary.subset.sha256 == sha256_of(folder / "out" / f"{stem}_rows.npy")
+    call(main, *arguments)
+    assert np.array_equal(np.load(folder / "out" / f"{stem}_rows.npy"), rows)
+    assert f"{stem}.json" in refusal(capsys, main, *arguments, "--rows_only")
 
 
 def test_names_of_tasks_that_suit_no_file_name_are_replaced_and_stay_apart():

@@ -252,11 +252,12 @@ def write_records(path: str | os.PathLike[str], records: Records, rows: Iterable
         copy_records(file, records, rows)
 
 
-def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> None:
-    """Write the numbers of the rows that a file of records was made of, beside it as `{stem}_rows.npy`."""
-    path = Path(path)
-    with whole_file(path.with_name(f"{path.stem}_rows.npy")) as file:
+def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
+    """Write the numbers of the rows that a file of records is made of, beside it as `{stem}_rows.npy`."""
+    target = Path(path).with_name(f"{Path(path).stem}_rows.npy")
+    with whole_file(target) as file:
         np.save(file, rows)
+    return target
 
 
 def copy_records(file: BinaryIO, records: Records, rows: Iterable[int]) -> None:

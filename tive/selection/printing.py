@@ -30,7 +30,10 @@ def bar(title: str, records: int) -> tqdm:
 
 def print_files(files: Files, chosen: Chosen) -> None:
     selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    print(f"written: {files.subset}  ({selected:,} records, {selected / records:.2%} of {records:,})")
+    size = f"({selected:,} records, {selected / records:.2%} of {records:,})"
+    if files.subset:
+        print(f"written: {files.subset}  {size}")
+    print(f"{'        ' if files.subset else 'written:'} {files.rows}  {'(their rows)' if files.subset else size}")
     print(f"         {files.scores}  (the scores of every record)")
     print(f"         {files.summary}  (arguments, hashes, tasks)")
 

@@ -80,7 +80,7 @@ class SelectedFrom(Struct, frozen=True):
 
 
 class Subset(Struct, frozen=True):
-    """The file of selected records. `distinct` counts a record that is written twice once."""
+    """The file of selected records, or of their row numbers alone. `distinct` counts a repeated record once."""
 
     file: str
     records: Count

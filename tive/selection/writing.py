@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -40,9 +41,12 @@ from tive.util.files import sha256_of, whole_file
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a selection, which have one stem; `rows` holds the row numbers of the subset's records, int64."""
+    """The files of a selection, which have one stem; `rows` holds the row numbers of the subset's records, int64.
 
-    subset: Path
+    `subset` is None where the row numbers are all that is wanted of it.
+    """
+
+    subset: Path | None
     rows: Path
     scores: Path
     summary: Path
@@ -68,18 +72,22 @@ class Chosen:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def files_of(folder: str | os.PathLike[str], stem: str, data_path: str | os.PathLike[str]) -> Files:
+def files_of(
+    folder: str | os.PathLike[str], stem: str, data_path: str | os.PathLike[str], rows_only: bool = False
+) -> Files:
     """Where a selection goes.
 
     Raises:
-        UserError: the data file is in its place.
+        UserError: the data file is in its place; or, with `rows_only`, the records of an earlier selection.
     """
     ends = (suffix_of(data_path), ROWS_END, SCORES_END, SUMMARY_END)
-    files = Files(*(Path(folder) / f"{stem}{end}" for end in ends))
-    for file in (files.subset, files.rows, files.scores, files.summary):
+    subset, *others = (Path(folder) / f"{stem}{end}" for end in ends)
+    for file in (subset, *others):
         if os.path.realpath(file) == os.path.realpath(data_path):
             raise UserError(f"the data file {data_path} would be overwritten; name another folder for the selection")
-    return files
+    if rows_only and subset.exists():
+        raise UserError(f"{subset} has the records of an earlier selection; remove it, or let it be written again")
+    return Files(None if rows_only else subset, *others)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -116,11 +124,13 @@ def write_selection(
         whole_file(files.summary) as summary_file,
         whole_file(files.scores) as scores_file,
         whole_file(files.rows) as rows_file,
-        whole_file(files.subset) as subset_file,
+        whole_file(files.subset) if files.subset else contextlib.nullcontext() as subset_file,
     ):
-        copy_records(subset_file, mixture.records, rows)
-        subset_file.flush()
         np.save(rows_file, rows)
+        rows_file.flush()
+        if subset_file:
+            copy_records(subset_file, mixture.records, rows)
+            subset_file.flush()
         _write_scores(scores_file, mixture, chosen)
         summary = Summary(
             dict(arguments),
@@ -132,7 +142,10 @@ def write_selection(
                 for row, reason in sorted(chosen.reasons.items())
             ],
             Subset(
-                files.subset.name, len(rows), sha256_of(subset_file.name), int(np.count_nonzero(chosen.times_selected))
+                (files.subset or files.rows).name,
+                len(rows),
+                sha256_of((subset_file or rows_file).name),
+                int(np.count_nonzero(chosen.times_selected)),
             ),
             # Python writes and reads NaN, which is not JSON.
             json.loads(
@@ -144,7 +157,7 @@ def write_selection(
             dict(chosen.details),
         )
         summary_file.write(encode_summary(summary))
-        for file in (subset_file, rows_file, scores_file, summary_file):
+        for file in filter(None, (subset_file, rows_file, scores_file, summary_file)):
             file.flush()
             os.fsync(file.fileno())
 
