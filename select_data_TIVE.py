@@ -112,7 +112,7 @@ def main() -> None:
     read_ahead(*arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
-    read.refuse_adam(features)
+    read.check_gradient(features, options)
     if not options.from_sample:
         read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
@@ -123,7 +123,7 @@ def main() -> None:
     listing = Path(arguments.save_path) / "bad_records.json"
     reasons = read.reasons_left_out(mixture, features, scores, options, listing)
     points = None
-    if not options.from_sample:
+    if read.has_gradients(features) and not options.from_sample:
         groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
         spans = features.spans()
         with bar("Task means", len(groups)) as done:

@@ -322,6 +322,11 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
         "target_211 holds adam gradients, and a target's are taken as they are",
     ),
     "sgd as training": (as_it_is(105), [], "train_105 holds sgd gradients of the records"),
+    "scores alone as training": (
+        lambda folder: write(folder, "train", 105, 10, gradient="none", rates=RATES[105]),
+        [],
+        "train_105 holds none gradients of the records; take Adam's",
+    ),
     "adam where sgd was asked for": (lambda folder: None, ["--gradient", "sgd"], "train_105 holds adam gradients"),
     "two forms": (
         lambda folder: write(folder, "train", 211, 11, gradient="adam_release", rates=RATES[211]),

@@ -199,6 +199,58 @@ def test_adam_features_are_refused_with_the_remedy(made, capsys):
     assert not (folder / "out").exists()
 
 
+@pytest.fixture
+def without_gradients(made: tuple[Path, list[str | Path]]) -> tuple[Path, list[str | Path]]:
+    """The same, and the arguments that select from a folder of forward passes alone, with the same scores."""
+    folder, arguments = made
+    forward, (_, norms) = folder / "forward", random_features(len(mixture()))
+    nothing = torch.empty(len(norms), 0)
+    write_features(forward, folder / "data.json", nothing, norms, change=lambda match: match.update(gradient="none"))
+    change_chunks(forward, lambda content: content["norms"].fill_(float("nan")))
+    return folder, arguments
+
+
+CHOICES_WITHOUT_GRADIENTS = [
+    ["--task_budget", "equal", "--instance_score", "loss", "--q", 2],
+    ["--task_budget", "size+loss", "--instance_score", "length", "--sampling", "top", "--p", 0.3],
+    ["--task_budget", "length", "--instance_score", "random", "--at_most_once"],
+    ["--task_budget", "equal+loss", "--from_sample"],
+]
+
+
+def test_a_folder_without_gradients_selects_by_its_scores_as_one_with_them(without_gradients, capsys):
+    folder, arguments = without_gradients
+    for choice in CHOICES_WITHOUT_GRADIENTS:
+        call(main, *arguments, *choice)
+        call(main, *arguments, *choice, "--gradient_path", folder / "forward", "--save_path", folder / "other")
+        assert "nan" not in capsys.readouterr().out
+    subsets = list((folder / "out").glob("*.json"))
+    assert len(subsets) == 2 * len(CHOICES_WITHOUT_GRADIENTS)
+    for subset in subsets:
+        if not subset.name.endswith("_summary.json"):
+            assert subset.read_bytes() == (folder / "other" / subset.name).read_bytes()
+    for summary in (folder / "other").glob("*_summary.json"):
+        selection = read_selection(summary)
+        assert "norm" not in selection.numbers and all(task.value is None for task in selection.tasks)
+
+
+@pytest.mark.parametrize(
+    "choice, named",
+    [
+        ([], ("task_budget difficulty", "instance_score influence")),
+        (["--task_budget", "equal+difficulty", "--instance_score", "loss"], ("task_budget difficulty",)),
+        (["--task_budget", "equal", "--instance_score", "norm"], ("instance_score norm",)),
+        (["--task_budget", "equal", "--instance_score", "loss", "--sampling", "clusters"], ("sampling clusters",)),
+        (["--task_budget", "equal", "--instance_score", "loss", "--drop_below", 0], ("visual_gain",)),
+    ],
+)
+def test_what_a_folder_without_gradients_lacks_is_refused_with_the_remedy(without_gradients, capsys, choice, named):
+    folder, arguments = without_gradients
+    line = refusal(capsys, main, *arguments, "--gradient_path", folder / "forward", *choice)
+    assert str(folder / "forward") in line and all(name in line for name in named)
+    assert ("gradient sgd" in line) == ("visual_gain" not in named) and not (folder / "out").exists()
+
+
 def test_what_is_read_is_what_was_written(made):
     folder, arguments = made
     call(main, *arguments, "--instance_score", "loss", "--q", 2)

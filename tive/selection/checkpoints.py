@@ -71,9 +71,9 @@ def _check_gradients(checkpoint: CheckpointFeatures, gradient: str) -> None:
             f"{checkpoint.target.folder} holds {there} gradients, and a target's are taken as they are; take them "
             "again in another folder (gradient sgd)"
         )
-    if (here == "sgd") != (gradient == "sgd"):
+    if here == "none" or (here == "sgd") != (gradient == "sgd"):
         remedy = "leave gradient sgd out"
-        if here == "sgd":
+        if here in ("sgd", "none"):
             remedy = "take Adam's in another folder (gradient adam), or select by plain ones (gradient sgd)"
         raise UserError(f"{checkpoint.train.folder} holds {here} gradients of the records; {remedy}")
 

@@ -32,6 +32,11 @@ def is_excluded(task_names: Sequence[str], options: TiveOptions) -> np.ndarray:
     return np.array([name in options.exclude_tasks or name == NO_TASK for name in task_names], bool)
 
 
+def has_scores(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which records the gradient step computed, bool `[N]`: in a selection from a sample the others have no score."""
+    return np.any([np.isfinite(values) for values in scores.values()], axis=0)
+
+
 def choose(
     task_names: Sequence[str],
     task: np.ndarray,
@@ -45,9 +50,9 @@ def choose(
     Args:
         task_names: the T tasks.
         task: int `[N]`, index into `task_names` of each record's task.
-        scores: float `[N]` each: `norm`, `influence`, and the others that the options name (`TiveOptions.columns`).
-        reasons: why records cannot be drawn, by row: they count in nothing but N. A record without a norm, in a
-            selection from a sample, counts in no mean.
+        scores: float `[N]` each: those that the options name (`TiveOptions.columns`) and any others. A record without
+            any, in a selection from a sample, counts in no mean.
+        reasons: why records cannot be drawn, by row: they count in nothing but N.
         points: int8 `[N, m]`, of `whitened_points`, for sampling by clusters.
 
     Returns:
@@ -64,7 +69,8 @@ def choose(
     usable = np.ones(len(task), bool)
     usable[list(reasons)] = False
     counted = [rows[usable[rows]] for rows in rows_of]
-    measured = [rows[np.isfinite(scores["norm"][rows])] for rows in counted]
+    known = has_scores(scores)
+    measured = [rows[known[rows]] for rows in counted]
     for index in included:
         _refuse_empty(shown(task_names[index], LABEL_LIMIT), rows_of[index], counted[index], measured[index], reasons)
     bases = {
@@ -90,7 +96,7 @@ def choose(
         tasks[index] = structs.replace(
             tasks[index],
             excluded=False,
-            value=task_value(scores["norm"][measured[index]]),
+            value=task_value(scores["norm"][measured[index]]) if "norm" in scores else None,
             basis=float(basis[place]),
             budget=records,
             budget_before_rounding=float(budgets[place]),

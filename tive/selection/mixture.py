@@ -75,14 +75,16 @@ def _text(value: Any) -> str:
 def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str, np.ndarray]:
     """What the feature files know of every record beside its features, `[N]` each, by the scores file's column.
 
-    `norm` is always there; `loss`, `el2n`, `visual_gain` (float64), `supervised_tokens` and `tokens` (int64, or float64
-    where records have no features) where every chunk has them.
+    `norm`, `loss`, `el2n`, `visual_gain` (float64), `supervised_tokens` and `tokens` (int64, or float64 where records
+    have no features) where every chunk has them; no `norm` where no gradient was taken.
 
     Raises:
         UserError: a column that is needed is not there.
     """
     scores = {}
     for key, column in COLUMN_OF.items():
+        if column == "norm" and not has_gradients(features):
+            continue
         values = features.column(key)
         if values is not None:
             is_whole = key.endswith("tokens") and np.isfinite(values).all()
@@ -124,18 +126,29 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | No
         print(f"{features.folder}: features of another data file; all {len(mixture.ids):,} records have theirs in it")
 
 
-def refuse_adam(features: Features) -> None:
-    """TIVE's values and influences are those of the gradient itself.
+def has_gradients(features: Features) -> bool:
+    """Whether there are gradient norms and features beside the scores of the forward pass."""
+    return features.match is None or features.match.gradient != "none"
+
+
+def check_gradient(features: Features, options: TiveOptions) -> None:
+    """TIVE's values and influences are those of the gradient itself; other scores do without any.
 
     Raises:
-        UserError: the features are of gradients as the Adam optimizer would apply them.
+        UserError: the features are of gradients as Adam would apply them, or the options need gradients that are not
+            there.
     """
-    for chunk in features.chunks[:1]:
-        if chunk.match is not None and chunk.match.gradient.startswith("adam"):
-            raise UserError(
-                f"{chunk.path} holds {chunk.match.gradient} gradients, which are for select_data_LESS.py; take those "
-                "that TIVE selects by with compute_gradient_features.py in another folder (gradient sgd)"
-            )
+    if features.match is not None and features.match.gradient.startswith("adam"):
+        raise UserError(
+            f"{features.folder} holds {features.match.gradient} gradients, which are for select_data_LESS.py; take "
+            "those that TIVE selects by with compute_gradient_features.py in another folder (gradient sgd)"
+        )
+    if not has_gradients(features) and options.of_gradients:
+        raise UserError(
+            f"{features.folder} holds no gradients (gradient none), and {' and '.join(options.of_gradients)} needs "
+            "them; choose by other scores, such as task_budget equal and instance_score loss, or take the gradients in "
+            "another folder (gradient sgd)"
+        )
 
 
 def reasons_left_out(
@@ -164,9 +177,11 @@ def reasons_left_out(
             f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
             "name the key that holds the task as task_key, or repair the data and take the gradients again"
         )
-    norms, there = scores["norm"], features.rows >= 0
-    for row in np.flatnonzero(there & ~(np.isfinite(norms) & (norms > 0))).tolist():
-        reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
+    there = features.rows >= 0
+    if "norm" in scores:
+        norms = scores["norm"]
+        for row in np.flatnonzero(there & ~(np.isfinite(norms) & (norms > 0))).tolist():
+            reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
     if options is None:
         return reasons
     for column in sorted(options.columns & scores.keys() - {"norm"}):

@@ -106,13 +106,21 @@ class TiveOptions:
 
     @property
     def columns(self) -> set[str]:
-        """The columns of scores that these options need."""
-        columns = {"norm"}
-        if not self.from_sample:
-            columns |= {"influence", SCORE_COLUMNS.get(self.instance_score, "influence")}
-        if self.drop_below is not None:
-            columns |= {"visual_gain"}
-        return columns | {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
+        """The columns of scores that decide."""
+        columns = {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
+        if not self.from_sample and self.instance_score != "random":
+            columns |= {SCORE_COLUMNS[self.instance_score]}
+        return columns | ({"visual_gain"} if self.drop_below is not None else set())
+
+    @property
+    def of_gradients(self) -> list[str]:
+        """Of these options those that need gradient norms or features."""
+        needed = [("task_budget", "difficulty")] if "difficulty" in self.budget_rules else []
+        if not self.from_sample and self.instance_score in ("influence", "norm"):
+            needed += [("instance_score", self.instance_score)]
+        if self.sampling == "clusters":
+            needed += [("sampling", "clusters")]
+        return [" ".join(option) for option in needed]
 
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
         """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.

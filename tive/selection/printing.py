@@ -85,7 +85,7 @@ def _with_errors(task: Task, numbers: tuple[str, ...]) -> tuple[str, ...]:
     if task.excluded or task.budget_interval is None:
         return ("", *numbers, "")
     low, high = task.budget_interval
-    value = f"{numbers[0]} ± {task.value_error:.2g}"
+    value = f"{numbers[0]} ± {task.value_error:.2g}" if task.value_error is not None else numbers[0]
     return (f"{task.sampled:,}", value, *numbers[1:], f"{low:,.1f} to {high:,.1f}")
 
 
@@ -192,11 +192,13 @@ def _small_shares(chosen: Chosen, options: TiveOptions) -> Iterator[str]:
     included, total = _included(chosen), _budget(chosen)
     records = np.array([task.records for task in included])
     shares = total * records / records.sum()
-    rules = {"difficulty": np.array([task.value for task in included]), "equal": np.ones(len(included))}
+    rules = {"equal": np.ones(len(included))}
+    if all(task.value is not None for task in included):
+        rules["difficulty"] = np.array([task.value for task in included])
     others = {
         name: mean_budgets([rules[rule] for rule in name.split("+")], options.p, len(chosen.times_selected))
         for name in ("equal", "difficulty+equal")
-        if name != "+".join(options.budget_rules)
+        if name != "+".join(options.budget_rules) and rules.keys() >= set(name.split("+"))
     }
     small = []
     for place, task in enumerate(included):

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import structs
 
 from tive.method.value import budget_errors, records_for_error
-from tive.selection.choose import rule_value
+from tive.selection.choose import has_scores, rule_value
 from tive.selection.options import BUDGET_COLUMNS, TiveOptions
 from tive.selection.writing import Chosen
 from tive.util.errors import UserError
@@ -32,7 +32,7 @@ def with_errors(chosen: Chosen, task: np.ndarray, scores: Mapping[str, np.ndarra
         UserError: a task has one record with features, which tells no error, and more without.
     """
     included = [index for index, entry in enumerate(chosen.tasks) if not entry.excluded]
-    usable = np.isfinite(scores["norm"])
+    usable = has_scores(scores)
     usable[list(chosen.reasons)] = False
     measured = [np.flatnonzero(usable & (task == index)) for index in included]
     sizes = np.array([chosen.tasks[index].counted for index in included])
@@ -51,12 +51,14 @@ def with_errors(chosen: Chosen, task: np.ndarray, scores: Mapping[str, np.ndarra
     errors, intervals = budget_errors(means, covariances, counts, sizes, total)
     tasks = list(chosen.tasks)
     for place, index in enumerate(included):
-        norms = scores["norm"][measured[place]]
-        spread = float(norms.std(ddof=1)) if counts[place] > 1 else 0.0
+        value_error = None
+        if "norm" in scores:
+            spread = float(scores["norm"][measured[place]].std(ddof=1)) if counts[place] > 1 else 0.0
+            value_error = spread * float(np.sqrt((1 - counts[place] / sizes[place]) / counts[place]))
         tasks[index] = structs.replace(
             tasks[index],
             sampled=int(counts[place]),
-            value_error=spread * float(np.sqrt((1 - counts[place] / sizes[place]) / counts[place])),
+            value_error=value_error,
             budget_error=float(errors[place]),
             budget_interval=(float(intervals[place, 0]), float(intervals[place, 1])),
         )
