@@ -1,4 +1,4 @@
-"""Convert records between JSON and JSON Lines, and between LLaVA's form and those that other trainers read.
+"""Convert records between JSON, JSON Lines and Parquet, and between LLaVA's form and those that other trainers read.
 
 The target's name chooses the container: .jsonl is JSON Lines, anything else a JSON list. --to chooses the form:
 
@@ -6,8 +6,11 @@ The target's name chooses the container: .jsonl is JSON Lines, anything else a J
   sharegpt  conversations: from, value; images       LLaMA-Factory (formatting: sharegpt), ms-swift
   messages  messages: role, content; images          LLaMA-Factory (its OpenAI tags), ms-swift
   parts     messages, content a list of parts        TRL
+  parquet   the same in a folder of Parquet files    TRL, datasets.load_dataset; the images of --image_folder lie in
+                                                     the rows
 
-From Parquet or Arrow, --image_folder takes the images that lie in the rows, one file for equal ones.
+From Parquet or Arrow, --image_folder takes the images that lie in the rows, one file for equal ones. Both ways go on
+where they were stopped.
 The form of each source record is seen from its keys, and roles may have their other names (user, assistant, chatgpt).
 No key is lost, and back again gives the same record. LLaVA's
 template has its own system prompt: a system turn becomes the key `system`, which LLaVA does not train on, and the key
@@ -28,10 +31,12 @@ from tqdm import tqdm
 
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
-from tive.data.images import store_image
+from tive.data.images import image_format, store_image
 from tive.data.parquet import is_table
-from tive.data.problems import check_listed, listed_records, listing_beside, refuse_bad_records
+from tive.data.problems import check_listed, form_problem, listed_records, listing_beside, refuse_bad_records
 from tive.data.records import JsonRecords, Records, name_of, open_records, write_raw, write_records
+from tive.data.scan import check_chunk, scan_records
+from tive.data.shards import schema_of, write_shards
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed
@@ -45,20 +50,26 @@ def parse_arguments() -> argparse.Namespace:
   python scripts/convert_data.py --source_path data.json --target_path data.jsonl
   python scripts/convert_data.py --source_path chat.jsonl --target_path llava.json --to llava
   python scripts/convert_data.py --source_path Tive_q_0.001_p_0.15.json --target_path subset.jsonl --to messages
-  python scripts/convert_data.py --source_path data.json --target_path good.json --drop warm_up_bad_records.json""",
+  python scripts/convert_data.py --source_path data.json --target_path good.json --drop warm_up_bad_records.json
+  python scripts/convert_data.py --source_path FineVision --target_path data.json --to llava --image_folder images
+  python scripts/convert_data.py --source_path data.json --target_path parquet --to parquet --image_folder images""",
     )
     parser.add_argument(
         "--source_path", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder of it"
     )
-    parser.add_argument("--target_path", required=True, help="where they go; another file")
-    parser.add_argument("--to", choices=FORMS, help="form of the records (default: each as it is, byte for byte)")
+    parser.add_argument("--target_path", required=True, help="where they go; another file, or of Parquet a new folder")
+    parser.add_argument(
+        "--to", choices=(*FORMS, "parquet"), help="form of the records (default: each as it is, byte for byte)"
+    )
     parser.add_argument(
         "--image",
         choices=("string", "list"),
         default="string",
         help="with --to llava: the one image of a record as a path, or as a list of one (default: %(default)s)",
     )
-    parser.add_argument("--image_folder", metavar="DIR", help="where images go that lie in the rows of a table")
+    parser.add_argument(
+        "--image_folder", metavar="DIR", help="where images go that lie in rows; to parquet, where they lie"
+    )
     parser.add_argument(
         "--drop", metavar="FILE", nargs="+", default=[], help="leave out the records that these lists of a step name"
     )
@@ -105,6 +116,8 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             continue
         name = name_of(arguments.source_path, row, record)
         try:
+            if not isinstance(records, JsonRecords):
+                record = without_nulls(record)
             llava = unpacked(to_llava(record), arguments.image_folder)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
         except (ValueError, RecursionError) as error:
@@ -122,6 +135,26 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
         )
     if problems:
         refuse_bad_records(records, problems, listing_beside(arguments.target_path))
+
+
+def write_parquet(arguments: argparse.Namespace, found: Found) -> None:
+    """Write all records and their images into a new folder of Parquet files.
+
+    Raises:
+        UserError: the folder is there, or records have no such form or images that cannot be used (all are listed).
+    """
+    target = Path(arguments.target_path)
+    if target.exists():
+        raise UserError(f"--target_path {target} is there already; name another folder, or remove it")
+    folder = arguments.image_folder or ""
+    records = open_records(arguments.source_path)
+    scan = scan_records(records, form_problem)
+    checked = check_chunk(scan, range(len(records)), folder, image_format)
+    schema, problems = schema_of(records)
+    refuse_bad_records(records, problems | checked.reasons, listing_beside(target))
+    found.records = len(records)
+    files = write_shards(target, records, schema, folder)
+    print(f"{files:,} files, which datasets.load_dataset and scripts/train_trl.py read as they are")
 
 
 def write_rows_kept(arguments: argparse.Namespace, records: Records, found: Found) -> None:
@@ -156,6 +189,13 @@ def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
     return record | {"image": paths[0] if len(paths) == 1 else paths}
 
 
+def without_nulls(value: Any) -> Any:
+    """A table's value without the keys that it fills with null because other rows have them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def text_of(record: dict[str, Any]) -> bytes:
     """A record as JSON in UTF-8; escaped where it holds half a surrogate pair, which UTF-8 cannot.
 
@@ -178,7 +218,11 @@ def main() -> None:
     if arguments.image == "list" and arguments.to != "llava":
         raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
     found = Found()
-    if arguments.to is None and is_table(Path(arguments.source_path)):
+    if arguments.to == "parquet" and arguments.drop:
+        raise UserError("--drop goes without --to parquet; write the data without them first, then convert that")
+    if arguments.to == "parquet":
+        write_parquet(arguments, found)
+    elif arguments.to is None and is_table(Path(arguments.source_path)):
         write_rows_kept(arguments, open_records(arguments.source_path), found)
     else:
         write_raw(target, converted(arguments, found), lines=Path(target).suffix == ".jsonl")

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers.records import MEDIA
-from tive.data.conversations import to_llava
+from tive.data import shards
+from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.media import media_of
 from tive.data.problems import problem_of
+from tive.data.records import open_records
+from tive.data.shards import schema_of, write_shards
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
 
@@ -385,3 +388,116 @@ def test_listed_records_are_dropped_from_a_table_whose_rows_stay_as_they_are(tmp
     (tmp_path / "bad.json").write_text(json.dumps([{"row": 1, "id": "other"}]))
     done, _ = convert(tmp_path, content, *arguments, source="a.parquet")
     assert done.returncode == 2 and "record 1" in done.stderr
+
+
+# To Parquet
+
+
+@pytest.fixture
+def pictured(tmp_path):
+    """Records with one image, with several, with none, with further keys of all kinds; and their image folder."""
+    contents = {}
+    for name, form in (("coco/1.jpg", "JPEG"), ("coco/2.png", "PNG"), ("3.png", "PNG")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((30 + len(contents), 20), 50).save(tmp_path / "images" / name, form)
+        contents[name] = (tmp_path / "images" / name).read_bytes()
+    turns = LLAVA["conversations"]
+    records = [
+        LLAVA | {"image": "coco/1.jpg", "scores": [1, 2.5], "box": {"x": [1, 2]}},
+        LLAVA | {"image": ["coco/2.png", "3.png"], "id": "é"},
+        {"id": "text", "conversations": turns[2:], "box": {"y": "left"}, "scores": []},
+        {"id": "again", "image": "3.png", "conversations": turns},
+    ] * 3
+    return records, contents, tmp_path
+
+
+def unpacked(tmp_path, source):
+    """The records that `--to llava` makes of a folder of Parquet, with the bytes of each image in place of its path."""
+    done, written = convert(tmp_path, "", "--source_path", str(source), "--to", "llava", "--image_folder", "out")
+    assert done.returncode == 0, done.stderr
+    return json.loads(written)
+
+
+def test_records_and_images_go_into_parquet_and_come_back_the_same(pictured, monkeypatch):
+    records, contents, folder = pictured
+    monkeypatch.chdir(folder)
+    options = ("--to", "parquet", "--image_folder", "images", "--target_path", "packed")
+    done, _ = convert(folder, json.dumps(records), *options)
+    assert done.returncode == 0, done.stderr
+    assert {path.suffix for path in (folder / "packed").iterdir()} == {".parquet"}
+    assert not list(folder.glob(".*"))
+    back = unpacked(folder, folder / "packed")
+    assert len(back) == len(records)
+    for one, record in zip(back, records, strict=True):
+        names, files = (
+            value if isinstance(value, list) else [value] for value in (record.get("image", []), one.get("image", []))
+        )
+        assert [(folder / "out" / file).read_bytes() for file in files] == [contents[name] for name in names]
+        assert {**one, "image": None} == {**record, "image": None}
+    done, _ = convert(folder, json.dumps(records), *options)
+    assert done.returncode == 2 and "there already" in done.stderr
+
+
+def test_packing_goes_on_where_it_was_stopped_and_writes_the_same_files(pictured, monkeypatch):
+    records, _, folder = pictured
+    (folder / "a.json").write_text(json.dumps(records))
+    source, images = open_records(folder / "a.json"), str(folder / "images")
+    monkeypatch.setattr(shards, "GROUP_BYTES", 1200)
+    monkeypatch.setattr(shards, "GROUPS_A_SHARD", 2)
+    schema, problems = schema_of(source)
+    assert not problems and write_shards(folder / "whole", source, schema, images) > 2
+
+    read = []
+
+    def stopping(image, folder):
+        read.append(image)
+        if len(read) == 9:
+            raise KeyboardInterrupt
+        return stored(image, folder)
+
+    stored = shards._stored
+    monkeypatch.setattr(shards, "_stored", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(folder / "packed", source, schema, images)
+    assert not (folder / "packed").exists()
+    write_shards(folder / "packed", source, schema, images)
+    assert len(read) < 9 + sum(len(image_paths(record)) for record in records)
+    whole, packed = (sorted((folder / name).iterdir()) for name in ("whole", "packed"))
+    assert [file.read_bytes() for file in whole] == [file.read_bytes() for file in packed]
+    groups = [parquet.ParquetFile(file).num_row_groups for file in whole]
+    assert max(groups) == 2 and len(open_records(folder / "packed")) == len(records)
+
+
+def test_what_parquet_cannot_take_is_refused_by_row(pictured, monkeypatch):
+    records, _, folder = pictured
+    monkeypatch.chdir(folder)
+    (folder / "images" / "no.jpg").write_bytes(b"no image")
+    bad = {
+        2: {"id": 7},
+        4: {"scores": "high"},
+        5: {"image": "missing.jpg"},
+        6: {"image": "no.jpg"},
+        7: {"big": 1 << 70},
+    }
+    mixed = [record | bad.get(row, {}) for row, record in enumerate(records)]
+    done, _ = convert(
+        folder, json.dumps(mixed), "--to", "parquet", "--image_folder", "images", "--target_path", "packed"
+    )
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1
+    assert [entry["row"] for entry in json.loads((folder / "packed_bad_records.json").read_text())] == [*bad]
+    assert not (folder / "packed").exists() and not list(folder.glob(".*"))
+
+
+def test_the_datasets_library_reads_the_shards_as_records_with_pictures(pictured, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    records, contents, folder = pictured
+    monkeypatch.chdir(folder)
+    done, _ = convert(
+        folder, json.dumps(records), "--to", "parquet", "--image_folder", "images", "--target_path", "packed"
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = datasets.load_dataset(str(folder / "packed"), split="train", cache_dir=str(folder / "cache"))
+    assert [len(row["images"]) for row in loaded] == [len(image_paths(record)) for record in records]
+    with Image.open(io.BytesIO(contents["coco/2.png"])) as image:
+        assert loaded[1]["images"][0].tobytes() == image.tobytes()
+    assert [part["type"] for part in loaded[0]["messages"][1]["content"]] == ["image", "text"]

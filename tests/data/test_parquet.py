@@ -20,13 +20,13 @@ from PIL import Image
 import select_warm_up_data
 from tests.helpers.feature_files import call
 from tests.helpers.records import record_with, write
-from tive.data.conversations import image_of
-from tive.data.images import BadImage, read_image
+from tive.data.conversations import image_of, images_of
+from tive.data.images import BadImage, open_image, read_image
 from tive.data.media import StoredImage
 from tive.data.parquet import TableRecords, _row_group
 from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
-from tive.data.scan import refuse_problems, scan_records
+from tive.data.scan import check_chunk, refuse_problems, scan_records
 from tive.data.trained import conversation_of
 from tive.util.errors import UserError
 
@@ -149,6 +149,26 @@ def test_images_of_every_kind_of_column_are_opened_from_the_row(tmp_path):
 def test_bytes_that_are_no_image_are_told_as_a_file_of_them_is(content):
     with pytest.raises(BadImage, match="unreadable image"):
         read_image("", StoredImage("a.png", content))
+
+
+def test_the_images_in_the_rows_are_opened_where_all_are_to_be_checked(tmp_path):
+    rows = onevision(range(8))
+    rows[3]["image"]["bytes"] = b"no image"
+    rows[5]["image"]["bytes"] = png(5)[:300]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, ONEVISION), tmp_path / "a.parquet")
+    scan = scan_records(open_records(tmp_path / "a.parquet"), form_problem)
+    assert not check_chunk(scan, range(8), "").reasons
+    assert list(check_chunk(scan, range(8), "", open_image).reasons) == [3, 5]
+
+
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}, {"bytes": b"", "path": None}, {"bytes": b"x"}])
+def test_a_record_has_as_many_images_with_their_bytes_as_without(tmp_path, image):
+    rows = [row | {"image": image} for row in onevision(range(2))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, ONEVISION), tmp_path / "a.parquet")
+    records = open_records(tmp_path / "a.parquet")
+    expected = [0, 0] if image is None else [1, 1]
+    assert [len(images_of(record)) for record in records] == expected
+    assert [len(images_of(records[row])) for row in range(2)] == expected
 
 
 def test_what_is_selected_is_written_with_the_schema_and_metadata_of_the_source(fine, tmp_path):

@@ -153,7 +153,7 @@ class LookedFor:
     renamed: dict[str, str]
 
 
-def look_for(folder: str, images: Iterable[str], read: Callable[[str], object] | None = None) -> LookedFor:
+def look_for(folder: str, images: Iterable[str], read: Callable[[str | BinaryIO], object] | None = None) -> LookedFor:
     """See for each image whether it can be used.
 
     Args:
@@ -218,10 +218,9 @@ def store_image(folder: str, image: StoredImage) -> str:
     """
     content = image.content or b""
     try:
-        with Image.open(io.BytesIO(content), formats=_formats()) as opened:
-            suffix = {"JPEG": "jpg"}.get(opened.format or "", (opened.format or "").lower())
-    except Exception as error:  # Pillow raises many kinds
-        raise ValueError(f"has an image that cannot be read ({image.name})") from error
+        suffix = image_format(io.BytesIO(content))
+    except BadImage as error:
+        raise ValueError(f"has an image that cannot be used: {error} ({image.name})") from error
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     name = f"{digest[:2]}/{digest}.{suffix}"
     path = os.path.join(folder, name)
@@ -229,6 +228,19 @@ def store_image(folder: str, image: StoredImage) -> str:
         with whole_file(path) as file:
             file.write(content)
     return name
+
+
+def image_format(path: str | BinaryIO) -> str:
+    """The suffix of an image's format, `jpg` or `png`, by its first bytes.
+
+    Raises:
+        BadImage: it is no image.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower())
+    except Exception as error:  # Pillow raises many kinds
+        raise BadImage("unreadable image: no image format that is known") from error
 
 
 def open_image(path: str | BinaryIO, padded: bool = False, upright: bool = False) -> Image.Image:

@@ -94,7 +94,8 @@ def _image(entry: Any, where: str) -> Any:
     path = entry.get("path")
     if "bytes" not in entry:
         return StoredImage(path or where, None)
-    return StoredImage(path or where, entry["bytes"]) if entry["bytes"] else path
+    # Where the bytes are not read a struct is an image; here too, so an empty one is a broken image.
+    return path if path and not entry["bytes"] else StoredImage(path or where, entry["bytes"] or b"")
 
 
 def is_table(path: Path) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
 
 from tive.data.containers import open_data_file
-from tive.data.conversations import image_paths, placeholder_in, to_llava
-from tive.data.images import look_for
+from tive.data.conversations import image_paths, images_of, placeholder_in, to_llava
+from tive.data.images import BadImage, look_for
 from tive.data.media import IMAGE_TAG, Image, is_empty
 from tive.data.parquet import TableRecords
 from tive.data.problems import convert_command, refuse_bad_records, writable
@@ -180,12 +183,12 @@ def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
 
 
 def check_chunk(
-    scan: Scan, rows: range, image_folder: str, read_image: Callable[[str], object] | None = None
+    scan: Scan, rows: range, image_folder: str, read_image: Callable[[str | BinaryIO], object] | None = None
 ) -> Checked:
     """Check that the images of a chunk's records are there.
 
     Args:
-        read_image: also reads the file of every image whole; raises `BadImage`.
+        read_image: also reads every image, a file's path or the bytes that lie in the row; raises `BadImage`.
 
     Raises:
         UserError: the image folder is not there.
@@ -200,4 +203,13 @@ def check_chunk(
             checked.reasons[row] = bad[0]
         elif renamed := [looked.renamed[image] for image in paths if image in looked.renamed]:
             checked.renamed[row] = renamed[0]
+    if read_image is not None and isinstance(scan.records, TableRecords) and scan.records.image_columns:
+        for row in tqdm(rows, "Opening images", unit=" records", delay=2):
+            images = [] if row in checked.reasons else images_of(scan.records[row])
+            try:
+                for image in images:
+                    if not isinstance(image, str):
+                        read_image(io.BytesIO(image.content or b""))
+            except BadImage as error:
+                checked.reasons[row] = str(error)
     return checked

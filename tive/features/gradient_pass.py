@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class PassOptions:
 
     folder: Path
     image_folder: str
-    read_image: Callable[[str], object] | None
+    read_image: Callable[[str | BinaryIO], object] | None
     skip_bad: bool
     overwrite: bool
     batch_size: int
