@@ -81,6 +81,18 @@ def test_draw_depends_on_seed_and_task_alone_and_is_the_same_everywhere():
 WRITTEN_DOWN = [28, 36, 40, 41, 46, 47]
 
 
+def test_the_subset_is_independent_of_the_warm_up_sample_of_another_seed_and_holds_that_of_its_own():
+    influence = np.random.default_rng(0).uniform(-1, 1, 100)
+    both = {0: 0, 1: 0}
+    for seed in range(300):
+        warm_up = set(draw(np.zeros(100), 0.0, 10, seed, "vqa").tolist())
+        for apart in both:
+            subset = draw(influence, 0.001, 20, seed + 1000 * apart, "vqa")
+            both[apart] += len(warm_up & set(subset.tolist()))
+    # By chance a warm-up record is in the subset with 1/5, in 3,000 draws to about 0.02; with one seed it always is.
+    assert both[0] == 3000 and abs(both[1] / 3000 - 0.2) < 0.03
+
+
 def test_top_takes_the_best_and_the_earlier_of_equal_ones():
     assert draw_top(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert draw_top(np.zeros(4), 2).tolist() == [0, 1]
