@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from tive.selection.options import GRADIENTS, OVER_TARGETS, LessOptions
 from tive.util.errors import run
@@ -36,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data_path", required=True, help="records to select from: a JSON list or JSON Lines")
-    add("--train", required=True, nargs="+", metavar="DIR", help="their features, one folder a checkpoint")
+    add("--train", required=True, nargs="+", metavar="DIR", help="their features, a folder a checkpoint, or several")
     add("--target_data", required=True, help="records of the target: a JSON list or JSON Lines")
-    add("--target", required=True, nargs="+", metavar="DIR", help="the target's features, in the same order")
+    add("--target", required=True, nargs="+", metavar="DIR", help="the target's features at the same checkpoints")
     add("--save_path", required=True, metavar="DIR", help="folder for the subset, the scores and the summary")
     add("--p", type=float, default=0.05, help="share of all records to select, above 0 and up to 1 (0.05)")
     add("--task_key", default="dataset", help="where a target record names its subtask: KEY, KEY.KEY or KEY:SEPARATOR")
@@ -82,7 +83,8 @@ def main() -> None:
     read_ahead(*arguments.train)  # while the records are parsed
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
-    checkpoints = open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient)
+    missing = Path(arguments.save_path) / "missing"
+    checkpoints = open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient, missing)
     checkpoint_weights = weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints)
     reasons = less.records_left_out(mixture, checkpoints)

@@ -114,7 +114,8 @@ def main() -> None:
     features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
     read.check_gradient(features, options)
     if not options.from_sample:
-        read.refuse_missing(features, mixture, Path(arguments.save_path) / "missing" / "records.json")
+        missing = Path(arguments.save_path) / "missing" / "records.json"
+        read.refuse_missing(features, mixture, missing, "; or select from_sample")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
     stem = options.stem(mixture.task_names, arguments.task_key)
     files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)

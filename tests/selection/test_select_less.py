@@ -297,7 +297,6 @@ def test_subtasks_that_no_selected_record_serves_best_are_named(
 
 Change = Callable[[Path], object]
 OTHERS: dict[str, Any] = {
-    "model": "f" * 64,
     "grad_modules": "mlp",
     "counted_parameters": 999,
     "projector": "trak_basic",
@@ -343,11 +342,6 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
         lambda folder: write(folder, "target", 105, 20, left_out={3: "unreadable image"}),
         [],
         "no record of the target's subtask c has a gradient (record 3: unreadable image)",
-    ),
-    "other data": (
-        lambda folder: (folder / "data.json").write_text(json.dumps([*mixture(), record(1999, "new")])),
-        [],
-        "train_105 holds no features of 1 of the 79 records",
     ),
     "weights below zero": (lambda folder: None, ["--weights", -1, 2], "weights -1.0 2.0: one is negative"),
     "weights not a number": (lambda folder: None, ["--weights", "nan", 2], "one is negative or not a number"),
@@ -415,16 +409,47 @@ def test_sgd_gradients_of_the_records_are_taken_when_asked_for(own: Made, tmp_pa
     assert Outcome(tmp_path).stem == "Less_p_0.05_gradient-sgd"
 
 
-def test_folders_that_do_not_pair_are_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = made.arguments(tmp_path / "out")
+def test_folders_pair_by_their_checkpoint_and_each_must_have_its_other_side(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = made.arguments(tmp_path)
     train, target = arguments[5:7], arguments[8:10]
-    for of_records, of_target, reason in (
-        (train, target[:1], "2 folders of the records' features and 1 of the target's"),
-        (train, target[::-1], "differ in `model`"),
-        ([train[0], train[0]], [target[0], target[0]], "are of the same checkpoint"),
+    call(main, *arguments, "--target", *target[::-1])
+    np.testing.assert_allclose(Outcome(tmp_path).column("score_a"), pairwise_scores(made, DEFAULT_WEIGHTS)[:, 1])
+    for of_records, of_target, named in (
+        (train, target[:1], train[1]),
+        (train[:1], target, target[1]),
+        ([train[0], train[1], train[0]], target, train[0]),
     ):
-        given = [*arguments[:4], "--train", *of_records, "--target", *of_target, "--save_path", tmp_path / "out"]
-        assert reason in refusal(capsys, main, *given)
+        line = refusal(capsys, main, *arguments, "--train", *of_records, "--target", *of_target)
+        assert str(named) in line and ("give the" in line or "leave it out" in line)
+
+
+def test_a_checkpoints_features_may_lie_in_several_folders(
+    own: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = own.arguments(tmp_path)
+    records = [*mixture(), record(1998, "new"), record(1999, "new")]
+    (own.folder / "data.json").write_text(json.dumps(records[::-1]))
+    parts = []
+    for step in STEPS:
+        line = refusal(capsys, main, *arguments, "--train", *parts, *(own.folder / f"train_{step}" for step in STEPS))
+        missing = tmp_path / "missing" / f"train_{step}" / "records.json"
+        assert "2 of the 80 records" in line and f"--input_file {missing}" in line and "compute_gradient" in line
+        extra, norms = random_features(2, seed=step)
+        change = set_match(**match_of(step, "adam"))
+        write_features(
+            missing.parent, missing, extra, norms, 1, change=change, manifest={"learning_rates": RATES[step]}
+        )
+        parts.append(missing.parent)
+    train = [own.folder / f"train_{step}" for step in STEPS]
+    call(main, *arguments, "--train", *train, *parts)
+    whole = [
+        np.concatenate([features, random_features(2, seed=step)[0].double().numpy()[::-1]])[::-1]
+        for step, features in zip(STEPS, own.train, strict=True)
+    ]
+    expected = pairwise_scores(Made(own.folder, whole, own.target, own.subtasks), DEFAULT_WEIGHTS)
+    np.testing.assert_allclose(Outcome(tmp_path).column("score_b"), expected[:, 0], atol=1e-9)
 
 
 def test_a_target_record_without_a_subtask_is_refused(

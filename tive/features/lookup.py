@@ -138,7 +138,7 @@ def open_features(
         UserError: as `open_chunks`, or the features are of another data file and nothing tells of which records.
     """
     if not isinstance(folders, str | os.PathLike) and len(folders) > 1:
-        return _joined([open_features(folder, records, chunk_num) for folder in folders], records)
+        return joined([open_features(folder, records, chunk_num) for folder in folders])
     folder = Path(folders if isinstance(folders, str | os.PathLike) else folders[0])
     chunks = open_chunks(folder, chunk_num)
     match, total = chunks[0].match, chunks[-1].stop
@@ -154,16 +154,20 @@ def open_features(
     return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), record_hashes(records)), False)
 
 
-def _joined(parts: list[Features], records: Records) -> Features:
+def joined(parts: list[Features]) -> Features:
     """The features of several folders as one; of a record that several have, the first folder's.
 
     Raises:
-        UserError: they are not of one space.
+        UserError: they are not of one space, or a folder adds no record to those before it.
     """
     first = parts[0]
-    rows = np.full(len(records), -1, np.int64)
+    if len(parts) == 1:
+        return first
+    rows = np.full(len(first.rows), -1, np.int64)
     chunks: list[Chunk] = []
     for part in parts:
+        if not ((rows < 0) & (part.rows >= 0)).any():
+            raise UserError(f"{part.folder} holds no record that the folders before it lack; leave it out")
         refuse_other_space(first, part, (*SPACE_KEYS, "gradient", "optimizer_state", "dtype"))
         offset = chunks[-1].stop if chunks else 0
         rows = np.where((rows < 0) & (part.rows >= 0), part.rows + offset, rows)
@@ -174,21 +178,30 @@ def _joined(parts: list[Features], records: Records) -> Features:
     return Features(first.folder, chunks, rows, False)
 
 
+def match_of(features: Features) -> Match:
+    """What the features are.
+
+    Raises:
+        UserError: they are the release's, which do not say it.
+    """
+    if features.match is None:
+        raise UserError(
+            f"{features.folder} holds feature files of the release, which do not say what model they are of; take the "
+            "gradients again with compute_gradient_features.py"
+        )
+    return features.match
+
+
 def refuse_other_space(first: Features, second: Features, keys: Sequence[str] = SPACE_KEYS) -> None:
     """See that two folders' features may be compared with each other.
 
     Raises:
         UserError: they differ in one of the keys, or do not say what they are of.
     """
-    for features in (first, second):
-        if features.match is None:
-            raise UserError(
-                f"{features.folder} holds feature files of the release, which do not say what model they are of; take "
-                "the gradients again with compute_gradient_features.py"
-            )
+    matches = match_of(first), match_of(second)
     for key in keys:
-        here, there = (shown(str(getattr(features.match, key)), 24) for features in (first, second))
-        if getattr(first.match, key) != getattr(second.match, key):
+        here, there = (shown(str(getattr(match, key)), 24) for match in matches)
+        if len({getattr(match, key) for match in matches}) > 1:
             raise UserError(
                 f"{first.folder} and {second.folder} differ in `{key}` ({here} and {there}); give folders that belong "
                 "together, and take both with the same arguments"

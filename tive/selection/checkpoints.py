@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from tive.features.chunk import Match
-from tive.features.lookup import Features, open_features, refuse_other_space
+from tive.features.lookup import Features, joined, match_of, open_features, refuse_other_space
 from tive.method.target import checkpoint_weights, mean_rates_since
 from tive.selection.mixture import Mixture, refuse_missing
 from tive.util.errors import UserError
@@ -24,48 +25,53 @@ class CheckpointFeatures:
     @property
     def match(self) -> Match:
         """What the features of the records are."""
-        assert self.train.match is not None  # seen to when they were opened
-        return self.train.match
+        return match_of(self.train)
 
 
 def open_checkpoints(
-    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str
+    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str, missing: Path
 ) -> list[CheckpointFeatures]:
-    """The features of every checkpoint, verified to be of one space by pairs.
+    """The features of every checkpoint, in the order in which `train` first names them, verified to be of one space.
+
+    Args:
+        train, target: folders, each of one checkpoint; several of one checkpoint where each has a part of the records.
+        missing: a folder for records without features.
 
     Raises:
-        UserError: folders do not pair, are of other data or of another gradient, or name a checkpoint twice.
+        UserError: a checkpoint has folders of one side alone, folders are of other data or of another gradient, or one
+            adds nothing.
     """
-    if len(train) != len(target):
-        raise UserError(
-            f"{len(train)} folders of the records' features and {len(target)} of the target's; give one of each for "
-            "every checkpoint, in the same order"
-        )
-    checkpoints = []
-    kinds: dict[str, str] = {}
-    folders: dict[str, str] = {}
-    for path, target_path in zip(train, target, strict=True):
-        features, goal = open_features(path, mixture.records), open_features(target_path, target_data.records)
-        refuse_missing(features, mixture)
-        refuse_missing(goal, target_data)
-        refuse_other_space(features, goal)
-        checkpoint = CheckpointFeatures(features, goal)
-        _check_gradients(checkpoint, gradient)
-        kinds[checkpoint.match.gradient] = path
-        if checkpoint.match.model in folders:
+    of_records, of_target = _by_checkpoint(train, mixture), _by_checkpoint(target, target_data)
+    for here, there, whose in ((of_records, of_target, "target's"), (of_target, of_records, "records'")):
+        if alone := [features.folder for model, features in here.items() if model not in there]:
             raise UserError(
-                f"{folders[checkpoint.match.model]} and {path} are of the same checkpoint; give each one once"
+                f"{alone[0]}: no folder has the {whose} features of its checkpoint; give the records' and the target's "
+                "of every checkpoint"
             )
-        folders[checkpoint.match.model] = path
-        checkpoints.append(checkpoint)
-    if len(kinds) > 1:
-        listed = ", ".join(f"{path} {kind}" for kind, path in kinds.items())
+    checkpoints = [CheckpointFeatures(features, of_target[model]) for model, features in of_records.items()]
+    for checkpoint in checkpoints:
+        _check_gradients(checkpoint, gradient)
+        refuse_other_space(checkpoint.train, checkpoint.target)
+        name = checkpoint.train.folder.name
+        refuse_missing(checkpoint.train, mixture, missing / name / "records.json")
+        refuse_missing(checkpoint.target, target_data, missing / f"target_{name}" / "records.json")
+    if len(kinds := {checkpoint.match.gradient: str(checkpoint.train.folder) for checkpoint in checkpoints}) > 1:
+        listed = ", ".join(f"{folder} {kind}" for kind, folder in kinds.items())
         raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
     return checkpoints
 
 
+def _by_checkpoint(folders: Sequence[str], of: Mixture) -> dict[str, Features]:
+    """The features of each checkpoint, by its model."""
+    parts: dict[str, list[Features]] = {}
+    for folder in folders:
+        features = open_features(folder, of.records)
+        parts.setdefault(match_of(features).model, []).append(features)
+    return {model: joined(features) for model, features in parts.items()}
+
+
 def _check_gradients(checkpoint: CheckpointFeatures, gradient: str) -> None:
-    here, there = checkpoint.match.gradient, checkpoint.target.match and checkpoint.target.match.gradient
+    here, there = checkpoint.match.gradient, match_of(checkpoint.target).gradient
     if there != "sgd":
         raise UserError(
             f"{checkpoint.target.folder} holds {there} gradients, and a target's are taken as they are; take them "

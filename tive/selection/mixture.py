@@ -96,11 +96,12 @@ def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str,
     return scores
 
 
-def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | None = None) -> None:
+def refuse_missing(features: Features, mixture: Mixture, missing_path: Path, or_else: str = "") -> None:
     """Every record needs features, unless the selection is from a sample.
 
     Args:
-        missing_path: where the records without features are written, to be computed alone.
+        missing_path: where the records without features are written, to be computed alone into its folder.
+        or_else: the end of the message, what else can be done.
 
     Raises:
         UserError: there are such records.
@@ -108,19 +109,14 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path | No
     missing = np.flatnonzero(features.rows < 0)
     if len(missing):
         row = int(missing[0])
-        remedy = "name the file that the gradients were taken of, or take them again"
-        if missing_path is not None:
-            missing_path = missing_path.with_suffix(suffix_of(mixture.records.path))
-            write_records(missing_path, mixture.records, missing)
-            again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
-            remedy = (
-                f"{again} with the other arguments as before computes just them, then name both folders; or select "
-                "from_sample"
-            )
+        missing_path = missing_path.with_suffix(suffix_of(mixture.records.path))
+        write_records(missing_path, mixture.records, missing)
+        again = command("compute_gradient_features.py", input_file=missing_path, output_file=missing_path.parent)
         raise UserError(
             f"{features.folder} holds no features of {len(missing):,} of the {len(mixture.ids):,} records of "
             f"{mixture.records.path} (the first: record {row}, id {shown_value(mixture.ids[row])}), and features of "
-            f"another data file are found by the record's content; {remedy}"
+            f"another data file are found by the record's content; {again} with the other arguments as before computes "
+            f"just them, then name both folders{or_else}"
         )
     if not features.is_by_row:
         print(f"{features.folder}: features of another data file; all {len(mixture.ids):,} records have theirs in it")
