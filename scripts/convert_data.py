@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
-from tive.data.images import image_format, store_image
+from tive.data.images import format_and_size, store_image
 from tive.data.parquet import is_table
 from tive.data.problems import check_listed, form_problem, listed_records, listing_beside, refuse_bad_records
 from tive.data.records import JsonRecords, Records, name_of, open_records, write_raw, write_records
@@ -149,7 +149,7 @@ def write_parquet(arguments: argparse.Namespace, found: Found) -> None:
     folder = arguments.image_folder or ""
     records = open_records(arguments.source_path)
     scan = scan_records(records, form_problem)
-    checked = check_chunk(scan, range(len(records)), folder, image_format)
+    checked = check_chunk(scan, range(len(records)), folder, format_and_size)
     schema, problems = schema_of(records)
     refuse_bad_records(records, problems | checked.reasons, listing_beside(target))
     found.records = len(records)

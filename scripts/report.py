@@ -10,14 +10,13 @@ from pathlib import Path
 
 from tive.evaluation.results import read_evaluation
 from tive.report.comparison import comparison, evaluations
-from tive.report.page import Pictures, render
+from tive.report.page import Pictures, render, write_page
 from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
 from tive.report.sections import tive_sections
 from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
 from tive.selection.reading import Selection, find_summaries, read_selection
 from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError, run
-from tive.util.files import whole_file
 from tive.util.text import percent, plural, shown
 
 EXAMPLE = """\
@@ -84,17 +83,6 @@ def header_of(selection: Selection) -> tuple[str, str, list[tuple[str, str]]]:
     file = Path(selection.summary.inputs.data_path).name
     about = f"{selection.stem}, from {shown(file, 80)}, {plural(total, 'record')}"
     return f"What {selection.summary.method} selected", about, tiles
-
-
-def write_page(output: Path, html: bytes, pictures: Pictures) -> None:
-    pictures.bar.close()
-    plots = output.with_name(f"{output.stem}_plots")
-    for name, content in pictures.files.items():
-        with whole_file(plots / name) as file:
-            file.write(content)
-    with whole_file(output) as file:
-        file.write(html)
-    print(f"{output} ({len(html) / 2**20:.1f} MiB) and {len(pictures.files)} plots in {plots}")
 
 
 def default_output(summary: Path) -> Path:

@@ -218,7 +218,7 @@ def store_image(folder: str, image: StoredImage) -> str:
     """
     content = image.content or b""
     try:
-        suffix = image_format(io.BytesIO(content))
+        suffix, _ = format_and_size(io.BytesIO(content))
     except BadImage as error:
         raise ValueError(f"has an image that cannot be used: {error} ({image.name})") from error
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -230,15 +230,15 @@ def store_image(folder: str, image: StoredImage) -> str:
     return name
 
 
-def image_format(path: str | BinaryIO) -> str:
-    """The suffix of an image's format, `jpg` or `png`, by its first bytes.
+def format_and_size(path: str | BinaryIO) -> tuple[str, tuple[int, int]]:
+    """The suffix of an image's format, `jpg` or `png`, and its width and height, by its first bytes.
 
     Raises:
         BadImage: it is no image.
     """
     try:
         with Image.open(path, formats=_formats()) as image:
-            return {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower())
+            return {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower()), image.size
     except Exception as error:  # Pillow raises many kinds
         raise BadImage("unreadable image: no image format that is known") from error
 

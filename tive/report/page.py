@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import ClassVar
 
 from jinja2 import Environment, StrictUndefined
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from tive.report import plots
+from tive.util.files import whole_file
 from tive.util.text import shown
 
 # Characters that HTML forbids in any spelling; white space stays.
@@ -44,11 +46,17 @@ class Plot:
 
 @dataclass(frozen=True)
 class Card:
-    """A record with its scores; `image` is a data URI, or None for the reason in `no_image`; turns are (role, text)."""
+    """A record with what is said of it, its scores for instance.
+
+    Attributes:
+        times_selected: None on a page without a selection.
+        image: a data URI, or None for the reason in `no_image`.
+        turns: (role, text) each.
+    """
 
     row: int
     id: str
-    times_selected: int
+    times_selected: int | None
     scores: str
     image: str | None
     no_image: str
@@ -111,6 +119,18 @@ def render(heading: str, about: str, tiles: Sequence[tuple[str, str]], sections:
         heading=heading, about=about, tiles=tiles, sections=sections, style=Markup(_file("page.css"))
     )
     return _FORBIDDEN.sub("\ufffd", html).lstrip().encode() + b"\n"
+
+
+def write_page(output: Path, html: bytes, pictures: Pictures) -> None:
+    """Write a page, and its plots as PNG files into a folder beside it."""
+    pictures.bar.close()
+    folder = output.with_name(f"{output.stem}_plots")
+    for name, content in pictures.files.items():
+        with whole_file(folder / name) as file:
+            file.write(content)
+    with whole_file(output) as file:
+        file.write(html)
+    print(f"{output} ({len(html) / 2**20:.1f} MiB) and {len(pictures.files)} plots in {folder}")
 
 
 def _file(name: str) -> str:
