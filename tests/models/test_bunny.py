@@ -25,6 +25,7 @@ import select_data_TIVE
 from tests.helpers.feature_files import call, refusal
 from tests.helpers.reference import WholeGradients, in_batches
 from tests.helpers.tiny_bunny import make_parts, make_records, train
+from tests.helpers.visual_gain import visual_gains
 from tive.data.images import resize_padded
 from tive.features.step import GradientStep
 from tive.models import Encoded, LeftOut, ModelFiles, Reference, bunny, bunny_encoding, family_of
@@ -82,6 +83,13 @@ def test_lengths_supervised_tokens_and_target_modules_are_those_of_bunnys_code(m
     assert list(matrices) == [name.replace(".lora_", ".") for name in expected["matrices"]]
     assert sum(matrix.weight.numel() for matrix in matrices.values()) == expected["counted_parameters"]
     assert not [name for name, _ in reference.model.vision_tower.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_visual_gain_is_the_difference_of_the_losses_without_and_with_the_images(model):
+    gains, differences = visual_gains(bunny, load(model), GOLDEN, 10)
+    assert np.isfinite(gains).sum() >= 5
+    np.testing.assert_allclose(gains, differences, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)
