@@ -40,7 +40,8 @@ def main() -> None:
     from tive.data.records import open_records
     from tive.data.scan import described_keys
     from tive.report.description import NO_TASK, describe, look_at_images, sections_of, sentences, table_of_tasks
-    from tive.report.page import Pictures, render, write_page
+    from tive.report.page import Page, write_page
+    from tive.report.samples import Samples
     from tive.util.text import plural, print_table, shown
 
     records = open_records(arguments.source_path)
@@ -52,8 +53,7 @@ def main() -> None:
     if NO_TASK in description.tasks:
         print(f"Records without a task: name its key with --task_key; the records have {described_keys(records)}.")
 
-    pictures = Pictures()
-    sections = sections_of(description, looks, arguments.image_folder, arguments.samples, pictures)
+    sections = sections_of(description, looks, Samples(arguments.samples, records, arguments.image_folder or None))
     tiles = [
         (f"{len(records):,}", "records"),
         (f"{len(description.tasks):,}", "tasks" if len(description.tasks) > 1 else "task"),
@@ -62,7 +62,7 @@ def main() -> None:
         (f"{len(description.problems):,}", "broken"),
     ]
     about = f"{shown(records.path.name, 80)}, {plural(len(records), 'record')}"
-    write_page(arguments.target_path, render("A first look at the data", about, tiles, sections), pictures)
+    write_page(arguments.target_path, Page("A first look at the data", about, tiles, sections))
 
 
 if __name__ == "__main__":

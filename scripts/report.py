@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from tive.evaluation.results import read_evaluation
 from tive.report.comparison import comparison, evaluations
-from tive.report.page import Pictures, render, write_page
-from tive.report.samples import Sample, groups_of_tasks, open_checked, read_sample, records
-from tive.report.sections import tive_sections
-from tive.report.subtasks import groups_of_subtasks, less_sections, target_of
+from tive.report.page import Page, write_page
+from tive.report.samples import open_samples
+from tive.report.sections import selection_sections
 from tive.selection.reading import Selection, find_summaries, read_selection
 from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError, run
@@ -34,28 +32,21 @@ def main() -> None:
     if arguments.all:
         if len(summaries) < 2:
             raise UserError(f"{arguments.out} holds one selection; give the folder of several, or leave --all out")
-        selections, pictures = [read_selection(path) for path in summaries], Pictures()
-        sections = comparison(selections, pictures)
+        selections = [read_selection(path) for path in summaries]
         about = f"{len(selections)} selections in {arguments.out}"
-        html = render("Selections compared", about, [], sections)
-        write_page(arguments.output or arguments.out / "comparison.html", html, pictures)
+        page = Page("Selections compared", about, [], comparison(selections))
+        write_page(arguments.output or arguments.out / "comparison.html", page)
         return
     summary = chosen(summaries, arguments)
     selection = read_selection(summary)
-    target = target_of(selection)
     results = [read_evaluation(path) for path in arguments.evaluation]
-
-    samples, pictures = (arguments.samples, *reader(selection, arguments)), Pictures()
-    if target:
-        cards = records(selection, groups_of_subtasks(selection, target), *samples)
-        sections = less_sections(selection, target, cards, pictures)
-    else:
-        columns = ["influence", *["visual_gain"] * ("visual_gain" in selection.numbers)]
-        ends = [records(selection, groups_of_tasks(selection, column), *samples) for column in columns]
-        sections = tive_sections(selection, ends, pictures)
+    samples = open_samples(selection, arguments.samples, arguments.data_path, arguments.image_folder)
+    if samples.trouble:
+        print(f"without images and conversations: {samples.trouble}", file=sys.stderr)
+    sections = selection_sections(selection, samples)
     if results:
         sections.insert(0, evaluations(results))
-    write_page(arguments.output or default_output(summary), render(*header_of(selection), sections), pictures)
+    write_page(arguments.output or default_output(summary), Page(*header_of(selection), sections))
 
 
 def chosen(summaries: Sequence[Path], arguments: argparse.Namespace) -> Path:
@@ -89,22 +80,6 @@ def default_output(summary: Path) -> Path:
     """report.html beside the selection; where several selections lie together, each has its own."""
     several = len(list(summary.parent.glob(f"*{SUMMARY_END}"))) > 1
     return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}_report.html" if several else "report.html")
-
-
-def reader(selection: Selection, arguments: argparse.Namespace) -> tuple[Callable[[int], Sample], str]:
-    """What reads a record for the page, and why none can be read."""
-    trouble = ""
-    if arguments.samples:
-        try:
-            file = open_checked(selection, arguments.data_path)
-            folder = arguments.image_folder or selection.summary.inputs.image_folder
-            return partial(read_sample, file, folder), ""
-        except UserError as error:
-            if arguments.data_path:
-                raise
-            trouble = str(error)
-            print(f"without images and conversations: {error}", file=sys.stderr)
-    return lambda row: Sample(None, "not read"), trouble
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +12,15 @@ from markupsafe import Markup
 from tive.evaluation.results import Evaluation
 from tive.evaluation.tables import INTERVAL, tables
 from tive.report import plots
-from tive.report.page import Block, Pictures, Section, Table, name
-from tive.report.sections import ROWS_A_PLOT
+from tive.report.page import Block, Plot, Section, Table, by_name, name
 from tive.selection.reading import Selection
 from tive.util.errors import UserError
 from tive.util.text import percent, plural, short
 
-MEANS = {
-    "norm": "gradient norm",
-    "influence": "influence",
-    "loss": "loss",
-    "el2n": "EL2N",
-    "supervised_tokens": "supervised tokens",
-}
+MEANS = ("norm", "influence", "loss", "el2n", "supervised_tokens")
 
 
-def comparison(selections: Sequence[Selection], pictures: Pictures) -> list[Section]:
+def comparison(selections: Sequence[Selection]) -> list[Section]:
     """The sections of the page; a selection is called by its number in the first of them.
 
     Raises:
@@ -39,74 +31,64 @@ def comparison(selections: Sequence[Selection], pictures: Pictures) -> list[Sect
         tasks = [[(task.name, task.records) for task in one.tasks] for one in (first, other)]
         if other.summary.inputs.data_sha256 != first.summary.inputs.data_sha256 or tasks[0] != tasks[1]:
             raise UserError(f"{first.stem} and {other.stem} are of different data or tasks; keep them in two folders")
-    return [
-        described(selections),
-        budgets(selections, pictures),
-        overlap(selections),
-        means(selections),
-    ]
+    numbered = {str(number): selection for number, selection in enumerate(selections, start=1)}
+    return [described(numbered), budgets(numbered), overlap(numbered), means(numbered)]
 
 
-def described(selections: Sequence[Selection]) -> Section:
+def described(selections: Mapping[str, Selection]) -> Section:
     """Number, name and size of each selection, and the arguments in which they differ."""
-    lines = [
-        [str(number), f"{int(one.drawn.sum()):,}", one.summary.method, name(one.stem, 400)]
-        for number, one in enumerate(selections, start=1)
-    ]
-    numbers = [str(number) for number in range(1, len(selections) + 1)]
-    arguments = [selection.summary.arguments for selection in selections]
-    keys = dict.fromkeys(key for one in arguments for key in one if not key.endswith("path"))
-    values = {key: [json.dumps(one[key]) if key in one else "–" for one in arguments] for key in keys}
-    differing = [[key, *(value[:80] for value in row)] for key, row in values.items() if len(set(row)) > 1]
-    tables = [Table("The selections", ["number", "records", "method", "name"], lines)]
-    if differing:
-        tables.append(Table("Arguments in which they differ", ["argument", *numbers], differing))
-    return Section("selections", "The selections", tables)
-
-
-def budgets(selections: Sequence[Selection], pictures: Pictures) -> Section:
-    """How many records each selection took from each task."""
-    tasks = selections[0].tasks
-    selected = [{task.name: task.selected for task in selection.tasks} for selection in selections]
-    lines = [
-        [name(task.name), f"{task.records:,}", *(f"{counts[task.name]:,}" for counts in selected)] for task in tasks
-    ]
-    numbers = [str(number) for number in range(1, len(selections) + 1)]
-    table = Table("Records that each selection took from each task", ["task", "records", *numbers], lines)
-    shown = tasks[:ROWS_A_PLOT]
-    series = {
-        number: [counts[task.name] / max(1, sum(counts.values())) for task in shown]
-        for number, counts in zip(numbers, selected, strict=True)
+    columns: dict[str, list[str]] = {
+        "records": [f"{int(one.drawn.sum()):,}" for one in selections.values()],
+        "method": [one.summary.method for one in selections.values()],
+        "name": [name(one.stem, 400) for one in selections.values()],
     }
-    draw = partial(plots.bars, [task.name for task in shown], series, "share of the selection", percent=True)
-    return Section("budgets", "Budgets", [pictures.plot("budgets", draw, "", table)])
+    blocks = [by_name("The selections", "number", selections, columns)]
+    arguments = [selection.summary.arguments for selection in selections.values()]
+    keys = dict.fromkeys(key for one in arguments for key in one if not key.endswith("path"))
+    values = {key: [json.dumps(one[key])[:80] if key in one else "–" for one in arguments] for key in keys}
+    if differing := [[key, *row] for key, row in values.items() if len(set(row)) > 1]:
+        blocks.append(Table("Arguments in which they differ", ["argument", *selections], differing))
+    return Section("selections", "The selections", blocks)
 
 
-def overlap(selections: Sequence[Selection]) -> Section:
+def budgets(selections: Mapping[str, Selection]) -> Section:
+    """How many records each selection took from each task."""
+    tasks = next(iter(selections.values())).tasks
+    names = [task.name for task in tasks]
+    taken = {number: {task.name: task.selected for task in one.tasks} for number, one in selections.items()}
+    columns = {"records": [f"{task.records:,}" for task in tasks]}
+    columns |= {number: [f"{counts[name]:,}" for name in names] for number, counts in taken.items()}
+    numbers = by_name("Records that each selection took from each task", "task", names, columns)
+    shares = {
+        number: [counts[name] / max(1, sum(counts.values())) for name in names] for number, counts in taken.items()
+    }
+    figure = plots.bars(names, shares, "share of the selection", percent=True)
+    return Section("budgets", "Budgets", [Plot("budgets", figure, numbers)])
+
+
+def overlap(selections: Mapping[str, Selection]) -> Section:
     """The share of each selection's records that each other one has too, beside what chance would give."""
-    drawn = np.array([selection.drawn for selection in selections])
+    drawn = np.array([selection.drawn for selection in selections.values()])
     shared = drawn.astype(np.float64) @ drawn.T
     shares = shared / np.maximum(1, drawn.sum(1, keepdims=True))
-    numbers = [str(number) for number in range(1, len(selections) + 1)]
-    lines = [[number, *map(percent, row)] for number, row in zip(numbers, shares, strict=True)]
-    lines.append(["by chance", *map(percent, drawn.mean(1))])
+    rows = dict(zip([*selections, "by chance"], [*shares, drawn.mean(1)], strict=True))
+    lines = [[number, *map(percent, row)] for number, row in rows.items()]
     title = "Of the records of the selection in a row, the share that the selection in a column has too"
-    return Section("overlap", "Overlap", [Table(title, ["selection", *numbers], lines)])
+    return Section("overlap", "Overlap", [Table(title, ["selection", *selections], lines)])
 
 
-def means(selections: Sequence[Selection]) -> Section:
+def means(selections: Mapping[str, Selection]) -> Section:
     """Mean scores of the records of each selection, and of all records."""
-    columns = {key: title for key, title in MEANS.items() if all(key in one.numbers for one in selections)}
-    everyone = np.ones(len(selections[0].ids), bool)
-    rows = [("all records", selections[0], everyone)]
-    rows += [(str(number), one, one.drawn) for number, one in enumerate(selections, start=1)]
-    lines = []
-    for title, selection, members in rows:
-        values = [selection.column(key)[members] for key in columns]
-        known = [column[np.isfinite(column)] for column in values]
-        lines.append([title, *(short(float(column.mean()) if len(column) else None) for column in known)])
-    table = Table("Mean over the records of each selection", ["selection", *columns.values()], lines)
-    return Section("means", "Means", [table])
+    first, *_ = selections.values()
+    rows = {"all records": (first, np.ones(len(first.ids), bool))}
+    rows |= {number: (one, one.drawn) for number, one in selections.items()}
+    columns: dict[str, list[str]] = {}
+    for key in MEANS:
+        if all(key in one.numbers for one in selections.values()):
+            values = [one.column(key)[members] for one, members in rows.values()]
+            known = [column[np.isfinite(column)] for column in values]
+            columns[key.replace("_", " ")] = [short(float(column.mean()) if len(column) else None) for column in known]
+    return Section("means", "Means", [by_name("Mean over the records of each selection", "selection", rows, columns)])
 
 
 def evaluations(results: Sequence[Evaluation]) -> Section:

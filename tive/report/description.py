@@ -8,7 +8,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from tive.data.problems import form_problem, kind_of
 from tive.data.records import Records
 from tive.data.tasks import rows_by_task, task_of
 from tive.report import plots
-from tive.report.page import Block, Card, Cards, Pictures, Section, Table, name
-from tive.report.samples import read_sample
+from tive.report.page import Block, Card, Cards, Plot, Section, Table, by_name, name
+from tive.report.samples import Samples, read_sample
 from tive.util.text import percent, plural, shown
 
 NO_TASK = "(no task)"
-ROWS_A_PLOT = 30
+REASONS = 30  # the most frequent, of broken records
 HEADER: tuple[str, ...] = (
     *("task", "records", "no image", "one", "more", "answers a record", "characters an answer: median", "95%"),
     *("repeated texts", "broken"),
@@ -195,68 +194,47 @@ def sentences(description: Description, looks: Looks | None) -> Iterator[str]:
         yield f"{count} that cannot be used; the first: record {row} {shown(reason, 160)}."
 
 
-def sections_of(
-    description: Description, looks: Looks | None, image_folder: str, samples: int, pictures: Pictures
-) -> list[Section]:
+def sections_of(description: Description, looks: Looks | None, samples: Samples) -> list[Section]:
     """The page's sections."""
     header, *lines = table_of_tasks(description)
     table = Table("Each task", header, [[name(task), *cells] for task, *cells in lines])
-    largest = sorted(description.tasks.items(), key=lambda item: -len(item[1]))[:ROWS_A_PLOT]
-    names = [task for task, _ in largest]
-    draw = partial(plots.bars, names, {"records": [len(rows) for _, rows in largest]}, "records")
-    more = (
-        f"The plot shows the {ROWS_A_PLOT} largest of {len(description.tasks)} tasks."
-        if len(names) < len(lines) - 1
-        else ""
-    )
-    blocks: list[Block] = [pictures.plot("tasks", draw, more, table), *sentences(description, looks)]
-    sections = [Section("tasks", "Tasks", blocks)]
+    tasks = sorted(description.tasks.items(), key=lambda item: -len(item[1]))
+    figure = plots.bars([task for task, _ in tasks], {"records": [len(rows) for _, rows in tasks]}, "records")
+    sections = [Section("tasks", "Tasks", [Plot("tasks", figure, table), *sentences(description, looks)])]
 
-    lengths = {task: description.lengths_of(rows) for task, rows in largest}
-    lengths = {task: values for task, values in lengths.items() if len(values)}
-    if lengths:
-        shares = (5, 25, 50, 75, 95)
-        found = {task: np.percentile(values, shares) for task, values in lengths.items()}
-        cells = [[name(task), *(f"{value:,.0f}" for value in values)] for task, values in found.items()]
-        table = Table("Characters of an answer", ["task", *(f"{share}%" for share in shares)], cells)
-        series = {"median": [values[2] for values in found.values()], "95%": [values[4] for values in found.values()]}
-        draw = partial(plots.bars, list(found), series, "characters of an answer")
-        caption = "Half of a task's answers are longer than the median, and one in twenty is longer than the blue bar."
-        sections.append(Section("answers", "Lengths of answers", [pictures.plot("answers", draw, caption, table)]))
+    lengths = {task: description.lengths_of(rows) for task, rows in tasks}
+    if lengths := {task: values for task, values in lengths.items() if len(values)}:
+        columns = {
+            f"{share}%": [f"{np.percentile(values, share):,.0f}" for values in lengths.values()]
+            for share in (5, 25, 50, 75, 95)
+        }
+        table = by_name("Characters of an answer", "task", lengths, columns)
+        figure = plots.boxes([*lengths], {"answers": [*lengths.values()]}, "characters of an answer", logarithmic=True)
+        sections.append(Section("answers", "Lengths of answers", [Plot("answers", figure, table)]))
 
-    broken = description.problems | (looks.broken if looks else {})
-    if broken:
-        first: dict[str, int] = {}
-        for row, reason in sorted(broken.items()):
-            first.setdefault(kind_of(reason), row)
-        counts = Counter(map(kind_of, broken.values()))
-        reasons = [
-            [shown(kind, 200), f"{count:,}", f"{first[kind]:,}"] for kind, count in counts.most_common(ROWS_A_PLOT)
-        ]
-        blocks = [Table("Why records cannot be used", ["reason", "records", "the first"], reasons)]
-        sections.append(Section("broken", "Broken records", blocks))
-    if samples:
-        sections.append(_samples(description, image_folder, samples))
-    return sections
+    if broken := sorted((description.problems | (looks.broken if looks else {})).items()):
+        counts = Counter(kind_of(reason) for _, reason in broken)
+        first = {kind_of(reason): row for row, reason in reversed(broken)}
+        reasons = [[shown(kind, 200), f"{count:,}", f"{first[kind]:,}"] for kind, count in counts.most_common(REASONS)]
+        table = Table("Why records cannot be used", ["reason", "records", "the first"], reasons)
+        sections.append(Section("broken", "Broken records", [table]))
+    return [*sections, *([_samples(description, samples)] if samples.count else [])]
 
 
-def _samples(description: Description, image_folder: str, samples: int) -> Section:
+def _samples(description: Description, samples: Samples) -> Section:
     """Records of each task, drawn at random."""
     blocks: list[Block] = []
     records, random = description.records, np.random.default_rng(0)
     for task, rows in tqdm(description.tasks.items(), desc="Reading sample records", delay=2):
         columns = []
-        for row in sorted(random.permutation(rows)[:samples].tolist()):
-            record, sample = records[row], read_sample(records, image_folder or None, row)
-            question = next((text for role, text in sample.turns if role == "human"), "")
+        for row in sorted(random.permutation(rows)[: samples.count].tolist()):
+            record, (image, no_image, turns) = records[row], read_sample(samples, row)
+            question = next((text for role, text in turns if role == "human"), "")
             identity = record.get("id", "") if isinstance(record, dict) else ""
-            images, answers = (
-                plural(int(description.images[row]), "image"),
-                plural(int(description.answers[row]), "answer"),
-            )
             asked = shown(question.replace(IMAGE_TAG, "").strip(), 120)
-            card = Card(row, name(str(identity)), None, asked, sample.image, sample.no_image, sample.turns)
-            columns.append((f"{images}, {answers}", [card]))
+            images, answers = int(description.images[row]), int(description.answers[row])
+            card = Card(row, name(str(identity)), None, asked, image, no_image, turns)
+            columns.append((f"{plural(images, 'image')}, {plural(answers, 'answer')}", [card]))
         share = percent(len(rows) / len(records))
-        blocks.append(Cards(name(task), f"{plural(len(rows), 'record')}, {share}", columns, True))
+        blocks.append(Cards(name(task), f"{plural(len(rows), 'record')}, {share}", columns))
     return Section("records", "Records of each task, drawn at random", blocks)

@@ -1,10 +1,10 @@
-"""The page: one HTML file that needs nothing beside itself, and what it is made of."""
+"""A page: one HTML file that needs nothing beside itself, made of sections, and its plots as PNG files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tive.report import plots
 from tive.util.files import whole_file
-from tive.util.text import shown
+from tive.util.text import DASH, shown
 
 # Characters that HTML forbids in any spelling; white space stays.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -30,18 +30,17 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture (a data URI), a sentence on what it does not show, and its numbers."""
+    """A figure with its numbers; `key` names its PNG file, and the caption says what the figure does not show."""
 
     kind: ClassVar[str] = "plot"
-    image: str
-    what: str
-    caption: str
+    key: str
+    figure: Figure
     numbers: Table
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class Cards:
     title: str
     about: str
     columns: Sequence[tuple[str, Sequence[Card]]]
-    open: bool
 
 
 # A sentence is a str.
@@ -85,17 +83,14 @@ class Section:
     blocks: Sequence[Block]
 
 
-@dataclass
-class Pictures:
-    """Draws plots for the page, and keeps the PNG files of what was drawn: file name to bytes."""
+@dataclass(frozen=True)
+class Page:
+    """All of a page; the tiles on top are a number and what it counts."""
 
-    files: dict[str, bytes] = field(default_factory=dict)
-    bar: tqdm = field(default_factory=lambda: tqdm(desc="Drawing", unit=" plots", delay=2))
-
-    def plot(self, key: str, draw: Callable[[], Figure], caption: str, numbers: Table) -> Plot:
-        image, self.files[f"{key}.png"] = plots.render(draw)
-        self.bar.update()
-        return Plot(image, numbers.title, caption, numbers)
+    heading: str
+    about: str
+    tiles: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
 
 
 def name(text: str, length: int = 80) -> Markup:
@@ -103,35 +98,33 @@ def name(text: str, length: int = 80) -> Markup:
     return Markup("<bdi>{}</bdi>").format(shown(text, length))
 
 
+def by_name(title: str, noun: str, names: Iterable[str], columns: Mapping[str, Iterable[str]]) -> Table:
+    """A table with a row a name, `noun` being what the names are of; a column of dashes alone is left out."""
+    known = {key: cells for key, column in columns.items() if {*(cells := list(column))} != {DASH}}
+    return Table(title, [noun, *map(name, known)], list(zip(map(name, names), *known.values(), strict=True)))
+
+
 def facts(title: str, pairs: Iterable[tuple[str, str]]) -> Table:
     """Names with their values."""
     return Table(title, (), [(name, escape(value[:2000])) for name, value in pairs])
 
 
-def render(heading: str, about: str, tiles: Sequence[tuple[str, str]], sections: Sequence[Section]) -> bytes:
-    """The whole page.
-
-    Args:
-        tiles: what stands on top, a number and what it counts.
-    """
+def write_page(output: Path, page: Page) -> None:
+    """Write a page to `output`, and its plots into the folder beside it that ends in `_plots`; print where they are."""
+    drawn = [block for section in page.sections for block in section.blocks if isinstance(block, Plot)]
+    folder, images = output.with_name(f"{output.stem}_plots"), {}
+    for plot in tqdm(drawn, desc="Drawing", unit=" plots", delay=2):
+        images[plot.key], png = plots.render(plot.figure)
+        with whole_file(folder / f"{plot.key}.png") as file:
+            file.write(png)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(_file("page.html.jinja")).render(
-        heading=heading, about=about, tiles=tiles, sections=sections, style=Markup(_file("page.css"))
-    )
-    return _FORBIDDEN.sub("\ufffd", html).lstrip().encode() + b"\n"
-
-
-def write_page(output: Path, html: bytes, pictures: Pictures) -> None:
-    """Write a page, and its plots as PNG files into a folder beside it."""
-    pictures.bar.close()
-    folder = output.with_name(f"{output.stem}_plots")
-    for name, content in pictures.files.items():
-        with whole_file(folder / name) as file:
-            file.write(content)
+    template = environment.from_string(_text_of("page.html.jinja"))
+    html = template.render(page=page, images=images, style=Markup(_text_of("page.css")))
+    content = _FORBIDDEN.sub("\ufffd", html).lstrip().encode() + b"\n"
     with whole_file(output) as file:
-        file.write(html)
-    print(f"{output} ({len(html) / 2**20:.1f} MiB) and {len(pictures.files)} plots in {folder}")
+        file.write(content)
+    print(f"{output} ({len(content) / 2**20:.1f} MiB) and {len(drawn)} plots in {folder}")
 
 
-def _file(name: str) -> str:
-    return resources.files("tive.report").joinpath(name).read_text(encoding="utf-8")
+def _text_of(file: str) -> str:
+    return resources.files("tive.report").joinpath(file).read_text(encoding="utf-8")

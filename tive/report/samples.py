@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,51 +23,30 @@ from tive.util.text import LABEL_LIMIT, plural, short, shown
 THUMBNAIL = 192
 MAX_TURN = 1500
 MAX_TURNS = 12
-OPEN = 10  # of the tasks
-# What a card says of a record, where the scores file has it.
-SCORES = {
-    "influence": "influence",
-    "score": "score",
-    "norm": "norm",
-    "weight": "weight",
-    "loss": "loss",
-    "el2n": "EL2N",
-    "visual_gain": "visual gain",
-}
-COUNTS = {"rank": "rank", "supervised_tokens": "supervised tokens"}
-# The score that groups are ordered by -> the section's anchor and title, and the titles of its two ends.
-ENDS = {
-    "influence": ("records", "Most and least influential records", ("Most influential", "Least influential")),
-    "visual_gain": ("seen", "Records whose images help most and least", ("Help most", "Help least, or mislead")),
-    "subtask": ("records", "Best and worst records of each subtask", ("Serve it best", "Serve it least")),
-}
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A record as the page shows it. `image` is a data URI, or None for the reason in `no_image`."""
+class Samples:
+    """How many records to show at each end of a score, and where they are read from.
 
-    image: str | None
-    no_image: str
-    turns: Sequence[tuple[str, str]] = ()
+    Attributes:
+        records: None where none can be read, for the reason in `trouble` (empty where none is wanted).
+    """
+
+    count: int
+    records: Records | None = None
+    image_folder: str | None = None
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The records of a task, or all of them for a subtask of a target: int64 rows, and the score that orders them."""
+    """Records that are shown together, those of a task for instance: int64 rows, and the column that orders them."""
 
     name: str
     about: str
     column: str
     rows: np.ndarray
-
-
-def groups_of_tasks(selection: Selection, column: str) -> list[Group]:
-    """Each task's records, by a score."""
-    return [
-        Group(task.name, plural(task.records, "record"), column, selection.rows_of(index))
-        for index, task in enumerate(selection.tasks)
-    ]
 
 
 def both_ends(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,34 +60,75 @@ def both_ends(values: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndar
     return rows[::-1][: min(count, len(rows) - least)], rows[:least]
 
 
-def open_checked(selection: Selection, data_path: str | None) -> Records:
-    """The data file the selection was made from.
-
-    Args:
-        data_path: where it lies now; None for where it lay then.
+def open_samples(selection: Selection, count: int, data_path: str | None, image_folder: str | None) -> Samples:
+    """The data file that the selection was made from, at `data_path` or where it lay then, to show records of.
 
     Raises:
-        UserError: it is not there, or it has changed since.
+        UserError: `data_path` is not that file.
     """
     inputs = selection.summary.inputs
     path = data_path or inputs.data_path
+    if not count:
+        return Samples(0)
     try:
         records = open_records(path)
-    except ValueError as error:
-        raise UserError(f"{path!r} is no file name ({error}); name the data file (data_path)") from error
-    if records.fingerprint != inputs.data_sha256 or len(records) != len(selection.ids):
-        raise UserError(f"{records.path} is not the file the selection was made from (SHA-256); name it (data_path)")
-    return records
+        if records.fingerprint != inputs.data_sha256 or len(records) != len(selection.ids):
+            raise UserError(f"{path} is not the file the selection was made from (SHA-256); name it (data_path)")
+    except (UserError, ValueError) as error:
+        if data_path:
+            raise
+        return Samples(count, trouble=shown(str(error), 400))
+    return Samples(count, records, image_folder or inputs.image_folder)
 
 
-def read_sample(records: Records, image_folder: str | None, row: int) -> Sample:
-    """What the page shows of a record."""
+def groups_of_tasks(selection: Selection, column: str) -> list[Group]:
+    """Each task's records, by a score."""
+    return [
+        Group(task.name, plural(task.records, "record"), column, selection.rows_of(index))
+        for index, task in enumerate(selection.tasks)
+    ]
+
+
+def sample_records(
+    selection: Selection, section: tuple[str, str, tuple[str, str]], groups: Sequence[Group], samples: Samples
+) -> Section:
+    """The records at both ends of every group's score.
+
+    Args:
+        section: its anchor and title, and the names of the ends, the highest scores first.
+    """
+    anchor, title, ends = section
+    blocks: list[Block] = [f"Made without images and conversations: {samples.trouble}."] if samples.trouble else []
+    for group in tqdm(groups, desc="Reading sample records", delay=2):
+        both = both_ends(selection.column(group.column), group.rows, samples.count)
+        columns = [
+            (end, [_card(selection, row, group.column, samples) for row in rows.tolist()])
+            for end, rows in zip(ends, both, strict=True)
+            if len(rows)
+        ]
+        if columns:
+            blocks.append(Cards(name(group.name), group.about, columns))
+    return Section(anchor, title, blocks or ["None is shown."])
+
+
+def _card(selection: Selection, row: int, column: str, samples: Samples) -> Card:
+    """A record with its scores: the one that it is shown for, then the others, without those for other subtasks."""
+    columns = [column, *(key for key in selection.numbers if key != column and not key.startswith("score_"))]
+    scores = [f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {short(selection.numbers[key][row])}" for key in columns]
+    drawn = int(selection.times_selected[row])
+    return Card(row, name(selection.ids[row]), drawn, " · ".join(scores), *read_sample(samples, row))
+
+
+def read_sample(samples: Samples, row: int) -> tuple[str | None, str, list[tuple[str, str]]]:
+    """A record's image as a data URI, or None and the reason in a few words; and its turns, (role, text)."""
+    if samples.records is None:
+        return None, "not read", []
     try:
-        record = to_llava(records[row])
+        record = to_llava(samples.records[row])
     except ValueError as problem:
-        return Sample(None, f"the record {problem}")
+        return None, f"the record {problem}", []
     image = image_of(record)
-    return Sample(*(_thumbnail(image_folder, image) if image else (None, "no image")), _turns(record))
+    return (*(_thumbnail(samples.image_folder, image) if image else (None, "no image")), _turns(record))
 
 
 def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,50 +143,15 @@ def _turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     return turns
 
 
-def _thumbnail(image_folder: str | None, name: str | StoredImage) -> tuple[str | None, str]:
+def _thumbnail(image_folder: str | None, image: str | StoredImage) -> tuple[str | None, str]:
     """A small JPEG of an image, as the gradient step reads it, in a data URI; or None and the reason in a few words."""
-    if image_folder is None and isinstance(name, str):
+    if image_folder is None and isinstance(image, str):
         return None, "image folder not known (image_folder)"
     try:
-        image = read_image(image_folder or "", name)
+        picture = read_image(image_folder or "", image)
     except BadImage as reason:
         return None, str(reason)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=72)
+    picture.save(content, "JPEG", quality=72)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}", ""
-
-
-def records(
-    selection: Selection, groups: Sequence[Group], count: int, read: Callable[[int], Sample], trouble: str
-) -> Section:
-    """The `count` records at each end of every group's score.
-
-    Args:
-        groups: all of tasks by one score, or all of subtasks.
-        trouble: why no record can be read.
-    """
-    anchor, title, titles = ENDS.get(groups[0].column, ENDS["subtask"])
-    blocks: list[Block] = [f"Made without images and conversations: {trouble}."] if trouble else []
-    for group in tqdm(groups, desc="Reading sample records", delay=2):
-        columns = [
-            (which, [_card(selection, row, group.column, read(row)) for row in rows.tolist()])
-            for which, rows in zip(titles, both_ends(selection.column(group.column), group.rows, count), strict=True)
-            if len(rows)
-        ]
-        if columns:
-            blocks.append(Cards(name(group.name), group.about, columns, len(blocks) < OPEN))
-    return Section(anchor, title, blocks or ["None is shown."])
-
-
-def _card(selection: Selection, row: int, column: str, sample: Sample) -> Card:
-    """A record with its scores: the one that it is shown for, then the others."""
-    titles = {} if column in SCORES else {column: f"for {shown(column.removeprefix('score_'), LABEL_LIMIT)}"}
-    titles |= SCORES | COUNTS
-    values = {key: float(selection.column(key)[row]) for key in titles if key in selection.numbers}
-    scores = [
-        f"{titles[key]} {value:,.0f}" if key in COUNTS and np.isfinite(value) else f"{titles[key]} {short(value)}"
-        for key, value in values.items()
-    ]
-    times = int(selection.times_selected[row])
-    return Card(row, name(selection.ids[row]), times, " · ".join(scores), sample.image, sample.no_image, sample.turns)

@@ -1,30 +1,36 @@
-"""The sections of a page about a selection for the mixture as a whole, and those that every page has."""
+"""The sections of a page about one selection: TIVE's, of the mixture as a whole, or LESS's, for a target's subtasks."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
 from markupsafe import Markup
-from msgspec import structs
+from msgspec import Meta, Struct, structs
 from scipy.stats import spearmanr
 
 from tive.method.value import effective_sample_size, instance_weights
 from tive.report import plots
-from tive.report.page import Block, Pictures, Section, Table, facts, name
-from tive.report.plots import Part
+from tive.report.page import Block, Plot, Section, Table, by_name, facts, name
+from tive.report.samples import Group, Samples, groups_of_tasks, sample_records
+from tive.selection.less import Subtask
 from tive.selection.options import SCORE_COLUMNS
 from tive.selection.reading import Selection
-from tive.selection.summary import Task
-from tive.util.text import duration, memory, percent, plural, short
+from tive.selection.summary import Size
+from tive.util.errors import UserError
+from tive.util.text import DASH, duration, memory, percent, plural, short, shown
 
-# A plot has a row for each of the largest tasks; its table has them all.
-ROWS_A_PLOT = 30
+# The score that records are ordered by -> the anchor and title of their section, and the names of its two ends.
+ENDS = {
+    "influence": ("records", "Most and least influential records", ("Most influential", "Least influential")),
+    "visual_gain": ("seen", "Records whose images help most and least", ("Help most", "Help least, or mislead")),
+}
+SUBTASK_ENDS = ("records", "Best and worst records of each subtask", ("Serve it best", "Serve it least"))
 CASES = 100  # of records left out
 Q_GRID = np.logspace(-4, 5, 91)
 # A scores file's column -> title of its section, its axis, and whether that is logarithmic.
@@ -32,175 +38,159 @@ COLUMNS = {
     "norm": ("Gradient norms", "gradient norm (logarithmic)", True),
     "loss": ("Losses", "loss: mean cross-entropy over the supervised tokens", False),
     "el2n": ("EL2N", "EL2N: mean length of predicted minus true probabilities", False),
+    "supervised_tokens": ("Lengths", "supervised tokens (logarithmic)", True),
     "visual_gain": ("Visual gain", "visual gain: what its images take off a record's loss", False),
     "influence": ("Influence", "influence: mean cosine to the task's records", False),
-    "score": ("Scores", "score", False),
 }
 
 
-def tive_sections(selection: Selection, records: Sequence[Section], pictures: Pictures) -> list[Section]:
-    """The sections of TIVE's selection; `records` are those of the sample records."""
-    further = (column for column in ("loss", "el2n", "visual_gain") if column in selection.numbers)
-    columns = ["norm", *further, "influence"]
-    return [
-        mixture(selection, pictures),
-        task_values(selection, pictures),
-        *(distributions(selection, pictures, column) for column in columns),
-        choice(selection, pictures),
-        *records,
-        left_out(selection),
-        cost(selection),
-        origin(selection),
+class TargetDetails(Struct, frozen=True):
+    """What LESS's summary says of its target."""
+
+    subtasks: Annotated[list[Subtask], Meta(min_length=1)]
+
+
+class PassDetails(Struct, frozen=True):
+    """What a chunk's manifest says of its cost."""
+
+    seconds: Size = 0.0
+    records_per_second: Size | None = None
+    peak_memory_bytes: Size = 0.0
+    padding_efficiency: Size = math.nan
+    device: str = DASH
+    dtype: str = DASH
+
+
+_Form = TypeVar("_Form")
+
+
+def _typed(selection: Selection, content: Any, form: type[_Form]) -> _Form:
+    """A part of the summary; a `UserError` names the key that is not of this form."""
+    try:
+        return msgspec.convert(content, form)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the summary of {selection.stem} is damaged ({error}); make the selection again") from error
+
+
+def selection_sections(selection: Selection, samples: Samples) -> list[Section]:
+    """All sections of the page about a selection.
+
+    Raises:
+        UserError: the summary or the scores file lacks what the method writes, or another method selected.
+    """
+    by_method = {"TIVE": tive_sections, "LESS": less_sections}
+    method = selection.summary.method
+    if method not in by_method:
+        raise UserError(f"{selection.stem} is a selection of the method {shown(method, 60)}; TIVE and LESS have pages")
+    sections = by_method[method](selection, samples)
+    return [tasks_of(selection), *sections, left_out(selection), cost_and_origin(selection)]
+
+
+def tive_sections(selection: Selection, samples: Samples) -> list[Section]:
+    """Scores, the choice that the weights make, and each task's records by influence and visual gain."""
+    captions = {"norm": _norms_and_lengths(selection)}
+    sections = [
+        distributions(selection, column, labels, captions.get(column, ""))
+        for column, labels in COLUMNS.items()
+        if column in selection.numbers
     ]
+    sections.append(choice(selection))
+    for column, end in ENDS.items():
+        if column in selection.numbers:
+            sections.append(sample_records(selection, end, groups_of_tasks(selection, column), samples))
+    return sections
 
 
-def mixture(selection: Selection, pictures: Pictures) -> Section:
-    tasks = selection.tasks
-    records, selected = sum(task.records for task in tasks), sum(task.selected for task in tasks)
-    before = [task.records / max(1, records) for task in tasks]
-    after = [task.selected / max(1, selected) for task in tasks]
-    budgets = any(task.budget is not None for task in tasks)
-    header = ["task", "records", "share before", *["budget"] * budgets, "selected", "distinct", "share after"]
-    lines = []
-    for task, old, new in zip(tasks, before, after, strict=True):
-        budget = ["excluded" if task.excluded else f"{task.budget or 0:,}"] * budgets
-        drawn = [f"{task.selected:,}", f"{task.distinct:,}", percent(new)]
-        lines.append([name(task.name), f"{task.records:,}", percent(old), *budget, *drawn])
-    numbers = Table("Share of each task in the records and in the subset", header, lines)
-    names = [f"{task.name} (excluded)" if task.excluded else task.name for task in tasks[:ROWS_A_PLOT]]
-    series = {"all records": before[:ROWS_A_PLOT], "subset": after[:ROWS_A_PLOT]}
-    draw = partial(plots.bars, names, series, "share of the records, share of the subset", percent=True)
-    caption = f"The subset holds {selected:,} of {records:,} records ({percent(selected / max(1, records))})."
-    if (distinct := sum(task.distinct for task in tasks)) < selected:
-        caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
-    plot = pictures.plot("mixture", draw, caption + _largest_alone(tasks), numbers)
-    return Section("mixture", "The mixture, before and after", [plot])
-
-
-def _largest_alone(rows: Sequence[Any], noun: str = "task") -> str:
-    return f" The plot shows the first {ROWS_A_PLOT} of {len(rows)} {noun}s." if len(rows) > ROWS_A_PLOT else ""
-
-
-def task_values(selection: Selection, pictures: Pictures) -> Section:
-    valued = [index for index, task in enumerate(selection.tasks) if task.value is not None]
-    valued.sort(key=lambda index: -(selection.tasks[index].value or 0))
-    if not valued:
-        return Section("values", "Task values", ["No task has a value: all are excluded."])
-    means = {"loss": "mean loss", "el2n": "mean EL2N", "supervised_tokens": "mean supervised tokens"}
-    means = {column: title for column, title in means.items() if column in selection.numbers}
-    lines = []
-    for index in valued:
-        task, rows = selection.tasks[index], selection.rows_of(index)
-        cells = [short(_mean(selection.column(column)[rows])) for column in means]
-        value, budget = short(task.value), f"{task.budget or 0:,}"
-        if task.value_error is not None and task.budget_interval is not None:
-            value += f" ± {short(task.value_error)}"
-            budget += f" ({short(task.budget_interval[0])} to {short(task.budget_interval[1])})"
-        counted = task.counted if task.sampled is None else task.sampled
-        lines.append([name(task.name), value, f"{counted:,}", budget, *cells])
-    header = ["task", "value", "records counted", "budget", *means.values()]
-    from_sample = any(task.sampled is not None for task in selection.tasks)
-    title = "Value of each task: the mean gradient norm of its records"
-    title += " in the sample, ± its standard error, and the budget with its 95% interval" if from_sample else ""
-    numbers = Table(title, header, lines)
-    tasks = [selection.tasks[index] for index in valued]
-    values = {"value": [task.value or 0 for task in tasks[:ROWS_A_PLOT]]}
-    names = [task.name for task in tasks[:ROWS_A_PLOT]]
-    draw = partial(plots.bars, names, values, "task value: mean gradient norm")
-    first, last = tasks[0], tasks[-1]
-    caption = Markup("The largest mean gradient norm is that of {} ({}), the smallest that of {} ({}). {}").format(
-        name(first.name), short(first.value), name(last.name), short(last.value), _budget_rule(selection)
+def tasks_of(selection: Selection) -> Section:
+    """What the tasks hold, what they were given and why."""
+    tasks, rule = selection.tasks, str(selection.summary.arguments.get("task_budget", "difficulty"))
+    shares = {
+        "all records": _shares([task.records for task in tasks]),
+        "subset": _shares([task.selected for task in tasks]),
+    }
+    columns = {
+        "records": _whole(task.records for task in tasks),
+        "share before": map(percent, shares["all records"]),
+        "value": [short(task.value) for task in tasks],
+        "its standard error": [short(task.value_error) for task in tasks],
+        "records counted": _whole(task.counted if task.sampled is None else task.sampled for task in tasks),
+    }
+    for part in dict.fromkeys(rule for task in tasks for rule in task.budget_parts or {}):
+        columns[f"by {part}"] = [short((task.budget_parts or {}).get(part)) for task in tasks]
+    columns |= {
+        "budget": ["excluded" if task.excluded else _whole([task.budget])[0] for task in tasks],
+        "its 95% interval": [" to ".join(map(short, task.budget_interval or [None])) for task in tasks],
+        "selected": _whole(task.selected for task in tasks),
+        "distinct": _whole(task.distinct for task in tasks),
+        "share after": map(percent, shares["subset"]),
+    }
+    title = "The tasks. A value is the mean gradient norm of the records counted"
+    numbers = by_name(title, "task", [task.name for task in tasks], columns)
+    mixture = plots.bars(
+        [task.name for task in tasks], shares, "share of the records, share of the subset", percent=True
     )
-    plot = pictures.plot("task_values", draw, caption + _largest_alone(tasks), numbers)
-    return Section("values", "Task values", [plot, *_budget_parts(tasks, pictures)])
+    distinct, selected = sum(task.distinct for task in tasks), sum(task.selected for task in tasks)
+    caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
+    blocks: list[Block] = [Plot("mixture", mixture, numbers, caption if distinct < selected else "")]
+    if values := {task.name: task.value for task in tasks if task.value is not None}:
+        names = sorted(values, key=lambda name: -values[name])
+        figure = plots.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
+        how = f"the mean of its shares by {rule}" if "+" in rule else f"its share by {rule}"
+        caption = f"A task's budget is {how}, whatever its value." if rule != "difficulty" else ""
+        blocks.append(Plot("task_values", figure, numbers, caption))
+    return Section("mixture", "The mixture, before and after", blocks)
 
 
-def _budget_parts(tasks: Sequence[Task], pictures: Pictures) -> list[Block]:
-    """What each of several rules gives the tasks, and the budgets that are their means."""
-    parts = [task.budget_parts or {} for task in tasks]
-    if not parts[0]:
-        return []
-    series = {rule: [part[rule] for part in parts] for rule in parts[0]}
-    series["budget"] = [task.budget_before_rounding or 0.0 for task in tasks]
-    lines = [[name(task.name), *map(short, row)] for task, *row in zip(tasks, *series.values(), strict=True)]
-    numbers = Table("Records that each rule gives a task, and the budget, their mean", ["task", *series], lines)
-    shown = {rule: values[:ROWS_A_PLOT] for rule, values in series.items()}
-    draw = partial(plots.bars, [task.name for task in tasks[:ROWS_A_PLOT]], shown, "records")
-    return [pictures.plot("budget_parts", draw, "", numbers)]
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / max(1, sum(counts)) for count in counts]
 
 
-def _budget_rule(selection: Selection) -> str:
-    rule = str(selection.summary.arguments.get("task_budget"))
-    if "+" in rule:
-        return f"The budgets are the mean of what {rule.replace('+', ' and ')} give."
-    if rule == "equal":
-        return "The budgets are equal instead."
-    others = {"size": "sizes", "loss": "mean losses", "length": "mean supervised tokens", "el2n": "mean EL2N"}
-    if rule in others:
-        return f"The budgets follow the tasks' {others[rule]} instead."
-    return "Budgets are in proportion to it, whatever a task's size."
+def _whole(counts: Iterable[int | None]) -> list[str]:
+    return [DASH if count is None else f"{count:,}" for count in counts]
 
 
-def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
-
-
-def distributions(selection: Selection, pictures: Pictures, column: str) -> Section:
-    """A score's distribution in each task."""
-    title, label, logarithmic = COLUMNS[column]
-    values = selection.column(column)
-    if not np.isfinite(values).any():
+def distributions(selection: Selection, column: str, labels: tuple[str, str, bool], caption: str = "") -> Section:
+    """A score's distribution in each task; `labels` as in `COLUMNS`."""
+    title, label, logarithmic = labels
+    if not np.isfinite(selection.column(column)).any():
         return Section(column, title, ["No record has one."])
-    parts = []
-    for index, task in enumerate(selection.tasks):
-        rows = selection.rows_of(index)
-        rows = rows[np.isfinite(values[rows])]
-        parts.append(Part(task.name, values[rows], selection.drawn[rows]))
-    caption = {"norm": lengths, "score": over_targets}.get(column, lambda _: "")(selection) + _largest_alone(parts)
-    draw = partial(plots.distribution, parts[:ROWS_A_PLOT], label, logarithmic)
-    return Section(column, title, [pictures.plot(column, draw, caption, quantiles(parts, title))])
+    groups = groups_of_tasks(selection, column)
+    numbers, values = _spread(selection, f"{title} in each task", groups, {})
+    figure = plots.boxes([group.name for group in groups], values, label, logarithmic)
+    return Section(column, title, [Plot(column, figure, numbers, caption)])
 
 
-def quantiles(parts: Sequence[Part], title: str, noun: str = "task") -> Table:
-    lines = []
-    for part in parts:
-        cells = map(short, np.quantile(part.values, [0, 0.25, 0.5, 0.75, 1])) if len(part.values) else "–" * 5
-        lines.append([name(part.name), *cells, short(np.median(part.values[part.drawn]) if part.drawn.any() else None)])
-    header = [noun, "least", "lower quartile", "median", "upper quartile", "largest", "median of the drawn"]
-    return Table(f"{title} in each {noun}, with the drawn records beside all", header, lines)
+def _spread(
+    selection: Selection, title: str, groups: Sequence[Group], columns: Mapping[str, Iterable[str]]
+) -> tuple[Table, dict[str, list[np.ndarray]]]:
+    """A table of further columns and the quantiles of each group's score; and its values, of all and the drawn ones."""
+    everyone, drawn = [], []
+    for group in groups:
+        values = selection.column(group.column)[group.rows]
+        known = np.isfinite(values)
+        everyone.append(values[known])
+        drawn.append(values[known & selection.drawn[group.rows]])
+    quantiles = {"least": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "largest": 1.0}
+    columns = {**columns}
+    for key, share in quantiles.items():
+        columns[key] = [short(np.quantile(values, share) if len(values) else None) for values in everyone]
+    columns["median of the drawn"] = [short(np.median(values) if len(values) else None) for values in drawn]
+    table = by_name(title, "name", [group.name for group in groups], columns)
+    return table, {"all records": everyone, "drawn": drawn}
 
 
-def lengths(selection: Selection) -> str:
+def _norms_and_lengths(selection: Selection) -> str:
     """How gradient norms go with the length of what is supervised, within the tasks."""
-    norms, tokens = selection.column("norm"), selection.column("supervised_tokens")
-    known, inside = np.isfinite(norms) & np.isfinite(tokens), []
-    for index in range(len(selection.tasks)):
-        rows = selection.rows_of(index)
-        rows = rows[known[rows]]
-        if len(rows) and np.ptp(norms[rows]) and np.ptp(tokens[rows]):
-            inside.append(float(spearmanr(norms[rows], tokens[rows]).statistic))
+    pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
+    of_tasks = [pairs[:, (selection.task == task) & np.isfinite(pairs).all(0)] for task in range(len(selection.tasks))]
+    inside = [float(spearmanr(*known).statistic) for known in of_tasks if known.size and np.ptp(known, axis=1).all()]
     if not inside:
         return ""
     return (
-        "A gradient is that of a mean over the record's supervised tokens, so long answers tend to have smaller ones: "
-        f"within a task the rank correlation of norm and supervised tokens is {np.median(inside):.2f} "
+        "Long answers tend to have small gradients, which are means over their tokens: within a task the rank "
+        f"correlation of norm and supervised tokens is {np.median(inside):.2f} "
         f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
     )
-
-
-def over_targets(selection: Selection) -> str:
-    """How the scores for the subtasks became one."""
-    how = {
-        "mean": "the mean of its scores for the subtasks",
-        "vote": "the number of subtasks that it is among the best for",
-    }.get(str(selection.summary.arguments.get("over_targets")), "its score for the subtask that it serves best")
-    return f"A record's score is {how}; the records of the highest scores are chosen, whatever their task."
-
-
-def effective_shares(scores: np.ndarray, qs: np.ndarray) -> np.ndarray:
-    """Effective sample size of the weights `softmax(q * score)` of `[n]` scores, by n, for each q: float64 `[q]`."""
-    return np.array([effective_sample_size(instance_weights(scores, q)) for q in qs]) / len(scores)
 
 
 def q_where(shares: np.ndarray, share: float) -> float | None:
@@ -211,128 +201,133 @@ def q_where(shares: np.ndarray, share: float) -> float | None:
 
 
 def choice_curves(selection: Selection) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """How much choice the instance weights would make: the tasks that have scores, their records `[tasks]`, and the
-    effective share of each over `Q_GRID`, `[tasks, q]`.
+    """How much choice the weights `softmax(q * score)` make: the tasks that have scores, their records `[tasks]`, and
+    the effective sample size of each over `Q_GRID`, as a share of its records, `[tasks, q]`.
 
-    The weights are made of the score that the selection asked for; of the influence where it drew at random.
+    The score is the one that the selection asked for; the influence where it drew at random.
     """
-    values, tasks, sizes, curves = selection.column(_score(selection)), [], [], []
+    score = SCORE_COLUMNS.get(str(selection.summary.arguments.get("instance_score")), "influence")
+    values, tasks, sizes, curves = selection.column(score), [], [], []
     for index, task in enumerate(selection.tasks):
         scores = values[selection.rows_of(index)]
         scores = scores[np.isfinite(scores)]
         if not task.excluded and len(scores):
             tasks.append(index)
             sizes.append(len(scores))
-            curves.append(effective_shares(scores, Q_GRID))
+            curves.append([effective_sample_size(instance_weights(scores, q)) / len(scores) for q in Q_GRID])
     return tasks, np.array(sizes), np.array(curves)
 
 
-def _score(selection: Selection) -> str:
-    return SCORE_COLUMNS.get(str(selection.summary.arguments.get("instance_score")), "influence")
-
-
-def choice(selection: Selection, pictures: Pictures) -> Section:
+def choice(selection: Selection) -> Section:
     title, q = "How much choice the weights make", float(selection.summary.arguments["q"])
-    tasks, sizes, curves = choice_curves(selection)
-    if not tasks:
+    indices, sizes, curves = choice_curves(selection)
+    if not indices:
         return Section("choice", title, ["No record has a score, so there are no weights."])
-    everyone = sizes @ curves / sizes.sum()
-    drawn_share = sum(selection.tasks[index].distinct for index in tasks) / sizes.sum()
-    lines = []
-    for index, size, curve in zip(tasks, sizes.tolist(), curves, strict=True):
-        task = selection.tasks[index]
-        effective = task.effective_sample_size
-        cells = [f"{size:,}", f"{task.distinct:,}", "–" if effective is None else f"{effective:,.1f}"]
-        lines.append([name(task.name), *cells, short(q_where(curve, 0.5)), short(q_where(curve, task.distinct / size))])
-    header = ["task", "records", "drawn", f"effective size at q = {q:g}", "q for half", "q for the share drawn"]
-    numbers = Table("Effective sample size of each task's weights", header, lines)
-    draw = partial(plots.choice_curve, Q_GRID, curves, everyone, q, drawn_share)
-    caption = _choice_caption(selection, q, q_where(everyone, 0.5), q_where(everyone, drawn_share))
-    return Section("choice", title, [pictures.plot("choice", draw, caption, numbers)])
+    tasks = [selection.tasks[index] for index in indices]
+    shares = [(task.effective_sample_size or 0) / task.counted for task in tasks]
+    columns = {
+        "records": _whole(sizes),
+        "drawn": _whole(task.distinct for task in tasks),
+        f"effective size at q = {q:g}": [f"{task.effective_sample_size or 0:,.1f}" for task in tasks],
+        "q for half": [short(q_where(curve, 0.5)) for curve in curves],
+    }
+    numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
+    figure = plots.choice_curve(Q_GRID, curves, sizes @ curves / sizes.sum(), q)
+    caption = "This selection does not draw with weights; the curve shows what doing so would change."
+    arguments = selection.summary.arguments
+    if arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted":
+        caption = f"At q = {q:g} the effective size is at least {percent(min(shares))} of a task's records"
+        caption += ": the draw is all but uniform." if min(shares) > 0.99 else "."
+    return Section("choice", title, [Plot("choice", figure, numbers, caption)])
 
 
-def _choice_caption(selection: Selection, q: float, half: float | None, narrow: float | None) -> str:
-    """What the weights do at the selection's q, and at which q they would do more."""
-    arguments, score = selection.summary.arguments, _score(selection)
-    if arguments.get("instance_score") == "random" or arguments.get("sampling", "weighted") != "weighted":
-        said = "This selection does not draw with weights; the curve shows what doing so would change."
-    else:
-        values = [selection.column(score)[selection.rows_of(index)] for index in range(len(selection.tasks))]
-        spread = max((np.ptp(known) for known in (v[np.isfinite(v)] for v in values) if len(known)), default=0.0)
-        more = math.expm1(min(700.0, q * float(spread)))
-        if more < 0.05:
-            differ = f"differ by at most {short(100 * more)}%: the draw is all but uniform"
-            said = f"At q = {q:g} the weights of a task {differ}."
-        else:
-            said = f"At q = {q:g} the largest weight of a task is at most {short(1 + more)} times its smallest."
-    if half:
-        said += f" The effective size falls to half at q ≈ {short(half)}"
-        said += f" and to the share that is drawn at q ≈ {short(narrow)}" if narrow and narrow > half else ""
-        said += f"; far below, the draw is uniform, far above, it takes the records of highest {score}."
-    return said
+def less_sections(selection: Selection, samples: Samples) -> list[Section]:
+    """The target's subtasks, the scores, and the records by how they serve each subtask."""
+    targets = _typed(selection, selection.summary.details, TargetDetails).subtasks
+    everyone, groups = np.arange(len(selection.ids)), []
+    for subtask in targets:
+        column, about = f"score_{subtask.name}", f"{plural(subtask.records, 'record')} of the target"
+        if column not in selection.numbers:
+            raise UserError(f"the scores file of {selection.stem} has no {shown(column, 60)}; make the selection again")
+        groups.append(Group(subtask.name, about, column, everyone))
+    return [
+        subtasks(selection, targets, groups),
+        distributions(selection, "score", ("Scores", "score", False)),
+        sample_records(selection, SUBTASK_ENDS, groups, samples),
+    ]
 
 
-def left_out(selection: Selection, further: Sequence[Block] = ()) -> Section:
-    """Records without a gradient: how many for each reason and task, and one of them; then `further` blocks."""
-    title, entries = "Records left out", selection.summary.left_out
+def subtasks(selection: Selection, targets: Sequence[Subtask], groups: Sequence[Group]) -> Section:
+    """How all records and the chosen ones score for each subtask, and which tasks the chosen ones are from."""
+    names = [group.name for group in groups]
+    columns = {
+        "target records": _whole(subtask.records for subtask in targets),
+        "chosen that serve it best": _whole(subtask.selected for subtask in targets),
+    }
+    numbers, values = _spread(selection, "Scores of all records for each subtask", groups, columns)
+    plot = Plot("subtasks", plots.boxes(names, values, "score for the subtask: a cosine"), numbers)
+    drawn = np.flatnonzero(selection.drawn)
+    best = np.array([selection.column(group.column)[drawn] for group in groups]).argmax(axis=0)
+    counts = np.zeros((len(groups), len(selection.tasks)), int)
+    np.add.at(counts, (best, selection.task[drawn]), 1)
+    served = {subtask: _whole(of_tasks) for subtask, of_tasks in zip(names, counts, strict=True)}
+    title = "Of each task, how many chosen records score highest for which subtask"
+    by_task = by_name(title, "task", [task.name for task in selection.tasks], served)
+    return Section("subtasks", "The target's subtasks", [plot, by_task])
+
+
+def left_out(selection: Selection) -> Section:
+    """Records without a gradient: how many for each reason and task, and one of them."""
+    entries = selection.summary.left_out
     if not entries:
-        return Section("left-out", title, ["None: every record has a gradient.", *further])
-    cases = [(entry.reason, str(entry.task)) for entry in entries]
-    examples = dict(reversed(list(zip(cases, entries, strict=True))))
-    counts = Counter(cases)
+        return Section("left-out", "Records left out", ["None: every record has a gradient."])
+    cases = Counter((entry.reason, str(entry.task)) for entry in entries)
+    examples = {(entry.reason, str(entry.task)): entry for entry in reversed(entries)}
     lines = []
-    for case in sorted(counts, key=lambda case: (-counts[case], case))[:CASES]:
+    for case, count in cases.most_common(CASES):
         example = Markup("row {}, id {}").format(examples[case].row, name(str(examples[case].id), 40))
-        lines.append([name(case[0], 200), name(case[1]), f"{counts[case]:,}", example])
+        lines.append([name(case[0], 200), name(case[1]), f"{count:,}", example])
     share = percent(len(entries) / max(1, len(selection.ids)))
     said = f"{plural(len(entries), 'record')} of {len(selection.ids):,} ({share}): in no mean, and never drawn."
-    if len(counts) > CASES:
-        said += f" The table has the {CASES} most frequent of {len(counts):,} cases; the scores file has every record."
-    return Section("left-out", title, [said, Table(title, ["reason", "task", "records", "example"], lines), *further])
-
-
-def cost(selection: Selection) -> Section:
-    """What the gradient pass took, from the chunks' manifests."""
-    title, chunks = "What the gradient pass cost", selection.summary.gradient_pass
-    if not chunks:
-        return Section("cost", title, ["Not known: the feature files of the paper's release have no manifests."])
-    seconds, rates, peaks, paddings = (
-        [_number(chunk.get(key)) or 0.0 for chunk in chunks]
-        for key in ("seconds", "records_per_second", "peak_memory_bytes", "padding_efficiency")
+    title = f"The most frequent of {len(cases):,} cases; the scores file has every record"
+    return Section(
+        "left-out", "Records left out", [said, Table(title, ["reason", "task", "records", "example"], lines)]
     )
-    records = sum(time * rate for time, rate in zip(seconds, rates, strict=True))
-    devices = sorted({f"{chunk.get('device', '–')}, {chunk.get('dtype', '–')}" for chunk in chunks})
-    pairs = [
-        ("time on all devices", duration(sum(seconds))),
-        ("records a second on a device", short(records / sum(seconds) if any(seconds) else None)),
-        ("devices and dtypes", "; ".join(devices)),
-        ("chunks", f"{len(chunks):,}"),
-        ("largest peak of memory", memory(max(peaks))),
-        ("least padding efficiency: the share of what is computed that is no padding", short(min(paddings))),
-    ]
-    which = ["This is the pass of the last checkpoint."] if selection.summary.method == "LESS" else []
-    return Section("cost", title, [*which, facts("From the chunks' manifests", pairs)])
 
 
-def _number(value: Any) -> float | None:
-    """A finite number of reasonable size as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        return None
-    return float(value)
-
-
-def origin(selection: Selection) -> Section:
-    """Arguments, versions and hashes: what it takes to make the subset again and to check it."""
+def cost_and_origin(selection: Selection) -> Section:
+    """What the gradient pass took, and what it takes to make the subset again and to check it."""
     summary = selection.summary
     inputs = {key: value for key, value in structs.asdict(summary.inputs).items() if key not in ("chunks", "match")}
-    contents = [("Arguments", summary.arguments), ("Inputs", inputs), ("Gradient features", summary.inputs.match)]
-    contents += [("Subset", structs.asdict(summary.subset)), ("Versions", summary.versions)]
-    contents.append(("Target", {key: value for key, value in summary.details.items() if isinstance(value, str)}))
-    if summary.gradient_pass:
-        contents.append(("Versions of the gradient pass", summary.gradient_pass[0].get("versions")))
+    contents = {
+        "Gradient pass": _cost(_typed(selection, summary.gradient_pass, list[PassDetails])),
+        "Arguments": summary.arguments,
+        "Inputs": inputs,
+        "Gradient features": summary.inputs.match,
+        "Subset": structs.asdict(summary.subset),
+        "Versions": summary.versions,
+        "Target": {key: value for key, value in summary.details.items() if key != "subtasks"},
+        "Versions of the gradient pass": next(iter(summary.gradient_pass), {}).get("versions"),
+    }
     blocks: list[Block] = [f"Selected {summary.created}."] if summary.created else []
-    for title, content in contents:
+    for title, content in contents.items():
         if isinstance(content, dict) and content:
             pairs = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in content.items())
             blocks.append(facts(title, pairs))
-    return Section("origin", "Arguments, versions, hashes", blocks)
+    return Section("origin", "Cost, arguments, versions, hashes", blocks)
+
+
+def _cost(chunks: Sequence[PassDetails]) -> dict[str, str]:
+    """What the chunks of the (last checkpoint's) pass took; nothing is known of the paper's release's."""
+    if not chunks:
+        return {"cost": "not known: the feature files of the paper's release have no manifests"}
+    seconds = sum(chunk.seconds for chunk in chunks)
+    records = sum(chunk.seconds * (chunk.records_per_second or 0) for chunk in chunks)
+    return {
+        "chunks": f"{len(chunks):,}",
+        "time on all devices": duration(seconds),
+        "records a second on a device": short(records / seconds if seconds else None),
+        "devices and dtypes": "; ".join(sorted({f"{chunk.device}, {chunk.dtype}" for chunk in chunks})),
+        "largest peak of memory": memory(max(chunk.peak_memory_bytes for chunk in chunks)),
+        "least share of the tokens that is no padding": short(min(chunk.padding_efficiency for chunk in chunks)),
+    }

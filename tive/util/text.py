@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LABEL_LIMIT = 60
+DASH = "–"
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -71,12 +72,13 @@ def print_table(rows: Iterable[tuple[str, ...]]) -> None:
 
 
 def short(value: float | None) -> str:
-    """A number with three digits that count; a dash where there is none."""
+    """A number with three digits that count, a whole one below a million as it is; a dash where there is none."""
     if value is None or math.isnan(value):
-        return "–"
+        return DASH
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+    digits = 0 if value == round(value) else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
 
 
 def percent(share: float) -> str:
