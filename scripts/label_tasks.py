@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tive.data.conversations import image_of
 from tive.data.labels import Rules, add_key, read_rules, replace_key
-from tive.data.media import IMAGE_KEYS, is_empty
-from tive.data.problems import convert_command, listing_beside, refuse_bad_records
-from tive.data.records import JsonRecords, name_of, open_records, write_raw
+from tive.data.media import IMAGE_KEYS, is_empty, name_of_image
+from tive.data.problems import listing_beside, refuse_bad_records
+from tive.data.records import Records, TableRecords, check_suffix, name_of, open_records, write_raw, write_records
 from tive.data.scan import described_keys
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
@@ -26,6 +26,7 @@ from tive.util.text import listed, print_table, shown, shown_value
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
 OWN_KEYS = ("id", "conversations", "messages", "texts", "prompt", "completion", *IMAGE_KEYS)
+UNMATCHED = "(no rule matches)"
 SHOWN = 10
 
 
@@ -36,11 +37,11 @@ def parse_arguments() -> argparse.Namespace:
         epilog="""example:
   python scripts/label_tasks.py --source_path llava_v1_5_mix665k.json --target_path llava_labelled.json
 
-The target has the source's form (a JSON list, or JSON Lines) and its records byte for byte, with one key more.
+The target has the source's form: JSON byte for byte with one key more, Parquet with one column more.
 Data that names its tasks itself needs no labels: give the other scripts `--task_key KEY` instead, where KEY is a
 key, a dotted path (meta.source), or the first part of a value (image:/ is the image's folder, id:_ the id up to _).""",
     )
-    parser.add_argument("--source_path", required=True, help="records: a JSON list, or JSON Lines")
+    parser.add_argument("--source_path", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder")
     parser.add_argument("--target_path", required=True, help="where the labelled records go; another file")
     parser.add_argument("--rules", default=DEFAULT_RULES, help="rule file (default: scripts/rules/llava_v1_5.yaml)")
     parser.add_argument(
@@ -60,15 +61,19 @@ key, a dotted path (meta.source), or the first part of a value (image:/ is the i
 
 
 @dataclass
-class Found:
-    """What the pass found: records of each task, those that no rule matched (the first few named), those kept, and what
-    keeps records from being labelled, by row."""
+class Labels:
+    """The task of every record by the rules, and what is worth telling of them.
 
-    tasks: Counter[str] = field(default_factory=Counter)
-    unmatched: int = 0
-    first_unmatched: list[str] = field(default_factory=list)
-    kept: int = 0
-    problems: dict[int, str] = field(default_factory=dict)
+    Attributes:
+        tasks: of each record; `UNMATCHED` where no rule matches and there is no default.
+        kept: rows whose task is the one that they had; `with_key` those that had the key at all.
+        unmatched: rows that no rule matches.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    kept: set[int] = field(default_factory=set)
+    with_key: set[int] = field(default_factory=set)
+    unmatched: list[int] = field(default_factory=list)
 
 
 def check(arguments: argparse.Namespace, rules: Rules) -> None:
@@ -83,69 +88,80 @@ def check(arguments: argparse.Namespace, rules: Rules) -> None:
         raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
 
 
-def labelled(arguments: argparse.Namespace, records: JsonRecords, rules: Rules, found: Found) -> Iterator[bytes]:
-    """Yield the raw text of every record with its task, counting on the way.
+def labels_of(arguments: argparse.Namespace, records: Records, rules: Rules) -> Labels:
+    """The task of every record.
 
     Raises:
-        UserError: a record has a task already, records cannot be read by rules (all are listed beside the target), or
-            match no rule and there is no default.
+        UserError: a record has a task already, or records cannot be read by rules (all are listed beside the target).
     """
-    key = arguments.task_key
-    for row, (raw, record) in enumerate(zip(map(bytes, records.texts()), records, strict=True)):
+    key, labels, problems = arguments.task_key, Labels(), {}
+    for row, record in enumerate(records):
+        task, named, problem = None, None, ""
         try:
             task = rules.task_of(record, arguments.split_llava)
         except ValueError as error:
-            found.problems[row] = str(error)
-            continue
-        name = name_of(arguments.source_path, row, record)
-        if not is_empty(record.get(key)) and arguments.existing == "stop":
+            problem = str(error)
+        if not problem and not is_empty(record.get(key)) and arguments.existing == "stop":
+            name = name_of(arguments.source_path, row, record)
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
-        named, without_task = task_or_problem(record, key) if arguments.existing == "keep" else (None, no_task(key))
-        if named is None and without_task != no_task(key):
-            found.problems[row] = f"{without_task}; correct it, or give --existing replace"
-            continue
+        if not problem and arguments.existing == "keep":
+            named, problem = task_or_problem(record, key)
+            problem = "" if problem == no_task(key) else f"{problem}; correct it, or give --existing replace"
+        if problem and named is None:
+            problems[row] = problem
+        elif key in record:
+            labels.with_key.add(row)
         if named is not None:
-            found.kept += 1
-            found.tasks[named] += 1
-            yield raw
-            continue
-        if task is None:
-            found.unmatched += 1
-            if len(found.first_unmatched) < SHOWN:
-                image = image_of(record)
-                found.first_unmatched.append(f"{name}, " + (f"image {image}" if image else "no image"))
-            task = arguments.default or "(no rule matches)"
-        found.tasks[task] += 1
-        yield (replace_key if key in record else add_key)(raw, key, task)
-    listing = listing_beside(arguments.target_path)
-    if found.problems:
-        refuse_bad_records(records, found.problems, listing)
-    listing.unlink(missing_ok=True)
-    if found.unmatched and arguments.default is None:
-        show(rules, found, arguments.split_llava)
-        if 2 * found.unmatched > found.tasks.total():
-            raise UserError(
-                f"most records ({found.unmatched:,} of {found.tasks.total():,}) match no rule of {rules.path}: it is "
-                "of another mixture, and nothing was written; write rules for this one, or give the steps --task_key "
-                f"with a key of the records (they have {described_keys(records)})"
-            )
+            labels.kept.add(row)
+        elif task is None:
+            labels.unmatched.append(row)
+        labels.tasks.append(named or task or arguments.default or UNMATCHED)
+    refuse_bad_records(records, problems, listing_beside(arguments.target_path))
+    return labels
+
+
+def refuse_unmatched(labels: Labels, records: Records, rules: Rules) -> None:
+    """Raise a `UserError` for records that no rule matches."""
+    count, total = len(labels.unmatched), len(records)
+    if 2 * count > total:
         raise UserError(
-            f"{found.unmatched:,} of {found.tasks.total():,} records match no rule of {rules.path}, nothing was "
-            "written; add a rule for them, or --default NAME"
+            f"most records ({count:,} of {total:,}) match no rule of {rules.path}: it is of another mixture, nothing "
+            "was written; write rules for this one, or give the steps --task_key with a key of the records (they have "
+            f"{described_keys(records)})"
         )
+    raise UserError(
+        f"{count:,} of {total:,} records match no rule of {rules.path}, nothing was written; add a rule for them, or "
+        "--default NAME"
+    )
 
 
-def show(rules: Rules, found: Found, split: bool) -> None:
+def write_labels(arguments: argparse.Namespace, records: Records, labels: Labels) -> None:
+    """Write the records with their tasks: JSON byte for byte but for the key, a table with one column more."""
+    key = arguments.task_key
+    if isinstance(records, TableRecords):
+        write_records(arguments.target_path, records, range(len(records)), {key: labels.tasks})
+        return
+
+    def texts() -> Iterator[bytes]:
+        for row, text in enumerate(map(bytes, records.texts())):
+            change = replace_key if row in labels.with_key else add_key
+            yield text if row in labels.kept else change(text, key, labels.tasks[row])
+
+    write_raw(arguments.target_path, texts(), records.is_lines)
+
+
+def show(rules: Rules, records: Records, labels: Labels, split: bool) -> None:
     """Print the counts beside the authors' own, and the first records that no rule matched."""
+    counts = Counter(labels.tasks)
     rows: list[tuple[str, int, int | None]] = []
     for task, parts in rules.parts().items():
         parts = list(dict.fromkeys(parts)) if split else []
-        rows.append((task, found.tasks[task] + sum(found.tasks[part] for part in parts), rules.expected.get(task)))
-        rows += [(f"  {part}", found.tasks[part], None) for part in parts]
+        rows.append((task, counts[task] + sum(counts[part] for part in parts), rules.expected.get(task)))
+        rows += [(f"  {part}", counts[part], None) for part in parts]
     known = [task.strip() for task, _, _ in rows]
-    rows += [(task, found.tasks[task], None) for task in sorted(found.tasks) if task not in known]
+    rows += [(task, counts[task], None) for task in sorted(counts) if task not in known]
     complete = len(rules.expected) == len(rules.parts())
-    rows.append(("all", found.tasks.total(), sum(rules.expected.values()) if complete else None))
+    rows.append(("all", counts.total(), sum(rules.expected.values()) if complete else None))
     table = [("task", "records", "authors", "difference")]
     for task, count, authors in rows:
         beside = (f"{authors:,}", f"{(count - authors) / authors:+.2%}") if authors else ("", "")
@@ -154,27 +170,29 @@ def show(rules: Rules, found: Found, split: bool) -> None:
     far = [task for task, count, authors in rows if authors and abs(count - authors) > 0.01 * authors]
     if far:
         print(f"More than 1% off the authors' count: {listed(far)}. For the whole mixture, look at its records.")
-    if found.kept:
-        print(f"{found.kept:,} records kept the task that they had.")
-    if found.unmatched:
-        print(f"No rule matches {found.unmatched:,} records. The first:")
-        for line in found.first_unmatched:
-            print(f"  {shown(line, 160)}")
+    if labels.kept:
+        print(f"{len(labels.kept):,} records kept the task that they had.")
+    if labels.unmatched:
+        print(f"No rule matches {len(labels.unmatched):,} records. The first:")
+        for row in labels.unmatched[:SHOWN]:
+            record = records[row]
+            image = image_of(record)
+            what = f"image {name_of_image(image)}" if image else "no image"
+            print(f"  {shown(f'{name_of(records.path, row, record)}, {what}', 160)}")
 
 
 def main() -> None:
     arguments = parse_arguments()
     rules = read_rules(arguments.rules)
     check(arguments, rules)
-    found = Found()
     records = open_records(arguments.source_path)
-    if not isinstance(records, JsonRecords):
-        raise UserError(
-            f"{arguments.source_path} is a table, to which no key is added; give the steps --task_key with a column of "
-            f"it (the records have {described_keys(records)}), or make JSON of it with {convert_command(records)}"
-        )
-    write_raw(arguments.target_path, labelled(arguments, records, rules, found), records.is_lines)
-    show(rules, found, arguments.split_llava)
+    check_suffix(arguments.target_path, records)
+    labels = labels_of(arguments, records, rules)
+    if labels.unmatched and arguments.default is None:
+        show(rules, records, labels, arguments.split_llava)
+        refuse_unmatched(labels, records, rules)
+    write_labels(arguments, records, labels)
+    show(rules, records, labels, arguments.split_llava)
     print(f"Wrote {arguments.target_path}.")
 
 

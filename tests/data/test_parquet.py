@@ -198,25 +198,27 @@ def test_step_1_draws_from_parquet_and_leaves_the_rows_numbers(fine, tmp_path):
     assert [row % 2 for row in rows].count(0) == 3
 
 
-def test_a_table_without_tasks_becomes_data_with_tasks_by_the_commands_that_are_told(fine, tmp_path):
-    """The command of step 1 and that of the labels are the same, and what it makes can be labelled."""
+def test_a_table_without_tasks_gets_a_column_of_them_by_the_command_that_is_told(fine, tmp_path):
     records = open_records(fine)
-    scan = scan_records(records, form_problem, "none")
     with pytest.raises(UserError) as caught:
-        refuse_problems(scan, "none", tmp_path / "bad.json")
+        refuse_problems(scan_records(records, form_problem, "dataset"), "dataset", tmp_path / "bad.json")
     command = re.search("`([^`]*)`$", str(caught.value))[1]
+    subprocess.run(f"{command} --default x", shell=True, check=True, cwd="/")
+    labelled = parquet.read_table(fine.parent / "labelled.parquet").to_pylist()
+    # Texts without an image are ShareGPT's by LLaVA's rules.
+    expected = [row | {"dataset": "x" if row["images"] else "ShareGPT"} for row in finevision(range(12))]
+    assert labelled == expected
+    assert parquet.read_schema(fine.parent / "labelled.parquet").metadata == FINEVISION.metadata
 
-    def label(source):
-        options = ("--source_path", source, "--target_path", tmp_path / "labelled.json", "--default", "x")
-        script = Path(__file__).parents[2] / "scripts" / "label_tasks.py"
-        return subprocess.run([sys.executable, script, *options], check=False, capture_output=True, text=True)
 
-    refused = label(fine)
-    assert refused.returncode == 2 and command in refused.stderr
-    subprocess.run(command, shell=True, check=True, cwd="/")
-    (made,) = fine.parent.glob("*_llava.json")
-    assert label(made).returncode == 0
-    assert len(open_records(tmp_path / "labelled.json")) == len(records)
+@pytest.mark.parametrize(("existing", "expected"), [("keep", [*"abababababab"]), ("replace", ["x"] * 12)])
+def test_a_tables_tasks_are_kept_or_replaced_as_told(fine, tmp_path, existing, expected):
+    script = Path(__file__).parents[2] / "scripts" / "label_tasks.py"
+    options = ["--source_path", fine, "--target_path", tmp_path / "a.parquet", "--existing", existing]
+    subprocess.run([sys.executable, script, *options, "--task_key", "source", "--default", "x"], check=True)
+    labelled = parquet.read_table(tmp_path / "a.parquet")
+    assert labelled["source"].to_pylist() == expected
+    assert labelled.drop(["source"]).to_pylist() == parquet.read_table(fine).drop(["source"]).to_pylist()
 
 
 def test_a_table_goes_into_a_parquet_file_and_json_into_json(fine, tmp_path):

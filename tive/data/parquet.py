@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,7 @@ class TableRecords:
     def _record(self, values: dict[str, Any], file: int, row: int) -> dict[str, Any]:
         for column in self.image_columns:
             entries = values[column] if isinstance(values[column], list) else [values[column]]
-            where = f"{self.files[file].name}, row {row}, image"
+            where = f"{self.files[file].name}, record {row}, image"
             values[column] = [_image(entry, f"{where} {number}") for number, entry in enumerate(entries)]
         if self.folders[file]:
             values.setdefault("folder", self.folders[file])
@@ -305,14 +305,25 @@ def _as_objects(array: Any) -> list[Any]:
     return values
 
 
-def write_table(file: BinaryIO, records: TableRecords, rows: Iterable[int]) -> None:
-    """Write the rows, in that order, as Parquet with the schema and metadata of the first file."""
+def write_table(
+    file: BinaryIO, records: TableRecords, rows: Iterable[int], columns: Mapping[str, Sequence[str]]
+) -> None:
+    """Write the rows, in that order, as Parquet with the schema and metadata of the first file.
+
+    Args:
+        columns: of the file's columns, those that get other values, or are new; a text for each of `rows`.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
-    schema = _group(records.files[0], int(records.groups[0, 1])).schema
+    source = _group(records.files[0], int(records.groups[0, 1])).schema
+    schema = source
+    for name in columns:
+        place = schema.get_field_index(name)
+        field = pyarrow.field(name, pyarrow.string())
+        schema = schema.append(field) if place < 0 else schema.set(place, field)
     waiting: list[Any] = []
-    size = 0
+    size = written = 0
     with parquet.ParquetWriter(file, schema) as writer:
 
         def flush() -> None:
@@ -322,10 +333,13 @@ def write_table(file: BinaryIO, records: TableRecords, rows: Iterable[int]) -> N
 
         for (number, group, first), taken in _by_group(records, rows):
             table = _group(records.files[number], group).take([row - first for row in taken])
-            if table.schema != schema:
-                table = table.select(schema.names).cast(schema)
-            waiting.append(table.replace_schema_metadata(schema.metadata))
+            if table.schema != source:
+                table = table.select(source.names).cast(source)
+            values = {name: table.column(name) for name in source.names}
+            values |= {name: texts[written : written + len(taken)] for name, texts in columns.items()}
+            waiting.append(pyarrow.Table.from_pydict(values, schema))
             size += table.nbytes
+            written += len(taken)
             if size >= _GROUP_BYTES:
                 flush()
                 size = 0

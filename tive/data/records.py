@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -237,19 +237,35 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
     return ".parquet" if is_table(Path(path)) else ".json"
 
 
-def write_records(path: str | os.PathLike[str], records: Records, rows: Iterable[int]) -> None:
-    """Write the records of `rows`, in that order: of JSON as a JSON list, each byte for byte as it came; of a table as
-    Parquet, with its schema and metadata.
-
-    Raises:
-        UserError: the file cannot be written, or its name is of the other kind.
-    """
+def check_suffix(path: str | os.PathLike[str], records: Records) -> None:
+    """Raise a `UserError` where a file's name is not of the kind that records are written as."""
     if (Path(path).suffix == ".parquet") != isinstance(records, TableRecords):
         raise UserError(
             f"{path} is to hold records of {records.path}: name a file that ends in {suffix_of(records.path)}"
         )
+
+
+def write_records(
+    path: str | os.PathLike[str],
+    records: Records,
+    rows: Iterable[int],
+    columns: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Write the records of `rows`, in that order: of JSON as a JSON list, each byte for byte as it came; of a table as
+    Parquet, with its schema and metadata.
+
+    Args:
+        columns: of a table's columns, those that get other values, or are new; a text for each of `rows`.
+
+    Raises:
+        UserError: the file cannot be written, or its name is of the other kind.
+    """
+    check_suffix(path, records)
     with whole_file(path) as file:
-        copy_records(file, records, rows)
+        if isinstance(records, TableRecords):
+            write_table(file, records, rows, columns or {})
+        else:
+            copy_records(file, records, rows)
 
 
 def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
@@ -263,7 +279,7 @@ def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
 def copy_records(file: BinaryIO, records: Records, rows: Iterable[int]) -> None:
     """`write_records` into an open file."""
     if isinstance(records, TableRecords):
-        write_table(file, records, rows)
+        write_table(file, records, rows, {})
         return
     with open(records.path, "rb") as source:
         descriptor = source.fileno()

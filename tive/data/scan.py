@@ -18,8 +18,8 @@ from tive.data.conversations import image_paths, images_of, placeholder_in, to_l
 from tive.data.images import BadImage, look_for
 from tive.data.media import IMAGE_TAG, Image, is_empty
 from tive.data.parquet import TableRecords
-from tive.data.problems import convert_command, refuse_bad_records, writable
-from tive.data.records import Records
+from tive.data.problems import refuse_bad_records, writable
+from tive.data.records import Records, suffix_of
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError
 from tive.util.text import command, listed
@@ -127,13 +127,11 @@ def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
     """
     path = scan.records.path
     if all(scan.problems.get(row) == no_task(task_key) for row in range(len(scan.records))):
-        label = command("scripts/label_tasks.py", source_path=path, target_path=path.with_name("labelled.json"))
-        add = f"add it with {label}"
-        if isinstance(scan.records, TableRecords):  # to which no key is added
-            add = f"make JSON of it, to which one can be added, with {convert_command(scan.records)}"
+        labelled = path.with_name(f"labelled{suffix_of(path)}")
         raise UserError(
             f"{path}: no record names a task under `{task_key}`; name another key as task_key (the records have "
-            f"{described_keys(scan.records)}), or {add}"
+            f"{described_keys(scan.records)}), or add it with "
+            + command("scripts/label_tasks.py", source_path=path, target_path=labelled)
         )
     refuse_bad_records(scan.records, scan.problems, listing)
 
