@@ -403,7 +403,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: 
         (["tasks", 1, "value"], float("nan"), "`$.tasks[1].value`"),
         (["tasks", 1, "selected"], 10**400, "`$.tasks[1].selected`"),
         (["tasks", 1, "task"], "captions", "twice"),
-        (["tasks", 1, "task"], "unknown", "line 11"),
+        (["tasks", 1, "task"], "unknown", "row #11"),
         (["tasks", 1, "selected"], 4, "'vqa'"),
         (["arguments", "q"], "<b>", "`$.arguments.q`"),
         (["arguments"], None, "`$.arguments`"),
@@ -424,15 +424,15 @@ def test_a_damaged_summary_is_named(
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("7,id,vqa,1,x,1,0,", "line 38"),
-        ("36,id,vqa,1,nan,1,0,", "line 38"),
-        ("36,id,vqa,1,inf,1,0,", "line 38"),
-        ("36,id,vqa,1,0.5,1,-1,", "line 38"),
-        ("36,id,vqa", "line 38"),
+        ("7,id,vqa,1,x,1,0,", "ow #38"),
+        ("36,id,vqa,1,nan,1,0,", "ow #38"),
+        ("36,id,vqa,1,inf,1,0,", "ow #38"),
+        ("36,id,vqa,1,0.5,1,-1,", "ow #38"),
+        ("36,id,vqa", "ow #38"),
         ("36,id,vqa,1,0.5,0.5,0,", "'vqa'"),
         ('36,"id', "CSV"),
         ("36,\udcff,vqa,1,0.5,0.5,0,", "CSV"),
-        (f"36,{'x' * 200000},vqa,1,0.5,0.5,0,", "CSV"),
+        (f"36,{'x' * 200000},vqa,1,0.5,0.5,0,", "'vqa'"),
     ],
 )
 def test_a_damaged_scores_file_is_named(copy: Path, capsys: pytest.CaptureFixture[str], line: str, named: str) -> None:

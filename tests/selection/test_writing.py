@@ -303,5 +303,5 @@ def test_a_scores_file_of_other_columns_is_refused_with_those_it_must_have(made,
     call(main, *arguments)
     path = folder / "out" / "Tive_q_0.001_p_0.15_scores.csv"
     path.write_text(f"{header}\n" + path.read_text().partition("\n")[2])
-    with pytest.raises(UserError, match="line 1: the columns are not row,id,task, scores, times_selected,left_out"):
+    with pytest.raises(UserError, match="the columns are not row,id,task, scores, times_selected,left_out"):
         read_selection(find_summary(folder / "out"))

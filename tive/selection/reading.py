@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import array
 import csv
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from tive.selection.summary import (
     FIRST_COLUMNS,
     LAST_COLUMNS,
     MAX_COUNT,
+    MAX_SIZE,
     SCORES_END,
     SUMMARY_END,
     Summary,
@@ -23,7 +22,7 @@ from tive.selection.summary import (
     read_summary,
 )
 from tive.util.errors import UserError
-from tive.util.text import LABEL_LIMIT, shown_value
+from tive.util.text import LABEL_LIMIT, shown, shown_value
 
 AGAIN = "make the selection again"
 
@@ -100,77 +99,59 @@ def read_selection(summary_path: Path) -> Selection:
     """Read a summary and the scores beside it, of this version or an earlier one; they must belong together.
 
     Raises:
-        UserError: a file is missing, damaged, or does not fit the other; the line or key is named.
+        UserError: a file is missing, damaged, or does not fit the other; the row (the header is 1) or key is named.
     """
     summary = read_summary(summary_path)
     tasks = sorted(summary.tasks, key=lambda task: (-task.records, task.name))
     stem = summary_path.name.removesuffix(SUMMARY_END)
     path = summary_path.with_name(f"{stem}{SCORES_END}")
-    lines = _lines(path)
-    columns = next(lines)[1]
-    first, last = len(FIRST_COLUMNS), len(columns) - len(LAST_COLUMNS)
-    if columns[:first] != FIRST_COLUMNS or columns[last:] != LAST_COLUMNS or len(set(columns)) != len(columns):
-        raise UserError(
-            f"{path}, line 1: the columns are not {','.join(FIRST_COLUMNS)}, scores, {','.join(LAST_COLUMNS)}; {AGAIN}"
-        )
+    scores = _read_scores(path)
     index = {task.name: position for position, task in enumerate(tasks)}
-    ids: list[str] = []
-    task_of, times, numbers = array.array("i"), array.array("q"), array.array("d")
-    left_out: dict[int, str] = {}
-    for line, cells in lines:
-        try:
-            row, identity, name, *values, selected, reason = cells
-            if int(row) != len(ids) or not 0 <= int(selected) < MAX_COUNT or len(values) != last - first:
-                raise ValueError
-            numbers.extend([_number_or_nan(value) for value in values])
-        except ValueError:
-            raise UserError(f"{path}, line {line}: not a record's scores ({','.join(columns)}); {AGAIN}") from None
-        if name not in index:
-            label = shown_value(name, LABEL_LIMIT)
-            raise UserError(f"{path}, line {line}: task {label} is not in the summary; {AGAIN}")
-        if reason:
-            left_out[len(ids)] = reason
-        ids.append(identity)
-        task_of.append(index[name])
-        times.append(int(selected))
-    task, times_selected = np.array(task_of, np.int32), np.array(times, np.int64)
-    _check_counts(path, summary_path, tasks, task, times_selected)
-    table = np.ascontiguousarray(np.array(numbers).reshape(len(ids), last - first).T)
-    by_column = dict(zip(columns[first:last], table, strict=True))
-    return Selection(stem, summary, tasks, ids, task, by_column, times_selected, left_out)
-
-
-def _check_counts(path: Path, summary_path: Path, tasks: list[Task], task: np.ndarray, times: np.ndarray) -> None:
-    records = np.bincount(task, minlength=len(tasks))
-    selected = np.bincount(task, times, minlength=len(tasks))
-    for position, entry in enumerate(tasks):
-        if (records[position], selected[position]) != (entry.records, entry.selected):
+    names, times = scores["task"].to_pylist(), scores["times_selected"].to_numpy()
+    task = np.array([index.get(name, -1) for name in names], np.int32)
+    numbers = {name: scores[name].to_numpy() for name in scores.column_names[len(FIRST_COLUMNS) : -len(LAST_COLUMNS)]}
+    wrong = (scores["row"].to_numpy() != np.arange(len(task))) | (times < 0) | (times >= MAX_COUNT)
+    for name, values in numbers.items():
+        wrong |= ~(np.abs(values) < MAX_SIZE) & ~scores[name].is_null().to_numpy()
+    if wrong.any():
+        raise UserError(f"{path}: row #{wrong.argmax() + 2} does not hold a record's scores; {AGAIN}")
+    if (task < 0).any():
+        row = int((task < 0).argmax())
+        label = shown_value(names[row], LABEL_LIMIT)
+        raise UserError(f"{path}: row #{row + 2}: task {label} is not in the summary; {AGAIN}")
+    records, selected = (np.bincount(task, weights, len(tasks)).astype(int) for weights in (None, times))
+    for entry, here, drawn in zip(tasks, records.tolist(), selected.tolist(), strict=True):
+        if (here, drawn) != (entry.records, entry.selected):
             raise UserError(
-                f"{path}: task {shown_value(entry.name, LABEL_LIMIT)} has {records[position]} records, "
-                f"{selected[position]:.0f} selected, but {entry.records} and {entry.selected} in {summary_path.name}; "
-                f"{AGAIN}"
+                f"{path}: task {shown_value(entry.name, LABEL_LIMIT)} has {here} records, {drawn} selected, but "
+                f"{entry.records} and {entry.selected} in {summary_path.name}; {AGAIN}"
             )
+    left_out = {row: reason for row, reason in enumerate(scores["left_out"].to_pylist()) if reason}
+    return Selection(stem, summary, tasks, scores["id"].to_pylist(), task, numbers, times, left_out)
 
 
-def _number_or_nan(cell: str) -> float:
-    """An empty cell is a score that is not defined; anything else must be a finite number."""
-    if cell == "":
-        return math.nan
-    value = float(cell)
-    if not abs(value) < 1e300:
-        raise ValueError
-    return value
+def _read_scores(path: Path) -> Any:
+    """A scores file as an Arrow table: a score that is not defined is null."""
+    import pyarrow
+    from pyarrow import csv as arrow_csv
 
-
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of the header, empty if there is none, and of each record of a scores file."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            yield 1, next(reader, [])
-            for cells in tqdm(reader, desc=f"Reading {path.name}", unit=" records", delay=2):
-                yield reader.line_num, cells
+            columns = next(csv.reader(file), [])
+        if columns[:3] != FIRST_COLUMNS or columns[-2:] != LAST_COLUMNS or len(set(columns)) != len(columns):
+            raise UserError(
+                f"{path}: the columns are not {','.join(FIRST_COLUMNS)}, scores, {','.join(LAST_COLUMNS)}; {AGAIN}"
+            )
+        types = dict.fromkeys(columns, pyarrow.float64())
+        types |= {"row": pyarrow.int64(), "times_selected": pyarrow.int64()}
+        types |= dict.fromkeys(("id", "task", "left_out"), pyarrow.string())
+        return arrow_csv.read_csv(
+            path,
+            arrow_csv.ReadOptions(use_threads=False, block_size=1 << 26),  # threads would not number the rows
+            arrow_csv.ParseOptions(newlines_in_values=True),
+            arrow_csv.ConvertOptions(column_types=types, null_values=[""]),
+        )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; it belongs beside the summary") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); {AGAIN}") from error
+    except (csv.Error, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is not a CSV file of scores ({shown(str(error), 200)}); {AGAIN}") from error

@@ -18,9 +18,9 @@ SCORES_END = "_scores.csv"
 # A scores file begins and ends with these; between them is a column for each score.
 FIRST_COLUMNS = ["row", "id", "task"]
 LAST_COLUMNS = ["times_selected", "left_out"]
-MAX_COUNT = 1 << 40
+MAX_COUNT, MAX_SIZE = 1 << 40, 1e300
 Count = Annotated[int, Meta(ge=0, lt=MAX_COUNT)]
-Size = Annotated[float, Meta(ge=0, lt=1e300)]
+Size = Annotated[float, Meta(ge=0, lt=MAX_SIZE)]
 
 
 class Task(Struct, frozen=True, rename={"name": "task"}):
