@@ -93,9 +93,9 @@ def main() -> None:
 
     def products_of_checkpoints() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:
-            means = group_means(checkpoint.target.spans(), groups, device).means
+            means = group_means(checkpoint.target.spans(), groups, device)[0]
             with printing.bar(str(checkpoint.train.folder), len(mixture.ids)) as done:
-                yield products(checkpoint.train.spans(), means, device=device, progress=done.update).values
+                yield products(checkpoint.train.spans(), means, device=device, progress=done.update)
 
     scores = subtask_scores(products_of_checkpoints(), checkpoint_weights)
     chosen = less.choose_for_target(mixture, scores, target.task_names, reasons, options)

@@ -128,13 +128,13 @@ def main() -> None:
         groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
         spans = features.spans()
         with bar("Task means", len(groups)) as done:
-            means = group_means(spans, groups, device, done.update)
+            means, lengths = group_means(spans, groups, device, done.update)
         with bar("Influence", len(groups)) as done:
-            influence = products(spans, means.means, groups, means.lengths, device, done.update).values
-        reasons |= read.reasons_of_features(means.lengths, groups)
+            influence = products(spans, means, groups, lengths, device, done.update)
+        reasons |= read.reasons_of_features(lengths, groups)
         scores = {"norm": scores["norm"], "influence": influence} | scores
         if options.sampling == "clusters":
-            points = whitened_points(features, means.lengths, arguments.save_path)
+            points = whitened_points(features, lengths, arguments.save_path)
 
     chosen = choose(mixture.task_names, mixture.task, scores, reasons, options, points)
     if options.from_sample:

@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
             with peak_own_memory() as memory:
                 start = time.perf_counter()
                 spans = spans_of([chunk])
-                means = group_means(spans, groups)
-                influence = products(spans, means.means, groups, means.lengths).values
+                means, lengths = group_means(spans, groups)
+                influence = products(spans, means, groups, lengths)
                 for task in range(arguments.tasks):
                     scores = influence[groups == task]
                     draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
                 seconds = time.perf_counter() - start
-            clusters = time_clusters(spans, means.lengths, groups) if arguments.clusters else ""
+            clusters = time_clusters(spans, lengths, groups) if arguments.clusters else ""
             expected = seconds_a_pair * size**2
             if expected > arguments.limit:
                 all_pairs, difference = f"stopped (about {duration(expected)})", ""

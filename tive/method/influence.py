@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -37,49 +36,22 @@ class Span(Protocol):
         """The features `f`, floating point `[rows, d]`."""
 
 
-@dataclass(frozen=True)
-class GroupMeans:
-    """The groups' means.
-
-    Attributes:
-        means: float64 `[G, d]`, `m_t = mean over s in t of u_s`; zero for a group without records.
-        counts: int64 `[G]`, the records in each mean.
-        lengths: float64 `[N]`, `||f_s||`; NaN for a record in no group.
-    """
-
-    means: torch.Tensor
-    counts: np.ndarray
-    lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class Products:
-    """The products of records with means.
-
-    Attributes:
-        values: float64 `[N]` or `[N, G]`, `<u_s, m>` rounded to 12 decimals; NaN for a record that was not asked for,
-            or whose features are zero or not finite.
-        lengths: float64 `[N]`, `||f_s||`; NaN for a record that was not asked for.
-    """
-
-    values: np.ndarray
-    lengths: np.ndarray
-
-
 def group_means(
     spans: Sequence[Span],
     groups: np.ndarray,
     device: torch.device = CPU,
     progress: Callable[[int], object] = lambda rows: None,
-) -> GroupMeans:
-    """The mean of the unit features of every group, in one pass.
-
-    A record whose features are zero or not finite counts in no mean.
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The mean of the unit features of every group, and the features' lengths, in one pass.
 
     Args:
         spans: the features of the records `0 .. N - 1`, in order.
-        groups: int `[N]`, the group of each record, from 0 up; negative for a record that must count in nothing.
+        groups: int `[N]`, the group of each record, from 0 up; negative for a record in none.
         progress: called with the number of rows that are done.
+
+    Returns:
+        `m_t = mean over s in t of u_s`, float64 `[G, d]`, zero for a group without records, and `||f_s||`, float64
+        `[N]`, NaN for a record in no group. Features that are zero or not finite count in no mean.
     """
     lengths = np.full(len(groups), np.nan)
 
@@ -104,7 +76,7 @@ def group_means(
     usable = np.isfinite(lengths) & (lengths > 0)
     counts = np.bincount(groups[usable], minlength=len(means))
     means /= torch.from_numpy(np.maximum(counts, 1)).to(device)[:, None]
-    return GroupMeans(means, counts, lengths)
+    return means, lengths
 
 
 def products(
@@ -114,16 +86,19 @@ def products(
     lengths: np.ndarray | None = None,
     device: torch.device = CPU,
     progress: Callable[[int], object] = lambda rows: None,
-) -> Products:
+) -> np.ndarray:
     """`<u_s, m>` of every record with the mean of its own group, or with every mean, in one pass.
 
     Args:
         spans: the features of the records `0 .. N - 1`, in order.
         means: float64 `[G, d]`.
-        groups: int `[N]`, the mean that each record is multiplied with, negative for none: the values are `[N]`.
-            None for all the means: the values are `[N, G]`.
+        groups: int `[N]`, the mean that each record is multiplied with, negative for none; None for all the means.
         lengths: float64 `[N]`, `||f_s||` where `group_means` of the same records has them already.
         progress: called with the number of rows that are done.
+
+    Returns:
+        float64 `[N]` or `[N, G]`, rounded to 12 decimals; NaN for a record that was not asked for, or whose features
+        are zero or not finite.
     """
     count = sum(span.rows for span in spans)
     means = means.to(device)
@@ -145,7 +120,7 @@ def products(
     # What differs between machines below 1e-12 must not break a tie between equal records.
     values[usable] = np.round((values[usable].T / lengths[usable]).T, 12)
     values[~usable] = np.nan
-    return Products(values, lengths)
+    return values
 
 
 def in_threads(
