@@ -368,11 +368,11 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (["--p", 0], "p = 0.0"),
-        (["--p", 1.5], "p = 1.5"),
-        (["--p", "nan"], "p = nan"),
-        (["--q", -1], "q = -1.0"),
-        (["--q", "inf"], "q = inf"),
+        (["--p", 0], "p 0.0"),
+        (["--p", 1.5], "p 1.5"),
+        (["--p", "nan"], "p nan"),
+        (["--q", -1], "q -1.0"),
+        (["--q", "inf"], "q inf"),
         (["--seed", -1], "seed -1"),
         (["--sampling", "top", "--instance_score", "random"], "no meaning"),
         (["--p", 0.001], "less than one record"),

@@ -237,10 +237,10 @@ def test_a_folder_without_gradients_selects_by_its_scores_as_one_with_them(witho
 @pytest.mark.parametrize(
     "choice, named",
     [
-        ([], ("task_budget difficulty", "instance_score influence")),
-        (["--task_budget", "equal+difficulty", "--instance_score", "loss"], ("task_budget difficulty",)),
-        (["--task_budget", "equal", "--instance_score", "norm"], ("instance_score norm",)),
-        (["--task_budget", "equal", "--instance_score", "loss", "--sampling", "clusters"], ("sampling clusters",)),
+        ([], ("influence and norm",)),
+        (["--task_budget", "equal+difficulty", "--instance_score", "loss"], ("need norm;",)),
+        (["--task_budget", "equal", "--instance_score", "norm"], ("need norm;",)),
+        (["--task_budget", "equal", "--instance_score", "loss", "--sampling", "clusters"], ("need features;",)),
         (["--task_budget", "equal", "--instance_score", "loss", "--drop_below", 0], ("visual_gain",)),
     ],
 )

@@ -139,11 +139,12 @@ def check_gradient(features: Features, options: TiveOptions) -> None:
             f"{features.folder} holds {features.match.gradient} gradients, which are for select_data_LESS.py; take "
             "those that TIVE selects by with compute_gradient_features.py in another folder (gradient sgd)"
         )
-    if not has_gradients(features) and options.of_gradients:
+    needed = options.columns & {"norm", "influence"} | ({"features"} if options.sampling == "clusters" else set())
+    if not has_gradients(features) and needed:
         raise UserError(
-            f"{features.folder} holds no gradients (gradient none), and {' and '.join(options.of_gradients)} needs "
-            "them; choose by other scores, such as task_budget equal and instance_score loss, or take the gradients in "
-            "another folder (gradient sgd)"
+            f"{features.folder} holds no gradients (gradient none), and these options need "
+            f"{' and '.join(sorted(needed))}; choose by other scores (task_budget equal with instance_score loss, for "
+            "example), or take the gradients in another folder (gradient sgd)"
         )
 
 

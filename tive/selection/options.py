@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, listed, shown
@@ -40,25 +41,23 @@ class TiveOptions:
     Attributes:
         p: share of all records to select, above 0 and up to 1.
         q: sharpness of the instance weights `softmax(q * score)`, from 0 up.
-        seed: of the draw.
-        exclude_tasks: names of tasks from which nothing is drawn.
         task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`, or several with `+` between:
             the mean of their shares.
         instance_score: what decides within a task, one of `INSTANCE_SCORES`.
         sampling: a `weighted` draw, the `top` scores, or the records nearest to the centres of `clusters`.
         rounding: of the budgets, `down` or `largest_remainder`.
         at_most_once: what a task's budget has above its records goes to the other tasks.
-        drop_below: leaves out the records whose visual gain is smaller; None for none.
         from_sample: budgets from the records that have features, and a uniform draw from all.
+        drop_below: leaves out the records whose visual gain is smaller; None for none.
+        seed: of the draw.
+        exclude_tasks: names of tasks from which nothing is drawn.
 
     Raises:
-        UserError: a value is not one of those.
+        UserError: a value is not one of those, or two do not go together.
     """
 
     p: float = 0.15
     q: float = 0.001
-    seed: int = 0
-    exclude_tasks: tuple[str, ...] = (DEFAULT_EXCLUDED,)
     task_budget: str = "difficulty"
     instance_score: str = "influence"
     sampling: str = "weighted"
@@ -66,37 +65,19 @@ class TiveOptions:
     at_most_once: bool = False
     from_sample: bool = False
     drop_below: float | None = None
+    seed: int = 0
+    exclude_tasks: tuple[str, ...] = (DEFAULT_EXCLUDED,)
 
     def __post_init__(self) -> None:
-        _check_share(self.p)
-        if not (self.q >= 0 and math.isfinite(self.q)):
-            raise UserError(f"q = {self.q} is not a sharpness; give a number from 0 up")
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed} is negative; give a number from 0 up")
-        names = self.task_budget.split("+")
-        for name in names:
-            _check_known("task_budget", name, TASK_BUDGETS)
-        if len(set(names)) < len(names):
-            raise UserError(f"task_budget {self.task_budget} names one rule twice; name each once")
-        _check_known("instance_score", self.instance_score, INSTANCE_SCORES)
-        _check_known("sampling", self.sampling, SAMPLINGS)
-        _check_known("rounding", self.rounding, ROUNDINGS)
+        _check_values(self)
         if self.sampling != "weighted" and self.instance_score == "random":
             raise UserError(f"sampling {self.sampling} has no meaning for random scores; leave one of them out")
-
-        if self.drop_below is not None and not math.isfinite(self.drop_below):
-            raise UserError(f"drop_below {self.drop_below} is not a visual gain; give a number, such as 0")
-        if self.from_sample and self.drop_below is not None:
-            raise UserError("drop_below needs the visual gain of all records; leave it out, or from_sample")
-        if self.from_sample and (self.instance_score not in ("influence", "random") or self.sampling != "weighted"):
+        draws_alike = self.instance_score == "random" or (self.instance_score == "influence" and self.q <= UNIFORM_Q)
+        if self.from_sample and not (draws_alike and self.sampling == "weighted" and self.drop_below is None):
             raise UserError(
-                f"instance_score {self.instance_score} with sampling {self.sampling} needs the gradients of all "
-                "records; leave from_sample out, or both of these"
-            )
-        if self.from_sample and self.instance_score == "influence" and self.q > UNIFORM_Q:
-            raise UserError(
-                f"q = {self.q} makes a draw by influence, which needs the gradients of all records; from a sample the "
-                f"draw is uniform, as it all but is up to q = {UNIFORM_Q}; give a smaller q, or leave from_sample out"
+                f"from_sample draws every record of a task alike, which goes with instance_score random, or influence "
+                f"with q up to {UNIFORM_Q}, and neither with another sampling than weighted nor with drop_below: those "
+                "need the scores of all records; leave it or them out"
             )
 
     @property
@@ -112,34 +93,16 @@ class TiveOptions:
             columns |= {SCORE_COLUMNS[self.instance_score]}
         return columns | ({"visual_gain"} if self.drop_below is not None else set())
 
-    @property
-    def of_gradients(self) -> list[str]:
-        """Of these options those that need gradient norms or features."""
-        needed = [("task_budget", "difficulty")] if "difficulty" in self.budget_rules else []
-        if not self.from_sample and self.instance_score in ("influence", "norm"):
-            needed += [("instance_score", self.instance_score)]
-        if self.sampling == "clusters":
-            needed += [("sampling", "clusters")]
-        return [" ".join(option) for option in needed]
-
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
         """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.
 
         Two selections of the same data and features have the same name only where every choice is the same.
         """
-        parts = {
-            "budget": _unless(TiveOptions.task_budget, "+".join(self.budget_rules)),
-            "score": _unless(TiveOptions.instance_score, self.instance_score),
-            "sampling": _unless(TiveOptions.sampling, self.sampling),
-            "rounding": _unless(TiveOptions.rounding, self.rounding),
-            "at_most_once": "yes" if self.at_most_once else "",
-            "from_sample": "yes" if self.from_sample else "",
-            "drop_below": "" if self.drop_below is None else str(float(self.drop_below)),
-            "seed": _unless(TiveOptions.seed, self.seed),
-        }
+        excluded = ""
         if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):
-            parts["exclude"] = _name_part(sorted(self.exclude_tasks)) if self.exclude_tasks else "none"
-        return _stem(f"Tive_q_{float(self.q)}_p_{float(self.p)}", parts, task_key)
+            excluded = _name_part(sorted(self.exclude_tasks)) if self.exclude_tasks else "none"
+        ordered = replace(self, task_budget="+".join(self.budget_rules))
+        return _stem(f"Tive_q_{float(self.q)}_p_{float(self.p)}", ordered, task_key, exclude_tasks=excluded)
 
 
 @dataclass(frozen=True)
@@ -163,24 +126,11 @@ class LessOptions:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_share(self.p)
-        _check_known("over_targets", self.over_targets, OVER_TARGETS)
-        _check_known("gradient", self.gradient, GRADIENTS)
-        if self.weights is not None:
-            given = " ".join(map(str, self.weights))
-            if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
-                raise UserError(f"weights {given}: one is negative or not a number; give them from 0 up")
-            if not any(self.weights):
-                raise UserError(f"weights {given} are all zero; give one above zero")
+        _check_values(self)
 
     def stem(self, task_key: str) -> str:
         """`Less_p_{p}`, and every choice that differs from the default."""
-        parts = {
-            "over_targets": _unless(LessOptions.over_targets, self.over_targets),
-            "gradient": _unless(LessOptions.gradient, self.gradient),
-            "weights": "+".join(map(str, self.weights or ())),
-        }
-        return _stem(f"Less_p_{float(self.p)}", parts, task_key)
+        return _stem(f"Less_p_{float(self.p)}", self, task_key)
 
 
 def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[str, ...]:
@@ -201,24 +151,51 @@ def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[st
     return tuple(sorted(names & known))
 
 
-def _check_share(p: float) -> None:
-    if not 0 < p <= 1:
-        raise UserError(f"p = {p} is not a share; give a number above 0 and up to 1")
+def _is_sum(text: str) -> bool:
+    names = text.split("+")
+    return set(names) <= set(TASK_BUDGETS) and len(set(names)) == len(names)
 
 
-def _check_known(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} {value!r} is not known; give one of {', '.join(known)}")
+def _one_of(names: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
+    return names.__contains__, f"one of {', '.join(names)}"
 
 
-def _unless(default: object, value: object) -> str:
-    return "" if value == default else str(value)
+# What a value must be, and how messages call that.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "p": (lambda p: 0 < p <= 1, "a share above 0 and up to 1"),
+    "q": (lambda q: 0 <= q < math.inf, "a number from 0 up"),
+    "task_budget": (_is_sum, f"one of {', '.join(TASK_BUDGETS)}, or some of them, each once, with + between"),
+    "instance_score": _one_of(INSTANCE_SCORES),
+    "sampling": _one_of(SAMPLINGS),
+    "rounding": _one_of(ROUNDINGS),
+    "drop_below": (lambda gain: gain is None or math.isfinite(gain), "a number, such as 0"),
+    "seed": (lambda seed: seed >= 0, "a number from 0 up"),
+    "over_targets": _one_of(OVER_TARGETS),
+    "gradient": _one_of(GRADIENTS),
+    "weights": (
+        lambda weights: weights is None or (all(0 <= w < math.inf for w in weights) and any(weights)),
+        "numbers from 0 up, one of them above 0",
+    ),
+}
 
 
-def _stem(first: str, parts: dict[str, str], task_key: str) -> str:
-    if task_key != "dataset":
-        parts = parts | {"task_key": _name_part([task_key])}
-    return "_".join([first, *(f"{name}-{part}" for name, part in parts.items() if part)])
+def _check_values(options: TiveOptions | LessOptions) -> None:
+    for name, value in vars(options).items():
+        is_valid, wanted = _VALUES.get(name, (lambda _: True, ""))
+        if not is_valid(value):
+            raise UserError(f"{name} {value} cannot be; give {wanted}")
+
+
+def _stem(first: str, options: TiveOptions | LessOptions, task_key: str, **given: str) -> str:
+    """`first`, and every option that differs from its default; `given` has those that are written otherwise."""
+    parts = {"p": "", "q": ""}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        text = "+".join(map(str, value)) if isinstance(value, tuple) else "yes" if value is True else str(value)
+        parts.setdefault(field.name, "" if value == field.default else text)
+    parts |= given | {"task_key": "" if task_key == "dataset" else _name_part([task_key])}
+    named = {"task_budget": "budget", "instance_score": "score", "exclude_tasks": "exclude"}
+    return "_".join([first, *(f"{named.get(name, name)}-{part}" for name, part in parts.items() if part)])
 
 
 def _name_part(texts: list[str]) -> str:
