@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector, project
+from tive.models import Collated
 from tive.models.losses import PIECE, losses_at_supervised, losses_of_logits, supervised_tokens
 from tive.util.device import device_of, forget_peak, peak_memory
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 def loss_memory(arguments: argparse.Namespace, device: torch.device, pieces: bool) -> float:
     """GiB that the losses of every token and their gradients need; the hidden states are narrow."""
     labels = [np.ones(arguments.tokens + 1, np.int64)] * arguments.batch_size
-    supervised = supervised_tokens(labels, arguments.tokens + 1).to(device)
+    supervised = Collated({}, supervised_tokens(labels, arguments.tokens + 1)).to(device).supervised
     hidden = torch.randn(arguments.batch_size, arguments.tokens + 1, 256, device=device).requires_grad_()
     head = torch.nn.Linear(256, VOCABULARY, bias=False, device=device).requires_grad_(False)
     forget_peak(device)

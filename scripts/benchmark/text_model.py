@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tive.models import Encoded, RecordLosses, Reference
+from tive.models import Collated, Encoded, RecordLosses, Reference
 from tive.models.losses import IGNORE, losses_at_supervised, supervised_tokens
 
 VOCABULARY = 4096
@@ -49,11 +49,16 @@ def random_texts(count: int, tokens: int) -> list[Encoded]:
     return [Encoded(tokens, tokens // 2, "text", text) for text in texts]
 
 
-def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
-    """Losses of records of one length."""
+def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
+    """Records of one length."""
     tokens = np.stack([record.inputs for record in records])
     labels = tokens.copy()
     labels[:, : tokens.shape[1] - records[0].supervised] = IGNORE
-    supervised = supervised_tokens(list(labels), tokens.shape[1]).to(reference.device)
-    hidden = reference.model.model(torch.from_numpy(tokens).to(reference.device), use_cache=False).last_hidden_state
-    return losses_at_supervised(hidden, reference.model.lm_head, supervised, el2n)
+    return Collated({"input_ids": torch.from_numpy(tokens)}, supervised_tokens(list(labels), tokens.shape[1]))
+
+
+def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+    """Losses of records of one length."""
+    batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
+    hidden = reference.model.model(**batch.inputs, use_cache=False).last_hidden_state
+    return losses_at_supervised(hidden, reference.model.lm_head, batch.supervised, el2n)

@@ -30,7 +30,7 @@ def plain_answer(reference: Reference, prompt: Encoded, max_new_tokens: int) -> 
     for _ in range(max_new_tokens):
         longer = np.concatenate([inputs.ids, ids]).astype(np.int64)
         record = Encoded(len(longer), 0, prompt.group, replace(inputs, ids=longer, labels=longer))
-        embeddings = spliced.embed(reference, [record])
+        embeddings = spliced.embed(reference, spliced.collate(reference, [record]).inputs)
         with torch.no_grad():
             ids.append(int(reference.model.language_model(inputs_embeds=embeddings).logits[0, -1].argmax()))
         if ids[-1] == end:

@@ -41,7 +41,7 @@ def test_the_first_token_of_an_answer_is_the_most_probable_after_all_that_comes_
     tokenizer = reference.processor.library.tokenizer
     asked = 0
     for _, encoded in encoded_records(model, reference):
-        inputs = native_losses.collate(reference, [encoded])
+        inputs = native_losses.collate(reference, [encoded]).inputs
         with torch.no_grad():
             best = reference.model(**inputs, use_cache=False).logits[0].argmax(dim=-1)
         answers = native.answers(reference.processor, encoded)

@@ -32,9 +32,9 @@ def test_a_model_whose_batch_differs_from_its_records_is_refused(monkeypatch: py
     collate = native_losses.collate
 
     def leaking(reference: Reference, records: Any) -> Any:
-        inputs = collate(reference, records)
-        inputs["input_ids"] = inputs["input_ids"].roll(len(records) - 1, dims=0)
-        return inputs
+        batch = collate(reference, records)
+        batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(len(records) - 1, dims=0)
+        return batch
 
     monkeypatch.setattr(native_losses, "collate", leaking)
     with pytest.raises(UserError, match="a batch gives other losses than its records alone"):
@@ -63,7 +63,7 @@ def test_what_a_model_does_to_its_logits_is_done(change: str, known: bool, monke
     with torch.no_grad():
         ours = native.record_losses(proven, records).losses
         for loss, record in zip(ours, records, strict=True):
-            logits = reference.model(**native_losses.collate(reference, [record]), use_cache=False).logits[0]
+            logits = reference.model(**native_losses.collate(reference, [record]).inputs, use_cache=False).logits[0]
             targets = torch.from_numpy(record.inputs.labels)[1:]
             torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:-1], targets))
 
@@ -90,8 +90,9 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
     native_losses.proven(reference)
 
     def leaking(reference: Reference, records: Any) -> Any:
-        inputs = collate(reference, records)
-        return inputs | {"input_ids": inputs["input_ids"].roll(len(records) - 1, dims=0)}
+        batch = collate(reference, records)
+        batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(len(records) - 1, dims=0)
+        return batch
 
     monkeypatch.setattr(native_losses, "collate", leaking)
     with pytest.raises(UserError, match="than its records alone"):

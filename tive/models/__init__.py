@@ -54,7 +54,7 @@ class Encoded:
         length: positions that the language model sees, images spliced in and cut at the maximum length.
         supervised: how many of them are targets, of which the record's loss is the mean.
         group: records of one group may share a batch.
-        inputs: what the family's `record_losses` reads; it travels from a loader's worker process.
+        inputs: what the family's `collate` reads; it travels from a loader's worker process.
         text_alone: the record without its images, where it has any and that was asked for.
     """
 
@@ -63,6 +63,40 @@ class Encoded:
     group: str
     inputs: Any
     text_alone: Encoded | None = None
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The S supervised tokens of a batch `[B, T]`, known before anything is sent to a device.
+
+    Attributes:
+        positions: int64 `[S]`: where each is predicted, one before it, counted through the flattened batch.
+        targets: int64 `[S]`: their ids.
+        owners: int64 `[S]`: their records.
+        counts: float32 `[B]`: how many each record has.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Collated:
+    """The records of a batch as tensors, on the CPU or on a device; `inputs` belong to the family."""
+
+    inputs: dict[str, Tensor]
+    supervised: Supervised
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Collated:
+        """The same with every tensor changed."""
+        inputs = {name: change(part) for name, part in self.inputs.items()}
+        return Collated(inputs, Supervised(*(change(part) for part in vars(self.supervised).values())))
+
+    def to(self, device: torch.device) -> Collated:
+        """The same on a device; from pinned memory nothing waits for the copy."""
+        return self.each(lambda part: part.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -126,8 +160,13 @@ class Family(Protocol):
     def encode(self, processor: Any, record: dict[str, Any], image_folder: str) -> Encoded:
         """One record, in a loader's worker; raises `LeftOut` with the reason why it has no gradient."""
 
-    def record_losses(self, reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
-        """The losses of a batch of one group, with the graph that their gradients need."""
+    def collate(self, reference: Reference, records: Sequence[Encoded]) -> Collated:
+        """Records of one group as tensors of the CPU; touches no device, so that another thread may do it ahead."""
+
+    def record_losses(
+        self, reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False
+    ) -> RecordLosses:
+        """The losses of a batch, collated or not, with the graph that their gradients need; reads nothing back."""
 
     def answers(self, processor: Any, record: Encoded) -> list[Answer]:
         """Each answer of a record that can be asked for, the true earlier turns before it.

@@ -32,6 +32,7 @@ from tive.models.checkpoint import load_pretrained, loading, read_config, refuse
 from tive.models.common import base_folder, base_of, decoder_layers, freeze, library_versions, refuse_options
 from tive.models.losses import packed
 from tive.models.spliced import TRAINED_FILE
+from tive.models.spliced import collate as collate
 from tive.models.spliced import pads_images as pads_images
 from tive.models.spliced import record_losses as record_losses
 from tive.util.errors import UserError

@@ -25,6 +25,7 @@ from tive.models.llava_checkpoint import check_files as check_files
 from tive.models.llava_checkpoint import identity as identity
 from tive.models.llava_checkpoint import load as load
 from tive.models.losses import IGNORE, packed
+from tive.models.spliced import collate as collate
 from tive.models.spliced import pads_images as pads_images
 from tive.models.spliced import record_losses as record_losses
 

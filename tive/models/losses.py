@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,17 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tive.models import RecordLosses
+from tive.models import RecordLosses, Supervised
 
 IGNORE = -100
 # Supervised tokens whose logits are in memory at one time: with what is computed of them some 14 bytes a token and
 # word of the vocabulary, 0.9 GB of 32,000 words and 4.4 GB of 152,000.
 PIECE = 2048
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def packed(numbers: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -35,27 +29,6 @@ def unpacked(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
     tensor = torch.from_numpy(numbers)
     tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """The S supervised tokens of a batch `[B, T]`, known before anything is sent to the device.
-
-    Attributes:
-        positions: int64 `[S]`: where each is predicted, one before it, counted through the flattened batch.
-        targets: int64 `[S]`: their ids.
-        owners: int64 `[S]`: their records.
-        counts: float32 `[B]`: how many each record has.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
-    counts: Tensor
-
-    def to(self, device: torch.device) -> Supervised:
-        """The same on a device."""
-        return Supervised(*(sent(part, device) for part in vars(self).values()))
 
 
 def supervised_tokens(labels: Sequence[np.ndarray], width: int) -> Supervised:

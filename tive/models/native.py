@@ -42,7 +42,8 @@ from tive.models.native_encoding import NativeProcessor, load_processor, process
 from tive.models.native_encoding import answers as answers
 from tive.models.native_encoding import encode as encode
 from tive.models.native_encoding import record_problem as record_problem
-from tive.models.native_losses import collate, proven
+from tive.models.native_losses import collate as collate
+from tive.models.native_losses import proven as proven
 from tive.models.native_losses import record_losses as record_losses
 from tive.models.optimizer_files import MOMENTS_FILE
 from tive.util.errors import UserError
@@ -198,6 +199,7 @@ def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: i
     texts = []
     for prompt in prompts:
         with greedy(model, ends, max_new_tokens):
-            ids = model.generate(**collate(reference, [prompt]), use_cache=True)[0, prompt.length :].tolist()
+            inputs = collate(reference, [prompt]).to(reference.device).inputs
+            ids = model.generate(**inputs, use_cache=True)[0, prompt.length :].tolist()
         texts.append(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True).strip())
     return texts

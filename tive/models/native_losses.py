@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
-from tive.models import Encoded, RecordLosses, Reference
+from tive.models import Collated, Encoded, RecordLosses, Reference
 from tive.models.common import first_line
-from tive.models.losses import losses_at_supervised, losses_of_logits, sent, supervised_tokens, unpacked
+from tive.models.losses import losses_at_supervised, losses_of_logits, supervised_tokens, unpacked
 from tive.models.native_encoding import encode_turns
 from tive.util.errors import UserError
 
@@ -44,7 +44,7 @@ def _head_of(reference: Reference, records: Sequence[Encoded]) -> Callable[[Tens
 
     hook = output.register_forward_pre_hook(enlarge)
     try:
-        logits = model(**collate(reference, records), use_cache=False).logits
+        logits = model(**collate(reference, records).to(reference.device).inputs, use_cache=False).logits
     finally:
         hook.remove()
     for head in (output, *([capped] if cap else [])):
@@ -96,34 +96,33 @@ def proven(reference: Reference) -> Reference:
         raise UserError(f"{what} is not supported: a made-up record cannot be computed: {first_line(error)}") from error
 
 
-def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
     """Mean cross-entropy of each record over its supervised tokens, logits at those positions alone.
 
     The whole model runs. A hook takes the hidden states before the output embeddings; where it is not known what the
     model does to its logits, the model makes all that are needed, at once.
     """
-    labels = [record.inputs.labels for record in records]
-    supervised = supervised_tokens(labels, max(record.length for record in records)).to(reference.device)
+    batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
     states: list[Tensor] = []
 
     def keep_supervised(_head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states.append(arguments[0])
         flat = arguments[0].flatten(0, 1)
-        kept = flat[:1] if reference.head is not None else flat.index_select(0, supervised.positions)
+        kept = flat[:1] if reference.head is not None else flat.index_select(0, batch.supervised.positions)
         return (kept, *arguments[1:])
 
     hook = reference.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
     try:
-        logits = reference.model(**collate(reference, records), use_cache=False).logits
+        logits = reference.model(**batch.inputs, use_cache=False).logits
     finally:
         hook.remove()
     if reference.head is None:
-        return losses_of_logits(logits, supervised, el2n)
-    return losses_at_supervised(states[0], reference.head, supervised, el2n)
+        return losses_of_logits(logits, batch.supervised, el2n)
+    return losses_at_supervised(states[0], reference.head, batch.supervised, el2n)
 
 
-def collate(reference: Reference, records: Sequence[Encoded]) -> dict[str, Tensor]:
-    """The model's inputs, padded on the right.
+def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
+    """The model's inputs by the processor's names, padded on the right.
 
     What has the shape of the ids is padded; anything else (images, their sizes) is padded with zeros in its trailing
     axes and concatenated. No key of the processor is dropped.
@@ -138,8 +137,8 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> dict[str, Tenso
     for name, arrays in by_name.items():
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
         joined = np.concatenate([_padded(array, shape) for array in arrays])
-        inputs[name] = sent(unpacked(joined, reference.dtype), reference.device)
-    return inputs
+        inputs[name] = unpacked(joined, reference.dtype)
+    return Collated(inputs, supervised_tokens([record.inputs.labels for record in records], width))
 
 
 def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

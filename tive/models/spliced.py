@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tive.models import Answer, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
+from tive.models import Answer, Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
 from tive.models.checkpoint import read_config
 from tive.models.common import base_of, fingerprint
 from tive.models.generation import generate_ids
-from tive.models.losses import IGNORE, losses_at_supervised, sent, supervised_runs, supervised_tokens, unpacked
+from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens, unpacked
 from tive.util.errors import UserError
 
 IMAGE_ID = -200
@@ -103,41 +103,49 @@ def language_model_of(reference: Reference) -> Any:
     return getattr(reference.model, "language_model", reference.model)
 
 
-def record_losses(reference: Reference, records: Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
+    """Ids `[B, T]`, padded on the right, the pixels of the images, and which of their features stand where."""
+    width = max(record.length for record in records)
+    ids = np.zeros((len(records), width), np.int64)
+    for row, record in enumerate(records):
+        ids[row, : record.length] = record.inputs.ids
+    inputs = {"ids": torch.from_numpy(ids.clip(min=0))}
+    shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
+    if shown:
+        inputs["pixels"] = unpacked(np.stack([records[row].inputs.pixels for row in shown]), reference.dtype)
+        # An image that was cut gives its first features.
+        places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
+        inputs["to"] = torch.from_numpy(
+            np.concatenate([row * width + at for row, at in zip(shown, places, strict=True)])
+        )
+        inputs["image"] = torch.from_numpy(np.repeat(np.arange(len(shown)), [len(at) for at in places]))
+        inputs["feature"] = torch.from_numpy(np.concatenate([np.arange(len(at)) for at in places]))
+    return Collated(inputs, supervised_tokens([record.inputs.labels for record in records], width))
+
+
+def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
     """The losses of a batch, records with an image and without.
 
     They are padded on the right and attention is causal, so no position of a record sees the padding and no mask is
     needed.
     """
-    language_model, device = language_model_of(reference), reference.device
-    embeddings = embed(reference, records)
-    supervised = supervised_tokens([record.inputs.labels for record in records], embeddings.shape[1])
-    hidden = language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
+    embeddings = embed(reference, batch.inputs)
+    hidden = language_model_of(reference).model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     assert reference.head is not None
-    return losses_at_supervised(hidden, reference.head, supervised.to(device), el2n)
+    return losses_at_supervised(hidden, reference.head, batch.supervised, el2n)
 
 
 @torch.no_grad()
-def embed(reference: Reference, records: Sequence[Encoded]) -> Tensor:
+def embed(reference: Reference, inputs: dict[str, Tensor]) -> Tensor:
     """Input embeddings `[B, T, hidden]`, with the features of each image (`encode_images`) in their places."""
-    width, device = max(record.length for record in records), reference.device
-    ids = np.zeros((len(records), width), np.int64)
-    for row, record in enumerate(records):
-        ids[row, : record.length] = record.inputs.ids
-    embeddings: Tensor = language_model_of(reference).get_input_embeddings()(
-        sent(torch.from_numpy(ids.clip(min=0)), device)
-    )
-    shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
-    if not shown:
+    embeddings: Tensor = language_model_of(reference).get_input_embeddings()(inputs["ids"])
+    if "pixels" not in inputs:
         return embeddings
-    pixels = unpacked(np.stack([records[row].inputs.pixels for row in shown]), reference.dtype)
-    features = reference.model.encode_images(sent(pixels, device))
-    # An image that was cut gives its first features.
-    places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
-    to = np.concatenate([row * width + place for row, place in zip(shown, places, strict=True)])
-    taken = np.concatenate([number * features.shape[1] + np.arange(len(place)) for number, place in enumerate(places)])
-    chosen = features.flatten(0, 1).index_select(0, sent(torch.from_numpy(taken), device)).to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, sent(torch.from_numpy(to), device), chosen).view_as(embeddings)
+    features = reference.model.encode_images(inputs["pixels"])
+    taken = inputs["image"] * features.shape[1] + inputs["feature"]
+    chosen = features.flatten(0, 1).index_select(0, taken).to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, inputs["to"], chosen).view_as(embeddings)
 
 
 def answers_of(
@@ -165,4 +173,5 @@ def generate(
 ) -> list[list[int]]:
     """The ids of what the model answers to prompts, with an image or without."""
     lengths = [prompt.length for prompt in prompts]
-    return generate_ids(language_model_of(reference), embed(reference, prompts), lengths, ends, max_new_tokens)
+    embeddings = embed(reference, collate(reference, prompts).to(reference.device).inputs)
+    return generate_ids(language_model_of(reference), embeddings, lengths, ends, max_new_tokens)
