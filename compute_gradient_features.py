@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from tive.util.errors import run
 
@@ -63,7 +62,12 @@ def parse_arguments() -> argparse.Namespace:
         help="auto: on a GPU trak, the paper's, if it works there, else sparse",
     )
     add("--proj_dim", type=int, default=8192, help="numbers in a feature (8192)")
-    add("--gradient", default="sgd", choices=("sgd", "adam"), help="as it is, or for LESS as Adam applies it (sgd)")
+    add(
+        "--gradient",
+        default="sgd",
+        choices=("sgd", "adam", "none"),
+        help="as it is, or for LESS as Adam applies it; none: losses, EL2N and lengths alone, without features (sgd)",
+    )
     add("--adam_form", choices=("adam", "release"), help="Adam's own step, or that of LESS's code (adam)")
     add("--optimizer_state", metavar="PATH", help="Adam's state, where it is not beside --model_path")
     add("--el2n", action="store_true", help="also compute EL2N, which needs the softmax over the vocabulary")
@@ -89,13 +93,17 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("adam_form", "optimizer_state"):
         if arguments.gradient != "adam" and getattr(arguments, name):
             parser.error(f"--{name} has no meaning without --gradient adam")
+    if arguments.gradient == "none":
+        for name in ("grad_modules", "projector", "proj_dim", "seed"):
+            if getattr(arguments, name) != parser.get_default(name):
+                parser.error(f"--{name} has no meaning with --gradient none, which computes no features")
     if arguments.overwrite and arguments.chunk_idx == "any":
         parser.error("--overwrite would start the chunks of other processes afresh; empty the folder, or leave it out")
     return arguments
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    a = parse_arguments()
     # Threads that spin long take the cores from the processes that read, threads that never spin wake too late
     # (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -108,69 +116,74 @@ def main() -> None:
     from tive.data.scan import scan_records
     from tive.features.chunk import Match
     from tive.features.dry_run import dry_run
-    from tive.features.gradient_kind import gradient_kind
     from tive.features.gradient_pass import PassOptions, compute_chunk
     from tive.features.launch import compute_open_chunks, place_of
-    from tive.features.step import load_step
+    from tive.features.step import gradient_kind, load_step
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
     from tive.util.device import device_of, dtype_of
 
-    def chosen(structure: type) -> dict[str, Any]:
-        """The arguments that are fields of a dataclass."""
-        return {field.name: given[field.name] for field in fields(structure) if field.name in given}
-
-    place = place_of(arguments.num_chunks, arguments.chunk_idx, os.environ)
-    device = device_of(arguments.device, place.local_rank)
-    given = {name: value for name, value in vars(arguments).items() if name not in ("num_chunks", "chunk_idx")}
-    given |= {"dtype": str(dtype_of(arguments.dtype, device)).removeprefix("torch."), "proj_seed": arguments.seed}
-
-    files = ModelFiles(**chosen(ModelFiles) | {"model_base": base_folder(arguments.model_base)})
+    place = place_of(a.num_chunks, a.chunk_idx, os.environ)
+    device = device_of(a.device, place.local_rank)
+    files = ModelFiles(
+        **{"model_path": a.model_path, "model_base": base_folder(a.model_base), "vision_tower": a.vision_tower},
+        **{name: getattr(a, name) for name in ("chat_template", "max_length", "max_pixels", "load_in_4bit")},
+    )
     family = family_of(files)
     family.check_files(files)
-    form = (arguments.adam_form or "adam") if arguments.gradient == "adam" else None
-    gradient = gradient_kind(arguments.model_path, form, arguments.optimizer_state)
-    records = open_records(arguments.input_file)
+    kind = "adam_release" if a.adam_form == "release" else a.gradient
+    gradient = gradient_kind(a.model_path, kind, a.optimizer_state)
+    has_gradient = a.gradient != "none"
+    records = open_records(a.input_file)
     scan = scan_records(records, family.record_problem)
-
-    inputs = {name: given[name] for name in ("model_path", "model_base", "load_in_4bit")}
-    inputs |= {"data_path": os.path.abspath(arguments.input_file)}
-    inputs |= {"image_folder": os.path.abspath(arguments.image_folder), "learning_rates": gradient.learning_rates}
-    options = PassOptions(
-        **chosen(PassOptions),
-        folder=Path(arguments.output_file),
-        read_image=partial(open_image, padded=family.pads_images(files)) if arguments.check_images == "full" else None,
-        skip_bad=arguments.on_bad_record == "skip",
-        inputs=inputs,
-    )
-    del given["optimizer_state"]  # the command names a file, `Match` its content
-    given |= {"projector": None if arguments.projector == "auto" else arguments.projector, "gradient": gradient.name}
     whole = Match(
-        **chosen(Match),
         chunk_idx=0,
         start=0,
         stop=len(records),
+        num_chunks=place.num_chunks,
         data_sha256=records.fingerprint,
         data_records=len(records),
-        num_chunks=place.num_chunks,
         model=family.identity(files),
+        dtype=str(dtype_of(a.dtype, device)).removeprefix("torch."),
+        gradient=gradient.name,
         optimizer_state=gradient.state_sha256,
         checkpoint=gradient.step,
+        grad_modules=a.grad_modules if has_gradient else "none",
+        projector=None if a.projector == "auto" else a.projector,
+        proj_seed=a.seed,
+        proj_dim=a.proj_dim if has_gradient else 0,
+        el2n=a.el2n or not has_gradient,
+        visual_gain=a.visual_gain,
+    )
+    inputs = {name: getattr(a, name) for name in ("model_path", "model_base", "load_in_4bit")}
+    inputs |= {"data_path": os.path.abspath(a.input_file), "image_folder": os.path.abspath(a.image_folder)}
+    options = PassOptions(
+        folder=Path(a.output_file),
+        image_folder=a.image_folder,
+        read_image=partial(open_image, padded=family.pads_images(files)) if a.check_images == "full" else None,
+        skip_bad=a.on_bad_record == "skip",
+        overwrite=a.overwrite,
+        batch_size=a.batch_size,
+        max_batch_tokens=a.max_batch_tokens,
+        window=a.window,
+        gradient_checkpointing=a.gradient_checkpointing,
+        num_workers=a.num_workers,
+        inputs=inputs | {"learning_rates": gradient.learning_rates},
     )
     # Once for all chunks, when the first needs it.
-    load = cache(partial(load_step, family, files, device, whole, gradient, options.gradient_checkpointing))
+    load = cache(partial(load_step, family, files, device, whole, gradient, a.gradient_checkpointing))
 
     def compute(chunk_idx: int) -> None:
         rows = chunk_range(len(records), place.num_chunks, chunk_idx)
         match = replace(whole, chunk_idx=chunk_idx, start=rows.start, stop=rows.stop)
         name = f"chunk {chunk_idx} of {place.num_chunks} ({place.source})"
         print(f"{name}: {len(rows)} of {len(records)} records, from record {rows.start} on")
-        if arguments.dry_run:
-            dry_run(arguments.dry_run, scan, match, options, load)
+        if a.dry_run:
+            dry_run(a.dry_run, scan, match, options, load)
         else:
             compute_chunk(name, scan, match, options, load)
 
-    if place.chunk_idx is not None or arguments.dry_run:
+    if place.chunk_idx is not None or a.dry_run:
         compute(place.chunk_idx or 0)
     else:
         compute_open_chunks(place.num_chunks, compute)

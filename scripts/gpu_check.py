@@ -217,16 +217,16 @@ def out_of_memory_is_survived(device: torch.device) -> tuple[dict[str, float], s
     reference = text_model.random_llama(1024, 8, device, torch.bfloat16)
     step = step_of(reference)
     long, short = text_model.random_texts(32, 2048), text_model.random_texts(64, 256)
-    step(short[:2])
+    step(step.ready(short[:2]))
     forget_peak(device)
     before, total = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
-    step(long[:1])
+    step(step.ready(long[:1]))
     room = 10 * (peak_memory(device) - torch.cuda.memory_allocated(device))  # of the sixteen long records of a batch
     forget_peak(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (before + room) / total), device)
     batches, done, sizes = Batches(16, 16 * 2048), 0, []
     try:
-        for batch, results in batches.compute(step, enumerate([*long, *short])):
+        for batch, results in batches.compute(step, enumerate([*long, *short]), step.ready):
             done += int(torch.isfinite(results["norms"]).sum())
             sizes += [len(batch)] * (batch[0][1].length == 256)
     finally:
@@ -315,11 +315,11 @@ def speed(
     step, records = make(device)
     batches = list(Batches(16, 16384).cut(list(enumerate(records))))
     with FlopCounterMode(display=False) as counted:
-        step([item for _, item in batches[0]])
+        step(step.ready([item for _, item in batches[0]]))
     synchronize(device)
     begin, done = time.perf_counter(), 0
     for batch in batches:
-        step([item for _, item in batch])
+        step(step.ready([item for _, item in batch]))
         done += len(batch)
     synchronize(device)
     seconds = time.perf_counter() - begin

@@ -15,8 +15,7 @@ from torch import Tensor
 from tests.helpers.golden_model import Finished, fork_step, log_of
 from tests.helpers.less import CHECKPOINTS, EXPECTED, GOLDEN, less_arguments, load_less, run_less
 from tests.helpers.reference import WholeGradients
-from tive.features.gradient_kind import gradient_kind, transform_of
-from tive.features.step import GradientStep
+from tive.features.step import GradientStep, gradient_kind, transform_of
 from tive.method.gradients import gradient_features
 from tive.method.target import best_subtask, checkpoint_weights, ranking, subtask_scores
 from tive.models import Encoded, llava
@@ -80,7 +79,8 @@ def golden_of(step: int) -> Golden:
         gradients = whole_gradients(plain, encoded["data"], 7)
         transformed = {"sgd": gradients}
         for name in ("adam", "release"):
-            transform = transform_of(gradient_kind(str(path), name), reference, matrices, str(path))
+            kind = gradient_kind(str(path), {"adam": "adam", "release": "adam_release"}[name])
+            transform = transform_of(kind, reference, matrices, str(path))
             assert transform is not None
             parts = [
                 transform(matrix, part_of(gradients, projector.start[matrix], linear.weight.shape)).flatten(1)

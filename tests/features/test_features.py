@@ -69,7 +69,9 @@ def test_what_is_written_is_read_memory_mapped_in_order(case, made):
     chunks = open_features(folder, records, 3).chunks
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 26), (26, 52), (52, 78)]
     assert torch.equal(torch.cat([block for chunk in chunks for block in chunk.blocks]), made[1])
-    assert np.array_equal(np.concatenate([chunk.norms for chunk in chunks]), made[2].double().numpy(), equal_nan=True)
+    assert np.array_equal(
+        np.concatenate([chunk.scores["norms"] for chunk in chunks]), made[2].double().numpy(), equal_nan=True
+    )
     assert chunks[0].left_out == [LeftOutRecord(5, None, "image missing")]
     assert chunks[0].manifest["sha256"] == sha256_of(folder / "output_0.pt")
     mapped = Path("/proc/self/maps")
@@ -304,7 +306,9 @@ def test_damaged_files_are_refused_in_one_line_or_read_with_the_right_shape(made
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert sum(len(chunk.norms) for chunk in chunks) == sum(len(chunk.blocks[0]) for chunk in chunks) == 78
+        assert (
+            sum(len(chunk.scores["norms"]) for chunk in chunks) == sum(len(chunk.blocks[0]) for chunk in chunks) == 78
+        )
     shutil.rmtree(folder)
 
 

@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tive.data.records import open_records
-from tive.features.loader import Loader, pixels_in_half
+from tive.features.loader import Loader
 from tive.models import Encoded, LeftOut
 from tive.util.errors import UserError
 
@@ -163,16 +161,3 @@ def test_a_worker_that_is_stuck_does_not_keep_the_run_from_ending(tmp_path):
 def children_of(pid: int) -> set[int]:
     children = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
     return {int(child) for some in children for child in some}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    ids: np.ndarray
-    pixels: dict[str, np.ndarray] | None
-
-
-def test_only_pixels_travel_in_sixteen_bits():
-    inputs = Inputs(np.arange(3), {"image": np.ones((3, 4, 4), np.float32), "sizes": np.array([4.0], np.float32)})
-    halved = pixels_in_half(inputs)
-    assert halved.pixels["image"].dtype == np.float16 and halved.pixels["sizes"].dtype == np.float32
-    assert halved.ids.dtype == np.int64 and pixels_in_half(Inputs(inputs.ids, None)).pixels is None

@@ -33,4 +33,4 @@ def visual_gains(family: ModuleType, reference: Reference, folder: Path, count: 
         loss(without_images(record)) - loss(record) if images_of(record) else math.nan
         for record in islice(records, count)
     ]
-    return step([loader[row][1] for row in range(count)])["visual_gain"].tolist(), differences
+    return step(step.ready([loader[row][1] for row in range(count)]))["visual_gain"].tolist(), differences

@@ -132,13 +132,6 @@ def test_below_the_first_counted_matrix_nothing_is_computed_backward(golden, enc
     assert torch.allclose(found.features[:, 8192:] * found.norms[:, None], part, rtol=1e-4, atol=1e-6)
 
 
-def test_a_float16_overflow_is_met_with_a_smaller_loss_scale(encoded):
-    reference = load_golden(torch.float16)
-    step = step_of(reference)
-    usual = gradients_of(step, encoded[:2]).norms
-    assert torch.allclose(gradients_of(step, encoded[:2], loss_scale=2.0**24).norms, usual, rtol=0.01)
-
-
 def test_a_record_with_a_gradient_that_is_not_finite_harms_no_other(golden, encoded):
     poisoned = copy.deepcopy(encoded[0])
     poisoned.inputs.pixels[:] = np.nan

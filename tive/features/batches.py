@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from tive.models import Encoded, Reference
+from tive.models.common import freeze
 from tive.util.errors import UserError
 
 # Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
@@ -17,6 +23,14 @@ _LEAST_EFFICIENCY = 0.9
 _SHARE_OF_FREE = 0.8
 # Positions whose logits are there at one time, and bytes of each logit: float32, its gradient, softmax.
 _LOSS_POSITIONS, _LOSS_BYTES = 2048, 14
+# Of a batch on a CPU, where the memory does not decide: a run that is continued has the same batches.
+_TOKENS_ON_A_CPU = 16384
+# The longest record, where the model has no limit of its own: LLaVA's.
+_LONGEST = 2048
+# Records that wait for others of their length, in batches; fewer would make batches smaller, more fill the memory.
+_BATCHES_WAITING = 8
+_SECONDS_FOR_A_RECORD = 5
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Batch = list[tuple[int, Encoded]]
 
@@ -52,6 +66,8 @@ class Batches:
     Attributes:
         tokens: with padding; halved when a batch does not fit in memory, so that short records still fill theirs.
         computed, padded: tokens of all batches so far, without and with padding.
+        largest: bytes of the largest record so far.
+        waited: seconds that were spent on waiting for a batch.
 
     Args:
         relief: is called once, when one record alone does not fit: it makes room, and gives the new limit of tokens.
@@ -59,31 +75,51 @@ class Batches:
 
     def __init__(self, records: int, tokens: int, relief: Callable[[], int] | None = None) -> None:
         self.records, self.tokens, self.relief = records, tokens, relief
-        self.computed = self.padded = 0
+        self.computed = self.padded = self.largest = 0
+        self.waited = 0.0
 
     @property
     def padding_efficiency(self) -> float:
         """Share of the padded tokens that were a record's."""
         return self.computed / self.padded if self.padded else 1.0
 
+    @property
+    def most_records(self) -> int:
+        """Records that are in host memory at most: in batches that are not full, and twice in the two that are."""
+        return (_BATCHES_WAITING + 4) * self.records
+
     def compute(
-        self, compute: Callable[[Sequence[Encoded]], Result], records: Iterable[tuple[int, Encoded]]
+        self,
+        compute: Callable[[Any], Result],
+        records: Iterable[tuple[int, Encoded]],
+        make: Callable[[list[Encoded]], Any] = list,
+        in_thread: bool = False,
     ) -> Iterator[tuple[Batch, Result]]:
         """Each batch with its result, as soon as its records are there.
 
         Args:
-            compute: the result of a batch of one group.
+            compute: the result of what `make` made.
             records: with a number that the caller knows each by.
+            make: what `compute` takes, of a batch of one group.
+            in_thread: read records and make a batch in another thread, while the batch before is computed.
 
         Raises:
             UserError: one record alone does not fit in memory.
         """
-        for batch in self.filled(records):
-            waiting = [batch]
+
+        def made(batch: Batch) -> tuple[Batch, Any]:
+            return batch, make([record for _, record in batch])
+
+        coming = map(made, self.filled(records))
+        for next_one in self._waited_for(ahead(coming) if in_thread else coming):
+            waiting = [next_one]
             while waiting:
-                batch = waiting.pop(0)
+                batch, ready = waiting.pop(0)
+                if len(batch) > 1 and padded_tokens(batch) > self.tokens:
+                    waiting[:0] = map(made, self.cut(batch))
+                    continue
                 try:
-                    result, fits = compute([record for _, record in batch]), True
+                    result, fits = compute(ready), True
                 except (RuntimeError, MemoryError) as error:
                     if not _is_out_of_memory(error):
                         raise
@@ -94,13 +130,22 @@ class Batches:
                     yield batch, result
                 else:  # outside of the handler, which keeps the failed pass's tensors alive
                     self._halve(batch)
-                    waiting[:0] = self.cut(batch)
+                    waiting.insert(0, (batch, ready))
+
+    def _waited_for(self, items: Iterator[Item]) -> Iterator[Item]:
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
 
     def _halve(self, batch: Batch) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         if len(batch) > 1:
-            self.tokens = padded_tokens(batch) // 2
+            self.tokens = min(self.tokens, padded_tokens(batch) // 2)
             print(f"out of memory: batches are now of {self.tokens} tokens at most")
         elif self.relief is not None:
             self.tokens, self.relief = self.relief(), None
@@ -112,9 +157,10 @@ class Batches:
             )
 
     def filled(self, records: Iterable[tuple[int, Encoded]]) -> Iterator[Batch]:
-        """Batches, each as soon as it is full; those that are not follow when the records are at their end."""
+        """Batches, each as soon as it is full; the fullest where too many wait; the rest when the records end."""
         waiting: dict[tuple[str, int], Batch] = {}
         for number, record in records:
+            self.largest = max(self.largest, bytes_of(record))
             like = (record.group, int(math.log(max(record.length, 1)) / -math.log(_LEAST_EFFICIENCY)))
             batch = waiting.setdefault(like, [])
             if batch and padded_tokens([*batch, (number, record)]) > self.tokens:
@@ -124,6 +170,8 @@ class Batches:
             one_more = padded_tokens([*batch, (number, record)])
             if len(batch) == self.records or one_more > self.tokens:
                 yield waiting.pop(like)
+            elif sum(map(len, waiting.values())) == _BATCHES_WAITING * self.records:
+                yield waiting.pop(max(waiting, key=lambda like: len(waiting[like])))
         yield from self.cut([item for batch in waiting.values() for item in batch])
 
     def cut(self, records: Batch) -> Iterator[Batch]:
@@ -141,6 +189,27 @@ class Batches:
             yield batch
 
 
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in another thread while the one before is used."""
+    with_threads = ThreadPoolExecutor(1)
+    coming = with_threads.submit(next, items, None)
+    try:
+        while (item := coming.result()) is not None:
+            coming = with_threads.submit(next, items, None)
+            yield item
+    finally:
+        wait([coming], _SECONDS_FOR_A_RECORD)  # not for ever: what reads may be stuck
+        with_threads.shutdown(wait=False)
+
+
+def bytes_of(part: Any) -> int:
+    """The bytes of all arrays in a record, or in a part of one."""
+    if isinstance(part, np.ndarray):
+        return part.nbytes
+    values = part.values() if isinstance(part, dict) else vars(part).values() if is_dataclass(part) else ()
+    return sum(map(bytes_of, values))
+
+
 def padded_tokens(batch: Batch) -> int:
     """The tokens of a batch with padding."""
     return len(batch) * max(record.length for _, record in batch)
@@ -149,3 +218,42 @@ def padded_tokens(batch: Batch) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     known = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(part in str(error) for part in known)
+
+
+def checkpointed(reference: Reference) -> int:
+    """Turn gradient checkpointing on; the tokens that fit in a batch then."""
+    freeze(reference.model, gradient_checkpointing=True)
+    print("gradient checkpointing is on from here: less memory, about a third more time, the same gradients")
+    if reference.device.type != "cuda":
+        return _TOKENS_ON_A_CPU
+    return tokens_that_fit(reference, torch.cuda.mem_get_info(reference.device)[0], True)
+
+
+def batches_for(reference: Reference, records: int, tokens: int | None, gradient_checkpointing: bool) -> Batches:
+    """The memory policy for a model; prints how many tokens a batch may have, and why.
+
+    Where nobody chose, a GPU's free memory gives the limit. Gradient checkpointing is turned on where the longest
+    record would not fit without it, or where one does not.
+
+    Args:
+        records: most of a batch.
+        tokens: most of a batch; None for what fits.
+        gradient_checkpointing: whether it is on already.
+    """
+    if reference.device.type != "cuda":
+        relief = None if gradient_checkpointing else partial(checkpointed, reference)
+        return Batches(records, tokens or _TOKENS_ON_A_CPU, relief)
+    free, _ = torch.cuda.mem_get_info(reference.device)
+    free += torch.cuda.memory_reserved(reference.device) - torch.cuda.memory_allocated(reference.device)
+    longest = getattr(reference.processor, "max_length", None) or _LONGEST
+    if not gradient_checkpointing and tokens_that_fit(reference, free, False) < longest:
+        print(f"a record of {longest} tokens would not fit in memory without gradient checkpointing")
+        checkpointed(reference)
+        gradient_checkpointing = True
+    fitting = tokens_that_fit(reference, free, gradient_checkpointing)
+    each = bytes_a_token(reference, gradient_checkpointing)
+    print(
+        f"memory: {free / 1e9:.1f} GB free, about {each / 1e6:.2f} MB of activations a token, so about {fitting} "
+        "tokens fit in a batch" + (f"; {tokens} were asked for" if tokens else "")
+    )
+    return Batches(records, tokens or fitting, None if gradient_checkpointing else partial(checkpointed, reference))

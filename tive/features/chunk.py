@@ -42,6 +42,7 @@ class Match:
     Attributes:
         counted_parameters, projector: None until the model is loaded; then `projector` may be the kind that was asked
             for, of which the full kind is a longer name.
+        gradient: `sgd`, `adam`, `adam_release`, or `none` where there are losses but no features and no norms.
     """
 
     chunk_idx: int
@@ -68,6 +69,15 @@ class Match:
     def rows(self) -> range:
         """The chunk's rows of the data file."""
         return range(self.start, self.stop)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether gradients were taken, which have features and norms."""
+        return self.gradient != "none"
+
+    def has(self, column: str) -> bool:
+        """Whether one of `COLUMNS` was computed."""
+        return self.has_features if column == "norms" else bool(getattr(self, column, True))
 
 
 _UNTIL_LOADED = ("counted_parameters", "projector")
@@ -192,7 +202,7 @@ class OpenChunk:
         # A chunk under way has no final files: those of an earlier run could be taken for its own.
         for name in FINAL_FILES:
             self.path(name).unlink(missing_ok=True)
-        types = {name: kind for name, kind in COLUMNS.items() if getattr(self.match, name, True)}
+        types = {name: kind for name, kind in COLUMNS.items() if self.match.has(name)}
         self.store = Store(self.progress, self.match.rows, asdict(self.match), types, self.match.proj_dim)
 
     def finish(self, made: dict[str, Any], content: np.ndarray) -> None:
@@ -216,7 +226,7 @@ def write_chunk(
     left_out: list[LeftOutRecord],
     made: dict[str, Any],
 ) -> None:
-    """Write the three files of a chunk, each whole, the manifest last.
+    """Write the three files of a chunk, each whole, the manifest last; without gradients there are no norms.
 
     Args:
         features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
@@ -232,12 +242,14 @@ def write_chunk(
         name: torch.from_numpy(values.astype(COLUMNS.get(name, np.uint8), copy=False))
         for name, values in columns.items()
     }
+    if match.has_features:
+        tensors["features"] = _alone(features.half())
     with whole_file(folder / f"output_{chunk}.pt") as file:
         hashing = HashingFile(file)
-        content = {"features": _alone(features.half()), **tensors, "match": asdict(match)}
-        torch.save(content, hashing)  # type: ignore[arg-type]  # `write` is all that it asks for
-    norms = [norm if math.isfinite(norm) else None for norm in columns["norms"].tolist()]
-    write_json(folder / f"output_norm_{chunk}.json", norms, indent=None)
+        torch.save(tensors | {"match": asdict(match)}, hashing)  # type: ignore[arg-type]  # `write` is all it asks for
+    if match.has_features:
+        norms = [norm if math.isfinite(norm) else None for norm in columns["norms"].tolist()]
+        write_json(folder / f"output_norm_{chunk}.json", norms, indent=None)
     entries = [asdict(entry) for entry in left_out]
     write_json(
         folder / f"manifest_{chunk}.json",

@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 
 from tive.data.scan import Scan, check_chunk
+from tive.features.batches import batches_for
 from tive.features.chunk import Match
 from tive.features.gradient_pass import PassOptions, loader_of
 from tive.features.left_out import list_file, report_bad_records
-from tive.features.step import GradientStep, batches_for
-from tive.method.projection import make_projector, project
+from tive.features.step import GradientStep
+from tive.method.projection import is_gpu, make_projector, project
 from tive.models import Encoded
 from tive.util.device import peak_memory
 from tive.util.errors import UserError
@@ -37,7 +38,7 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
     step = load()
     usable = [row for row in checked.rows if row not in checked.reasons]
     rows = usable[:: max(1, len(usable) // count)][:count]
-    batches = batches_for(step, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
+    batches = batches_for(step.reference, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
     loader = loader_of(step, checked, options)
     records: dict[int, Encoded] = {}
 
@@ -53,17 +54,17 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
         first = next(read(), None)
         if first is None:
             raise UserError(f"none of {len(rows)} records can be computed; look at them, or at the model's template")
-        step([first[1]])  # pays for what is done once: signs, kernels, memory
-        wait_for(step)
-        loader.waited, begin = 0.0, time.perf_counter()
-        for _ in batches.compute(step, read()):
+        step(step.ready([first[1]]))  # pays for what is done once: signs, kernels, memory
+        wait_for(step.reference.device)
+        begin = time.perf_counter()
+        for _ in batches.compute(step, read(), step.ready, in_thread=loader.num_workers > 0):
             pass
-        wait_for(step)
+        wait_for(step.reference.device)
         seconds = time.perf_counter() - begin
-    timed = max(1, len(records) - 1)
+    waited, timed = batches.waited, max(1, len(records) - 1)
     # The shares of the parts in a pass of their own: each part is waited for, which costs speed.
     stopwatch = Stopwatch(step.reference.device)
-    for _ in batches.compute(replace(step, measure=stopwatch.measure), records.items()):
+    for _ in batches.compute(replace(step, measure=stopwatch.measure), records.items(), step.ready):
         pass
 
     rate, total = timed / seconds, sum(stopwatch.seconds.values())
@@ -72,15 +73,20 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
     print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take {duration(len(checked.rows) / rate)}")
     if len(checked.records) > len(checked.rows):
         print(f"  all {len(checked.records)} records, on one such device: {duration(len(checked.records) / rate)}")
-    print(f"  waiting for data: {loader.waited / seconds:.1%} of the time, {loader.num_workers} processes reading")
+    print(f"  waiting for data: {waited / seconds:.1%} of the time, {loader.num_workers} processes reading")
     for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
         print(f"    {part / total:6.1%}  {name}")
     print_net_cost(seconds / timed, stopwatch.seconds["forward"] / len(records))
-    if step.reference.device.type == "cuda":
+    if step.projector is not None and is_gpu(step.reference.device):
         print_projectors(step, ("sparse", "trak"), batches.records)
     print(f"  padding efficiency {batches.padding_efficiency:.2f}")
     print(f"  peak memory {peak_memory(step.reference.device) / 2**30:.2f} GiB")
-    disk, folder = len(checked.rows) * step.projector.proj_dim * 2, options.folder.absolute()
+    most = loader.ahead + batches.most_records
+    print(
+        f"  host memory: at most {most} records at a time, {most * batches.largest / 2**30:.2f} GiB if all are as "
+        "large as the largest of these"
+    )
+    disk, folder = len(checked.rows) * match.proj_dim * 2, options.folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")
 
@@ -104,10 +110,10 @@ def print_net_cost(gradient: float, forward: float) -> None:
 
 def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> None:
     """Print what projecting a batch costs with each kind of projector that works here, in milliseconds a record."""
-    device = step.reference.device
+    device, proj_dim = step.reference.device, step.projector.proj_dim if step.projector else 0
     for kind in kinds:
         try:
-            projector = make_projector(kind, 0, step.projector.proj_dim, device)
+            projector = make_projector(kind, 0, proj_dim, device)
         except ValueError as error:
             print(f"    projector {kind}: {error}")
             continue
@@ -115,10 +121,10 @@ def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> 
         for number, (name, matrix) in enumerate(step.matrices.items()):
             gradients = torch.randn(records, matrix.weight.numel(), device=device)
             project(projector, name, gradients)  # draws what is drawn once
-            wait_for(step)
+            wait_for(device)
             begin = time.perf_counter()
             project(projector, name, gradients)
-            wait_for(step)
+            wait_for(device)
             seconds += time.perf_counter() - begin
             if number == 7:  # two modules' worth of matrices, of all shapes
                 break
@@ -126,10 +132,10 @@ def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> 
         print(f"    projector {kind}: {cost * 1000:.2f} ms a record")
 
 
-def wait_for(step: GradientStep) -> None:
+def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
-    if step.reference.device.type == "cuda":
-        torch.cuda.synchronize(step.reference.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Stopwatch:
@@ -150,6 +156,5 @@ class Stopwatch:
             self.inside[-1] += elapsed
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         return time.perf_counter()

@@ -44,9 +44,10 @@ class Chunk:
 
     Attributes:
         content: the records' hashes (`record_hash`), uint8 `[n, 16]`; None where its version did not write them.
-        blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`.
+        blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`; without
+            gradients d is 0.
         scores: of each record by name, float64 `[n]`: the columns that its pass kept; features of the release and of
-            before version 2 have `norms` alone.
+            before version 2 have `norms` alone, a pass without gradients has none.
         match: None for the release's files, which have no manifest.
         manifest: how it was made; empty for the release's files.
     """
@@ -60,11 +61,6 @@ class Chunk:
     left_out: list[LeftOutRecord] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     content: np.ndarray | None = None
-
-    @property
-    def norms(self) -> np.ndarray:
-        """L2 norms of the unprojected gradients, float64 `[n]`."""
-        return self.scores["norms"]
 
 
 def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) -> list[Chunk]:
@@ -156,8 +152,9 @@ def _check_complete(folder: Path, present: list[int], expected: int, chunk_num: 
 def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -> Chunk:
     path = folder / f"output_{number}.pt"
     content = _load(path)
-    if not isinstance(content, dict) or not {"features", "norms", "match"} <= content.keys():
-        raise UserError(f"{path} is not a feature file (no features, norms and match); {_DAMAGED}")
+    needed = {"features", "norms", "match"} if match.has_features else {"losses", "match"}
+    if not isinstance(content, dict) or not needed <= content.keys():
+        raise UserError(f"{path} is not a feature file (it lacks one of {', '.join(sorted(needed))}); {_DAMAGED}")
     try:
         # Older versions have fewer keys here than in the manifest.
         newer = {"dtype": match.dtype, "el2n": match.el2n, "visual_gain": match.visual_gain}
@@ -167,7 +164,8 @@ def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -
     differing = [key.name for key in fields(Match) if getattr(inside, key.name) != getattr(match, key.name)]
     if differing:
         raise UserError(f"{path} and manifest_{number}.json differ in `{differing[0]}`; make this chunk again")
-    features, records = content["features"], match.stop - match.start
+    records = match.stop - match.start
+    features = content.get("features", torch.empty(records, 0, dtype=torch.float16))
     _check_tensor(path, features, 2)
     scores = {}
     for name in content.keys() & _COLUMN_TYPES.keys():
@@ -175,7 +173,7 @@ def _open_chunk(folder: Path, number: int, match: Match, made: dict[str, Any]) -
         scores[name] = content[name].double().numpy()
     wrong = [name for name, values in scores.items() if len(values) != records]
     if features.shape != (records, match.proj_dim) or wrong:
-        sizes = ", ".join(f"{len(scores[name])} {name}" for name in wrong or ["norms"])
+        sizes = ", ".join(f"{len(scores[name])} {name}" for name in wrong or scores)
         raise UserError(
             f"{path} holds features {list(features.shape)} and {sizes} where {[records, match.proj_dim]} was "
             f"announced; {_DAMAGED}"

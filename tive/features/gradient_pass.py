@@ -11,7 +11,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
+from tive.features.batches import Batches, batches_for
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (
     check_disk,
@@ -35,10 +36,13 @@ from tive.features.left_out import (
     report_bad_records,
 )
 from tive.features.loader import Loader, usable, workers_beside
-from tive.features.step import GradientStep, batches_for
+from tive.features.step import FLOAT16_LOSS_SCALES, GradientStep
 from tive.features.store import Window
 from tive.models import NOT_FINITE
 from tive.util.device import device_name, peak_memory
+
+# Of each record of a batch its row, supervised tokens and tokens; and the batch's results, on the device.
+Computed = list[tuple[list[tuple[int, int, int]], dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -92,21 +96,23 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         report_bad_records(checked, list_file(options.folder, match.chunk_idx), options.skip_bad)
 
         step = load()
-        chunk.begin(step.counted_parameters, step.projector.kind, options.overwrite)
+        chunk.begin(step.counted_parameters, step.projection, options.overwrite)
         cost, stopped_by = compute_windows(chunk, checked, step, options)
         if stopped_by is not None:
             print(f"{name} stopped; what is done is on disk, and the same command (without overwrite) continues")
             raise SystemExit(128 + stopped_by)
         left_out = chunk.store.left_out()
         device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
-        about = {"projector_about": step.projector.about}
+        about = {"projector_about": step.projector.about} if step.projector else {}
         content = record_hashes(scan.records, match.rows)
         chunk.finish(about | device | cost | dict(options.inputs), content)
+    what = "features" if step.projector else "records without features"
     print(
-        f"written: {', '.join(str(chunk.path(form)) for form in ('output_{}.pt', 'output_norm_{}.json'))} and the "
-        f"manifest\n{name} done: {len(match.rows) - len(left_out)} features, {count_reasons(left_out)}, "
+        f"written: {chunk.path('output_{}.pt')}, norms and manifest beside it\n"
+        f"{name} done: {len(match.rows) - len(left_out)} {what}, {count_reasons(left_out)}, "
         f"{cost['records_per_second']:.2f} records/s, padding efficiency {cost['padding_efficiency']:.2f}, "
-        f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB, records in host memory at most "
+        f"{cost['host_memory_of_records_bytes'] / 2**30:.2f} GiB"
     )
 
 
@@ -124,7 +130,7 @@ def compute_windows(
     done = len(checked.rows) - sum(map(len, windows))
     if done:
         print(f"continuing: {done} of {len(checked.rows)} records are on disk")
-    batches = batches_for(step, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
+    batches = batches_for(step.reference, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
     loader = loader_of(step, checked, options)
     readable_rows = [row for rows in windows for row in rows if row not in checked.reasons]
     count = 0
@@ -132,19 +138,23 @@ def compute_windows(
     with StopRequest() as stop, bar, loader.read(readable_rows) as records:
         for rows in windows:
             reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
-            readable = islice(records, len(rows) - len(reasons))
-            computed = []
-            for batch, results in batches.compute(step, usable(readable, reasons, options.skip_bad)):
+            encoded = usable(islice(records, len(rows) - len(reasons)), reasons, options.skip_bad)
+            computed: Computed = []
+            for batch, results in batches.compute(step, encoded, step.ready, in_thread=loader.num_workers > 0):
                 # Without the records' pixels, which would fill the memory.
                 computed.append(([(row, record.supervised, record.length) for row, record in batch], results))
                 bar.update(len(batch))
-            columns, features = of_window(rows, computed, step, reasons)
+            columns = store.empty(rows)
+            fill(columns, rows, computed)
+            compute_overflowed(columns, rows, step, batches, loader)
+            count += len(rows) - len(reasons)
+            bar.update(len(reasons))
+            reasons |= dict.fromkeys(remove_not_finite(columns, rows, computed), NOT_FINITE)
+            features = columns.pop("features")
             window = Window(rows, columns, left_out_records(checked, reasons))
             left_out += window.left_out
             refuse_many(left_out, checked, list_file(chunk.folder, chunk.match.chunk_idx))
             store.write(window, features)
-            count += sum(len(batch) for batch, _ in computed)
-            bar.update(len(rows) - sum(len(batch) for batch, _ in computed))
             if stop.signal_number is not None:
                 break
     seconds = time.perf_counter() - begun
@@ -156,9 +166,10 @@ def compute_windows(
         "seconds": seconds,
         "records_computed": count,
         "records_per_second": count / seconds,
-        "seconds_waiting_for_data": loader.waited,
+        "seconds_waiting_for_data": batches.waited,
         "padding_efficiency": batches.padding_efficiency,
         "peak_memory_bytes": peak_memory(step.reference.device),
+        "host_memory_of_records_bytes": (loader.ahead + batches.most_records) * batches.largest,
     }
     return cost, stop.signal_number
 
@@ -170,37 +181,37 @@ def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loa
     return Loader(step.family, *place, workers, text_alone=step.visual_gain)
 
 
-def of_window(
-    rows: range,
-    computed: list[tuple[list[tuple[int, int, int]], dict[str, Tensor]]],
-    step: GradientStep,
-    reasons: dict[int, str],
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The columns and the features (float16 `[n, d]`) of a window, copied from the device at once.
+def fill(columns: Mapping[str, np.ndarray], rows: range, computed: Computed) -> None:
+    """Put the results of batches into a window's columns; each column is copied from the device at once."""
+    if not computed:
+        return
+    facts = np.array([fact for batch, _ in computed for fact in batch])
+    index = facts[:, 0] - rows.start
+    columns["supervised_tokens"][index], columns["tokens"][index] = facts[:, 1], facts[:, 2]
+    for name in computed[0][1]:
+        columns[name][index] = torch.cat([results[name] for _, results in computed]).cpu().numpy()
 
-    Args:
-        computed: row, supervised tokens and tokens of each record of a batch, and the results on the device.
-        reasons: gets the records whose numbers are not finite.
-    """
-    items = [item for batch, _ in computed for item in batch]
-    results = {
-        name: torch.cat([result[name] for _, result in computed]).cpu().numpy()
-        for name in (computed[0][1] if computed else ())
-    }
-    features = np.zeros((len(rows), step.projector.proj_dim), np.float16)
-    names = ("norms", "losses", *step.optional)
-    columns = {name: np.full(len(rows), np.nan, np.float32) for name in names}
-    columns |= {name: np.zeros(len(rows), np.int32) for name in ("supervised_tokens", "tokens")}
-    for place, (row, supervised, tokens) in enumerate(items):
-        index = row - rows.start
-        if not (np.isfinite(results["norms"][place]) and np.isfinite(results["features"][place]).all()):
-            reasons[row] = NOT_FINITE
-            continue
-        features[index] = results["features"][place]
-        for name in names:
-            columns[name][index] = results[name][place]
-        columns["supervised_tokens"][index], columns["tokens"][index] = supervised, tokens
-    return columns, features
+
+def compute_overflowed(
+    columns: Mapping[str, np.ndarray], rows: range, step: GradientStep, batches: Batches, loader: Loader
+) -> None:
+    """Compute records whose gradients overflowed again, with smaller loss scales where there are any (float16)."""
+    for scale in [scale for scale in FLOAT16_LOSS_SCALES if scale < step.loss_scale and step.projector is not None]:
+        overflowed = np.flatnonzero(np.isfinite(columns["losses"]) & ~np.isfinite(columns["norms"]))
+        again = usable(loader.read_here(rows[index] for index in overflowed.tolist()), {}, skip_bad=False)
+        smaller = replace(step, loss_scale=scale)
+        computed = batches.compute(smaller, again, step.ready)
+        fill(columns, rows, [([(row, r.supervised, r.length) for row, r in batch], made) for batch, made in computed])
+
+
+def remove_not_finite(columns: Mapping[str, np.ndarray], rows: range, computed: Computed) -> list[int]:
+    """Empty the rows of computed records whose numbers are not finite, and return them."""
+    index = np.array(sorted(row - rows.start for batch, _ in computed for row, _, _ in batch), np.int64)
+    deciding = columns.get("norms", columns["losses"])[index]
+    bad = index[~(np.isfinite(deciding) & np.isfinite(columns["features"][index]).all(axis=1))]
+    for values in columns.values():
+        values[bad] = np.nan if values.ndim == 1 and values.dtype == np.float32 else 0
+    return [rows[number] for number in bad.tolist()]
 
 
 @dataclass

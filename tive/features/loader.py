@@ -9,11 +9,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -39,9 +38,6 @@ class Loader(Dataset):
     As torch's data set it maps a row to the row and its encoded record, the reason why there is none, or the lack of
     memory for it.
 
-    Attributes:
-        waited: seconds that its user has waited for records.
-
     Args:
         text_alone: encode records with images a second time, without them.
     """
@@ -57,8 +53,9 @@ class Loader(Dataset):
     ) -> None:
         # The function and not its module, which could not be sent to a process that is not forked.
         self.encode, self.records, self.image_folder = family.encode, records, image_folder
-        self.processor, self.in_half = reference.processor, reference.dtype.itemsize == 2
-        self.num_workers, self.text_alone, self.waited = num_workers, text_alone, 0.0
+        self.processor, self.num_workers, self.text_alone = reference.processor, num_workers, text_alone
+        # Records that the workers are ahead, together.
+        self.ahead = num_workers * max(2, _AHEAD // max(1, num_workers))
         # Of each worker: its process, and the row that it is reading, for when it is killed.
         self.processes = multiprocessing.RawArray("q", num_workers)
         self.reading = multiprocessing.RawArray("q", [_NOTHING] * num_workers)
@@ -78,7 +75,7 @@ class Loader(Dataset):
             encoded = self.encode(self.processor, record, self.image_folder)
             if self.text_alone and images_of(record):
                 encoded = replace(encoded, text_alone=self._text_alone(record))
-            return replace(encoded, inputs=pixels_in_half(encoded.inputs)) if self.in_half else encoded
+            return encoded
         except LeftOut as reason:
             return str(reason)
         except MemoryError:  # a lack of this machine, which is no reason to leave the record out
@@ -105,13 +102,13 @@ class Loader(Dataset):
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
-            prefetch_factor=max(2, _AHEAD // self.num_workers) if self.num_workers else None,
+            prefetch_factor=self.ahead // self.num_workers if self.num_workers else None,
             worker_init_fn=_prepare_worker,
         )
         others = multiprocessing.active_children()
         items = iter(loader)
         workers = [process for process in multiprocessing.active_children() if process not in others]
-        records = self._timed(items)
+        records = self._checked(items)
         try:
             yield records
         except RuntimeError as error:
@@ -119,17 +116,14 @@ class Loader(Dataset):
                 raise
             raise UserError(self._how_one_ended(workers)) from error
         finally:
-            records.close()  # type: ignore[attr-defined]
-            del items  # the last that holds the loader: torch waits for the workers to end
             _end(workers)
 
-    def _timed(self, items: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Encoded | str]]:
-        while True:
-            start = time.perf_counter()
-            row, item = next(items, (_NOTHING, None))
-            self.waited += time.perf_counter() - start
-            if item is None:
-                return
+    def read_here(self, rows: Iterable[int]) -> Iterator[tuple[int, Encoded | str]]:
+        """As `read`, in this process."""
+        return self._checked((row, self._encoded(row)) for row in rows)
+
+    def _checked(self, items: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Encoded | str]]:
+        for row, item in items:
             if isinstance(item, MemoryError):
                 raise UserError(
                     f"memory ran out while {self._name(row)} was read; free memory or lower num_workers, or "
@@ -156,17 +150,6 @@ class Loader(Dataset):
             f"a process that reads records {what}{where}, most often because memory ran out; free memory or lower "
             "num_workers, or remove the record if it happens again; the same command continues"
         )
-
-
-def pixels_in_half(inputs: Any) -> Any:
-    """A record's inputs with pixels in 16 bits, as a model of 16 bits reads them: half as much travels."""
-    if isinstance(inputs, np.ndarray):
-        return inputs.astype(np.float16) if inputs.dtype == np.float32 and inputs.ndim > 1 else inputs
-    if isinstance(inputs, dict):
-        return {name: pixels_in_half(value) for name, value in inputs.items()}
-    if is_dataclass(inputs) and not isinstance(inputs, type):
-        return replace(inputs, **{part.name: pixels_in_half(getattr(inputs, part.name)) for part in fields(inputs)})
-    return inputs
 
 
 def usable(
@@ -209,7 +192,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _end(workers: list[BaseProcess]) -> None:
-    """End workers that are stuck or that torch could not wait for; they are deaf to SIGTERM, which it sends."""
+    """End the workers, stuck ones too; they are deaf to SIGTERM, which torch would send."""
     if not workers:
         return
     torchs_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it would raise for each of them

@@ -3,29 +3,122 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tive.features.batches import Batches, bytes_a_token, tokens_that_fit
 from tive.features.chunk import Match
-from tive.features.gradient_kind import GradientKind, transform_of
+from tive.method.adam import adam_step, release_step
 from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
 from tive.method.projection import Projector, make_projector
 from tive.method.value import visual_gain
-from tive.models import Encoded, Family, ModelFiles, RecordLosses, Reference
-from tive.models.common import freeze, target_modules
+from tive.models import Collated, Encoded, Family, ModelFiles, RecordLosses, Reference
+from tive.models.common import target_modules
+from tive.models.optimizer_files import StoredState, read_optimizer_state
+from tive.models.optimizer_state import (
+    TrainerState,
+    find_optimizer_state,
+    moments_of_matrices,
+    optimizer_state_identity,
+    read_trainer_state,
+)
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError
 
-# Small gradients vanish in float16 below 6e-8; this lifts them, and an overflow is met with a smaller scale.
-_FLOAT16_LOSS_SCALE = 2.0**12
-# Of a batch on a CPU, where the memory does not decide: a run that is continued has the same batches.
-_TOKENS_ON_A_CPU = 16384
-# The longest record, where the model has no limit of its own: LLaVA's.
-_LONGEST = 2048
+# Small gradients vanish in float16 below 6e-8; this lifts them. Where they overflow, a smaller one is tried.
+FLOAT16_LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
+# The gradients as the checkpoint's Adam would apply them: its own step, and that of LESS's code.
+ADAM = ("adam", "adam_release")
+
+
+@dataclass(frozen=True)
+class GradientKind:
+    """What is known of the gradient before the model is loaded.
+
+    Attributes:
+        name: `sgd`, `adam`, `adam_release`, or `none` for losses alone.
+        trainer: the checkpoint's step and learning rates, None for a model without a trainer's state.
+        state: Adam's as it is on disk, None for `sgd`; `state_sha256` tells it from another one.
+    """
+
+    name: str
+    trainer: TrainerState | None
+    state: StoredState | None = None
+    state_sha256: str | None = None
+
+    @property
+    def step(self) -> int | None:
+        return self.trainer.step if self.trainer else None
+
+    @property
+    def learning_rates(self) -> dict[str, float] | None:
+        """How many rates the trainer logged up to the checkpoint, and their sum, for the manifest."""
+        return {"logged": self.trainer.logged, "sum": self.trainer.learning_rate_sum} if self.trainer else None
+
+
+def gradient_kind(model_path: str, name: str = "sgd", optimizer_state: str | None = None) -> GradientKind:
+    """Find and check what the gradient needs beside the model.
+
+    Args:
+        name: as `GradientKind` has it.
+        optimizer_state: where Adam's state is, if not beside the model.
+
+    Raises:
+        UserError: there is no state, it is not Adam's, or not of this checkpoint.
+    """
+    trainer = read_trainer_state(model_path)
+    if name not in ADAM:
+        return GradientKind(name, trainer)
+    path = find_optimizer_state(model_path, optimizer_state)
+    if trainer is None:
+        raise UserError(
+            f"{model_path} holds no trainer_state.json, so the step that {path} belongs to is not known; take a "
+            "checkpoint-N folder as the model, whole"
+        )
+    return GradientKind(name, trainer, read_optimizer_state(path, trainer.step), optimizer_state_identity(path))
+
+
+def transform_of(
+    kind: GradientKind, reference: Reference, matrices: Mapping[str, nn.Linear], model_path: str
+) -> Transform | None:
+    """What each matrix's gradients become before norm and projection; None where they stay as they are.
+
+    Two moments a target module, in float32, stay on the device.
+
+    Raises:
+        UserError: the state does not fit the model.
+    """
+    if kind.state is None:
+        return None
+    moments = moments_of_matrices(kind.state, reference.model, matrices, model_path)
+    t, b1, b2, eps = astuple(kind.state.constants)
+    print(f"optimizer's state {kind.state.path}: Adam after step {t}, betas {b1:g} and {b2:g}, eps {eps:g}")
+    dtype = next(iter(moments.values())).m.dtype
+    if dtype != torch.float32:
+        print(
+            f"warning: Adam's moments were kept in {str(dtype).removeprefix('torch.')}, in which v cannot decay with "
+            f"b2 = {b2:g} and stays too large; DeepSpeed keeps them in float32"
+        )
+    m = {name: of.m.to(reference.device, torch.float32) for name, of in moments.items()}
+    v = {name: of.v.to(reference.device, torch.float32) for name, of in moments.items()}
+    if kind.name == "adam_release":
+        return lambda name, g: release_step(g, m[name], v[name])
+    return lambda name, g: adam_step(g, m[name], v[name], t, (b1, b2), eps)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch, ready for the device.
+
+    Attributes:
+        text_alone: places in the batch `[b]`, and the records there without their images, by group.
+    """
+
+    records: Collated
+    text_alone: list[tuple[Tensor, Collated]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +127,7 @@ class GradientStep:
 
     Attributes:
         matrices: canonical name -> target module.
+        projector: None for losses alone, without gradients.
         transform: of each matrix's per-record gradients; None for the gradients as they are.
         el2n, visual_gain: whether they are computed too.
     """
@@ -41,10 +135,11 @@ class GradientStep:
     family: Family
     reference: Reference
     matrices: Mapping[str, nn.Linear]
-    projector: Projector
+    projector: Projector | None
     transform: Transform | None = None
     el2n: bool = False
     visual_gain: bool = False
+    loss_scale: float = 1.0
     measure: Measure = unmeasured
 
     @property
@@ -52,55 +147,66 @@ class GradientStep:
         return sum(matrix.weight.numel() for matrix in self.matrices.values())
 
     @property
-    def optional(self) -> list[str]:
-        """The columns that were asked for."""
-        return [name for name in ("el2n", "visual_gain") if getattr(self, name)]
+    def projection(self) -> str:
+        """The projector's full kind."""
+        return self.projector.kind if self.projector else "none"
 
-    def relieved(self) -> int:
-        """Turn gradient checkpointing on; the tokens that fit in a batch then."""
-        freeze(self.reference.model, gradient_checkpointing=True)
-        print("gradient checkpointing is on from here: less memory, about a third more time, the same gradients")
+    def ready(self, records: Sequence[Encoded]) -> Ready:
+        """Records of one group as tensors, in pinned memory beside a GPU; another thread may do it ahead."""
+        groups = defaultdict[str, list[int]](list)
+        for place, record in enumerate(records):
+            # Without its image a record that was cut may keep more of its answer: two losses of different tokens.
+            if self.visual_gain and record.text_alone and record.text_alone.supervised == record.supervised:
+                groups[record.text_alone.group].append(place)
+        alone = [(torch.tensor(places), [records[place].text_alone for place in places]) for places in groups.values()]
+        return Ready(
+            self._collated(records),
+            [(self._pinned(places), self._collated([item for item in items if item])) for places, items in alone],
+        )
+
+    def _collated(self, records: Sequence[Encoded]) -> Collated:
+        return self.family.collate(self.reference, records).each(self._pinned)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
         if self.reference.device.type != "cuda":
-            return _TOKENS_ON_A_CPU
-        return tokens_that_fit(self.reference, torch.cuda.mem_get_info(self.reference.device)[0], True)
+            return tensor
+        with torch.cuda.device(self.reference.device):  # a thread begins with the first GPU
+            return tensor.pin_memory()
 
-    def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Of a batch of one group: `features` float16 `[B, d]`, `norms`, `losses` and the `optional` columns `[B]`.
+    def __call__(self, batch: Ready) -> dict[str, Tensor]:
+        """`features` float16 `[B, d]`, `norms`, `losses` and the columns that were asked for `[B]`.
 
-        They stay on the device.
+        Without a projector there are neither features nor norms. All stay on the device, and nothing is read from it.
         """
         last: list[RecordLosses] = []
 
         def forward() -> Tensor:
-            last[:] = [self.family.record_losses(self.reference, batch, self.el2n)]
+            last[:] = [self.family.record_losses(self.reference, batch.records, self.el2n)]
             return last[0].losses
 
-        scale = _FLOAT16_LOSS_SCALE if self.reference.dtype == torch.float16 else 1.0
-        computed = gradient_features(forward, self.matrices, self.projector, self.transform, scale, self.measure)
-        results = {"features": computed.features.half(), "norms": computed.norms, "losses": computed.losses}
+        if self.projector is None:
+            with torch.no_grad(), self.measure("forward"):
+                results = {"losses": forward().float()}
+        else:
+            computed = gradient_features(
+                forward, self.matrices, self.projector, self.transform, self.loss_scale, self.measure
+            )
+            results = {"features": computed.features.half(), "norms": computed.norms, "losses": computed.losses}
         if last[0].el2n is not None:
             results["el2n"] = last[0].el2n
         if self.visual_gain:
-            results["visual_gain"] = self.visual_gains(batch, computed.losses)
+            with self.measure("visual gain"):
+                results["visual_gain"] = self._visual_gains(batch, results["losses"])
         return results
 
     @torch.no_grad()
-    def visual_gains(self, batch: Sequence[Encoded], losses: Tensor) -> Tensor:
-        """The visual gain of each record `[B]`; NaN without images, or where they cost it a part of its answer.
-
-        Args:
-            losses: with the images, `[B]`.
-        """
+    def _visual_gains(self, batch: Ready, losses: Tensor) -> Tensor:
+        """The visual gain of each record `[B]`; NaN without images, or where they cost it a part of its answer."""
         gains = torch.full_like(losses, math.nan)
-        groups: dict[str, list[tuple[int, Encoded]]] = {}
-        for place, record in enumerate(batch):
-            alone = record.text_alone
-            if alone is not None and alone.supervised == record.supervised:
-                groups.setdefault(alone.group, []).append((place, alone))
-        for members in groups.values():
-            places = [place for place, _ in members]
-            without = self.family.record_losses(self.reference, [alone for _, alone in members]).losses
-            gains[places] = visual_gain(without, losses[places])
+        for places, records in batch.text_alone:
+            to = places.to(losses.device, non_blocking=True)
+            without = self.family.record_losses(self.reference, records).losses
+            gains.index_copy_(0, to, visual_gain(without, losses.index_select(0, to)))
         return gains
 
 
@@ -121,6 +227,8 @@ def load_step(
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     reference = family.load(files, device, getattr(torch, str(match.dtype)), gradient_checkpointing)
+    if gradient.name == "none":
+        return GradientStep(family, reference, {}, None, None, match.el2n, match.visual_gain)
     matrices = target_modules(reference, match.grad_modules)
     if device.type == "cpu":
         leave_a_core(max(matrix.in_features for matrix in matrices.values()))
@@ -129,39 +237,10 @@ def load_step(
     except ValueError as error:
         raise UserError(f"cannot project: {error}; take the projector auto or sparse") from error
     transform = transform_of(gradient, reference, matrices, files.model_path)
-    step = GradientStep(family, reference, matrices, projector, transform, match.el2n, match.visual_gain)
+    scale = FLOAT16_LOSS_SCALES[0] if reference.dtype == torch.float16 else 1.0
+    step = GradientStep(family, reference, matrices, projector, transform, match.el2n, match.visual_gain, scale)
     print(
         f"reference model {files.model_path}: {step.counted_parameters:,} parameters count, in {len(matrices)} LoRA "
         f"matrices of {len(reference.layers)} layers\nprojector {projector.kind}: {projector.about}"
     )
     return step
-
-
-def batches_for(step: GradientStep, records: int, tokens: int | None, gradient_checkpointing: bool) -> Batches:
-    """The memory policy for a step; prints how many tokens a batch may have, and why.
-
-    Where nobody chose, a GPU's free memory gives the limit. Gradient checkpointing is turned on where the longest
-    record would not fit without it, or where one does not.
-
-    Args:
-        records: most of a batch.
-        tokens: most of a batch; None for what fits.
-        gradient_checkpointing: whether it is on already.
-    """
-    reference = step.reference
-    if reference.device.type != "cuda":
-        return Batches(records, tokens or _TOKENS_ON_A_CPU, None if gradient_checkpointing else step.relieved)
-    free, _ = torch.cuda.mem_get_info(reference.device)
-    free += torch.cuda.memory_reserved(reference.device) - torch.cuda.memory_allocated(reference.device)
-    longest = getattr(reference.processor, "max_length", None) or _LONGEST
-    if not gradient_checkpointing and tokens_that_fit(reference, free, False) < longest:
-        print(f"a record of {longest} tokens would not fit in memory without gradient checkpointing")
-        step.relieved()
-        gradient_checkpointing = True
-    fitting = tokens_that_fit(reference, free, gradient_checkpointing)
-    each = bytes_a_token(reference, gradient_checkpointing)
-    print(
-        f"memory: {free / 1e9:.1f} GB free, about {each / 1e6:.2f} MB of activations a token, so about {fitting} "
-        "tokens fit in a batch" + (f"; {tokens} were asked for" if tokens else "")
-    )
-    return Batches(records, tokens or fitting, None if gradient_checkpointing else step.relieved)

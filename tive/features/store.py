@@ -154,6 +154,13 @@ class Store:
         gaps = [range(start, end.start) for start, end in zip(starts, ends, strict=True)]
         return [gap[first : first + size] for gap in gaps for first in range(0, len(gap), size)]
 
+    def empty(self, rows: range) -> dict[str, np.ndarray]:
+        """The columns of rows that nothing is known of, and their `features`, float16 `[n, d]`."""
+        columns: dict[str, np.ndarray] = {
+            name: np.full(len(rows), np.nan if kind is np.float32 else 0, kind) for name, kind in self.types.items()
+        }
+        return columns | {"features": np.zeros((len(rows), self.dimension), np.float16)}
+
     def write(self, window: Window, features: np.ndarray | None = None) -> None:
         """Put a window on disk for good: its features (float16 `[n, d]`) first, then the file that says that they are.
 

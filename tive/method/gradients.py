@@ -58,12 +58,12 @@ def gradient_features(
     """`f_s` and `||g_s||` of every record of a batch, from one forward and one backward pass.
 
     Args:
-        forward: the forward pass; returns the losses `[B]` of the batch's records. It is called again where
-            gradients overflow.
+        forward: the forward pass; returns the losses `[B]` of the batch's records.
         matrices: canonical name -> target module, a linear map without bias.
         transform: is applied to each matrix's per-record gradients, the loss scale taken out, before norm and
             projection.
-        loss_scale: lifts small gradients above what half precision loses; lowered where they overflow.
+        loss_scale: lifts small gradients above what half precision loses; a record whose norm is not finite wants a
+            smaller one.
     """
     sums: list[Tensor] = []  # projections [B, proj_dim] and squared norms [B] of the matrices so far
 
@@ -79,24 +79,16 @@ def gradient_features(
         with measure("projection"):
             projector.add(sums[0], name, flat)
 
-    while True:
-        sums.clear()
-        with RecordGradients(matrices, add, measure) as gradients:
-            with measure("forward"):
-                losses = forward()
-            with measure("backward"):
-                gradients.backward(losses * loss_scale)
-        losses = losses.detach().float()
-        sketch, squared_norms = sums[0], sums[1].squeeze(1)
-        # The last test waits for a GPU, so only half precision makes it.
-        if loss_scale == 1.0 or not (torch.isfinite(losses) & ~torch.isfinite(squared_norms)).any():
-            break
-        loss_scale = max(1.0, loss_scale / 64)
-    norms = squared_norms.sqrt()
+    with RecordGradients(matrices, add, measure) as gradients:
+        with measure("forward"):
+            losses = forward()
+        with measure("backward"):
+            gradients.backward(losses * loss_scale)
+    sketch, norms = sums[0], sums[1].squeeze(1).sqrt()
     good = torch.isfinite(norms) & (norms > 0) & torch.isfinite(sketch).all(dim=1)
     unit = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     features = torch.where(good[:, None], unit, torch.zeros_like(unit))
-    return GradientFeatures(features, norms if transform is not None else norms / loss_scale, losses)
+    return GradientFeatures(features, norms if transform is not None else norms / loss_scale, losses.detach().float())
 
 
 class RecordGradients:

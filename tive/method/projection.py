@@ -209,6 +209,11 @@ def trak_seed(seed: int, matrix_name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {matrix_name}".encode()).digest()[:4], "little") >> 2
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether TRAK's kernel for GPUs can run on the device, if it is installed."""
+    return device.type == "cuda"
+
+
 def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) -> Projector:
     """Build a projector of one of `KINDS` and let it prove itself.
 
@@ -224,7 +229,7 @@ def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) ->
         return _automatic(seed, proj_dim, device)
     makers: dict[str, Callable[[int, int, torch.device], Projector]] = {
         "sparse": Sparse,
-        "trak": TrakCuda if device.type == "cuda" else TrakBasic,
+        "trak": TrakCuda if is_gpu(device) else TrakBasic,
     }
     if kind not in makers:
         raise ValueError(f"{kind} is none of the projectors {', '.join(KINDS)}")
@@ -238,7 +243,7 @@ def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) ->
 
 def _automatic(seed: int, proj_dim: int, device: torch.device) -> Projector:
     note = ""
-    if device.type == "cuda":
+    if is_gpu(device):
         try:
             projector = make_projector("trak", seed, proj_dim, device)
             projector.about += "; sparse gives features of the same quality for less time"
