@@ -45,7 +45,9 @@ def test_a_failure_ends_in_1_and_nothing_that_ran_in_2(tmp_path, monkeypatch, ou
 
     monkeypatch.setattr(gpu_check, "checks_of", lambda *_: iter([("one", check)]))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--output", str(tmp_path / "check.json")])
-    assert gpu_check.main() == code
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    assert end.value.code == code
     (result,) = json.loads((tmp_path / "check.json").read_text())["checks"]
     assert result["outcome"] == outcome
 
