@@ -214,8 +214,11 @@ def test_a_table_without_tasks_gets_a_column_of_them_by_the_command_that_is_told
 @pytest.mark.parametrize(("existing", "expected"), [("keep", [*"abababababab"]), ("replace", ["x"] * 12)])
 def test_a_tables_tasks_are_kept_or_replaced_as_told(fine, tmp_path, existing, expected):
     script = Path(__file__).parents[2] / "scripts" / "label_tasks.py"
+    (tmp_path / "rules.yaml").write_text("rules:\n  - task: x\n    min_questions: 1\n")
     options = ["--source_path", fine, "--target_path", tmp_path / "a.parquet", "--existing", existing]
-    subprocess.run([sys.executable, script, *options, "--task_key", "source", "--default", "x"], check=True)
+    subprocess.run(
+        [sys.executable, script, *options, "--task_key", "source", "--rules", tmp_path / "rules.yaml"], check=True
+    )
     labelled = parquet.read_table(tmp_path / "a.parquet")
     assert labelled["source"].to_pylist() == expected
     assert labelled.drop(["source"]).to_pylist() == parquet.read_table(fine).drop(["source"]).to_pylist()
