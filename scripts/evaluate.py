@@ -78,17 +78,19 @@ def main() -> None:
     from tive.data.scan import check_chunk, scan_records
     from tive.evaluation.results import (
         EVALUATION_FILE,
+        INTERVAL,
         Conditions,
         Evaluation,
         ModelResult,
         differing,
-        read_model,
+        read_stored,
+        tables,
         task_results,
         write_result,
     )
-    from tive.evaluation.run import Options, evaluate, report_left_out, unfinished_results
-    from tive.evaluation.tables import INTERVAL, tables
+    from tive.evaluation.run import EvaluationOptions, evaluate, report_left_out, store_of
     from tive.features.loader import workers_beside
+    from tive.features.store import hold
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
     from tive.util.device import device_name, device_of, dtype_of
@@ -96,7 +98,7 @@ def main() -> None:
 
     device = device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
-    options = Options(
+    options = EvaluationOptions(
         image_folder=arguments.image_folder,
         batch_size=arguments.batch_size,
         max_batch_tokens=arguments.max_batch_tokens,
@@ -130,7 +132,7 @@ def main() -> None:
         )
         target, begun = arguments.save_path / f"model_{name}.json", time.perf_counter()
         if target.exists() and not arguments.overwrite:
-            stored = read_model(target)
+            stored = read_stored(target, ModelResult)
             if differs := differing(stored.conditions, conditions):
                 raise UserError(f"{target} has {differs}; take another name for the model, or --overwrite")
             print(f"{name}: {target} is there")
@@ -142,7 +144,9 @@ def main() -> None:
                 f"{count_and_first(data, checked.reasons)}; repair them, name the key that holds the task (task_key), "
                 "or leave such records out (on_bad_record skip)"
             )
-        with unfinished_results(arguments.save_path / f".model_{name}.progress", conditions) as store:
+        progress = arguments.save_path / f".model_{name}.progress"
+        with hold(progress / "lock", f"evaluating into {progress.name}"):
+            store = store_of(progress, conditions)
             print(f"{name}: {path}")
             reference = family.load(files, device, dtype)
             records = evaluate(family, reference, scan, checked, options, store)

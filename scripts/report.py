@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tive.evaluation.results import read_evaluation
+from tive.evaluation.results import Evaluation, read_stored
 from tive.report.comparison import comparison, evaluations
 from tive.report.page import Page, write_page
 from tive.report.samples import open_samples
@@ -39,7 +39,7 @@ def main() -> None:
         return
     summary = chosen(summaries, arguments)
     selection = read_selection(summary)
-    results = [read_evaluation(path) for path in arguments.evaluation]
+    results = [read_stored(path, Evaluation) for path in arguments.evaluation]
     samples = open_samples(selection, arguments.samples, arguments.data_path, arguments.image_folder)
     if samples.trouble:
         print(f"without images and conversations: {samples.trouble}", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.experiment.plan import KNOWN, NEW, P, Plan, Run, runs, variants
-from tive.evaluation.results import ModelResult, mean_over_tasks, read_evaluation
+from tive.evaluation.results import Evaluation, ModelResult, mean_over_tasks, read_stored
 from tive.selection.reading import Selection, find_summary, read_selection
 from tive.util.errors import UserError
 from tive.util.files import whole_file
@@ -33,7 +33,7 @@ def evaluation_of(folder: Path, variant: str, run: Run, answered: bool) -> Path:
 
 def read_result(save_path: Path) -> ModelResult:
     """The one model of an evaluation."""
-    return read_evaluation(save_path).models[0]
+    return read_stored(save_path, Evaluation).models[0]
 
 
 def first_selection(folder: Path, variant: str, reference: int) -> Selection:

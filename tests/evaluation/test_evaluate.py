@@ -18,7 +18,7 @@ from scripts import evaluate
 from tests.helpers.golden_model import GOLDEN, RECORDS, Finished
 from tests.helpers.reference import CPU, encode_golden, llavas_inputs, load_golden
 from tive.evaluation import run as evaluation_run
-from tive.evaluation.results import read_evaluation
+from tive.evaluation.results import Evaluation, read_stored
 from tive.models import ModelFiles, llava
 from tive.models.losses import IGNORE
 from tive.util.errors import run
@@ -113,7 +113,7 @@ def test_an_answer_cut_at_the_maximum_length_is_not_asked_for(golden):
 def test_losses_are_those_of_the_family_and_the_means_are_over_tasks(golden, tmp_path):
     done = evaluate_models(tmp_path)
     assert done.code == 0, done.err
-    (model,) = read_evaluation(tmp_path).models
+    (model,) = read_stored(tmp_path, Evaluation).models
     encoded = encode_golden(golden)
     with torch.no_grad():
         alone = [float(llava.record_losses(golden, [record]).losses) for record in encoded]
@@ -139,7 +139,7 @@ def test_an_answer_that_the_model_itself_gives_is_exact(golden, tmp_path):
     data.write_text(json.dumps(records))
     done = evaluate_models(tmp_path / "out", "--max_new_tokens", 4, data=data)
     assert done.code == 0, done.err
-    (model,) = read_evaluation(tmp_path / "out").models
+    (model,) = read_stored(tmp_path / "out", Evaluation).models
     assert [(record.answers, record.exact) for record in model.records[:3]] == [(1, 1)] * 3
     assert model.records[3].exact == 0 < model.records[3].answers
 
@@ -160,7 +160,7 @@ def test_a_whole_model_gives_what_llavas_own_code_gives(whole_model):
 def test_several_models_are_relative_to_the_first(whole_model, tmp_path):
     done = evaluate_models(tmp_path, models=(("whole", whole_model), ADAPTER))
     assert done.code == 0, done.err
-    assert [model.name for model in read_evaluation(tmp_path).models] == ["whole", "reference"]
+    assert [model.name for model in read_stored(tmp_path, Evaluation).models] == ["whole", "reference"]
     assert "relative to whole" in done.out
 
 
@@ -179,7 +179,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped_and_ends_the_same(monkeypa
     assert evaluate_models(tmp_path / "killed").code == 130
     assert evaluate_models(tmp_path / "killed").code == 0
     assert len(calls) == 4  # three windows of 16, and the one that was interrupted
-    first, second = (read_evaluation(tmp_path / name).models[0] for name in ("whole", "killed"))
+    first, second = (read_stored(tmp_path / name, Evaluation).models[0] for name in ("whole", "killed"))
     assert first.records == second.records
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"evaluation.json", "model_reference.json"}
 
@@ -200,7 +200,7 @@ def test_a_record_that_cannot_be_used_stops_the_run_or_is_left_out_with_its_reas
     assert stopped.code == 2 and "record 0" in stopped.err and "(on_bad_record skip)" in stopped.err
     done = evaluate_models(tmp_path / "out", "--on_bad_record", "skip", data=data)
     assert done.code == 0, done.err
-    (model,) = read_evaluation(tmp_path / "out").models
+    (model,) = read_stored(tmp_path / "out", Evaluation).models
     assert [record.left_out is None for record in model.records] == [False, False, True, True, True]
     assert model.records[0].left_out == "missing image" and "2 of 5 records are left out" in done.out
 

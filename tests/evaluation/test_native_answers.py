@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts import evaluate
-from tive.evaluation.results import read_evaluation
+from tive.evaluation.results import Evaluation, read_stored
 from tive.models import ModelFiles, Reference, family_of, native, native_losses
 from tive.util.errors import UserError
 
@@ -82,7 +82,7 @@ def test_records_above_the_longest_that_was_asked_for_are_left_out_and_another_l
         arguments = [*parts, "--save_path", tmp_path / name, *options]
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
         evaluate.main()
-        (model,) = read_evaluation(tmp_path / name).models
+        (model,) = read_stored(tmp_path / name, Evaluation).models
         return [record.left_out for record in model.records]
 
     every = results("all")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tive.evaluation import results
-from tive.evaluation.results import Conditions, Evaluation, HeldOutResult, ModelResult
-from tive.evaluation.tables import tables
+from tive.evaluation.results import Conditions, Evaluation, HeldOutResult, ModelResult, tables
 from tive.util.errors import UserError
 
 MATCH = Conditions("sha", 4, "identity", "float32", 8, "dataset")
@@ -70,7 +69,7 @@ def test_tables_say_which_way_is_better_and_how_far_a_mean_may_be_off():
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     evaluation = Evaluation("held_out.json", [ALL, SOME])
     results.write_result(tmp_path / results.EVALUATION_FILE, evaluation)
-    assert results.read_evaluation(tmp_path) == evaluation
+    assert results.read_stored(tmp_path, Evaluation) == evaluation
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"data_path": "x", "models": []}', '{"data_path": 3}'])
@@ -78,4 +77,4 @@ def test_what_no_evaluation_wrote_is_refused_by_its_name(tmp_path, content):
     path = tmp_path / "evaluation.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"evaluation\.json"):
-        results.read_evaluation(path)
+        results.read_stored(path, Evaluation)

@@ -20,9 +20,14 @@ from tive.util.files import write_json
 
 FORMAT = 2
 EVALUATION_FILE = "evaluation.json"
+Measure = Literal["loss", "exact_share"]
+TITLES: dict[Measure, str] = {
+    "loss": "mean held-out loss (lower is better)",
+    "exact_share": "answers produced exactly (higher is better)",
+}
+INTERVAL = "± is the half width of a 95% interval over the records (1.96 standard errors)"
 Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Loss = Annotated[float, Meta(ge=0, lt=1e300)]
-Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Conditions(Struct, frozen=True):
@@ -66,7 +71,7 @@ class TaskResult(Struct, frozen=True, rename={"name": "task"}):
     Attributes:
         records: of the held-out file; `left_out` of them have no loss.
         loss: mean over its records; None where none has one.
-        exact_share: of its answers; None where none was generated.
+        answers: that the model was asked for; `exact` of them it produced.
         loss_error, exact_share_error: standard errors over the records; None where fewer than two say something.
     """
 
@@ -129,34 +134,28 @@ def task_results(tasks: Sequence[str], records: Sequence[HeldOutResult]) -> list
     by_task: dict[str, list[HeldOutResult]] = {}
     for record, task in zip(records, tasks, strict=True):
         by_task.setdefault(task, []).append(record)
-    results = []
-    for name, members in by_task.items():
-        losses = np.array([record.loss for record in members if record.loss is not None])
-        answers, exact = (np.array([getattr(record, key) for record in members]) for key in ("answers", "exact"))
-        asked = answers > 0
-        share = exact.sum() / answers.sum() if asked.any() else 0.0
-        # Several answers of a record are alike, so the error of their share is that of a ratio over the records.
-        residuals = (exact - share * answers)[asked] / answers.sum() * asked.sum() if asked.any() else np.zeros(0)
-        results.append(
-            TaskResult(
-                name,
-                len(members),
-                sum(record.left_out is not None for record in members),
-                float(losses.mean()) if len(losses) else None,
-                int(answers.sum()),
-                int(exact.sum()),
-                _standard_error(losses),
-                _standard_error(residuals),
-            )
-        )
-    return results
+    return [_task_result(name, members) for name, members in by_task.items()]
+
+
+def _task_result(name: str, records: Sequence[HeldOutResult]) -> TaskResult:
+    losses = np.array([record.loss for record in records if record.loss is not None])
+    answers, exact = np.array([(record.answers, record.exact) for record in records if record.answers]).reshape(-1, 2).T
+    # Several answers of a record are alike, so the error of their share is that of a ratio over the records.
+    share, mean = (exact.sum() / answers.sum(), answers.mean()) if len(answers) else (0.0, 1.0)
+    return TaskResult(
+        name,
+        len(records),
+        sum(record.left_out is not None for record in records),
+        float(losses.mean()) if len(losses) else None,
+        int(answers.sum()),
+        int(exact.sum()),
+        _standard_error(losses),
+        _standard_error((exact - share * answers) / mean),
+    )
 
 
 def _standard_error(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
-Measure = Literal["loss", "exact_share"]
 
 
 def mean_over_tasks(model: ModelResult, measure: Measure) -> float | None:
@@ -182,32 +181,60 @@ def relative(model: ModelResult, first: ModelResult, measure: Measure) -> float 
     return sum(ratios) / len(ratios) if ratios else None
 
 
+def tables(evaluation: Evaluation) -> dict[str, list[tuple[str, ...]]]:
+    """Title to rows, the header first: the losses, and the exact answers where any were asked for.
+
+    The last two rows are the mean over the tasks, and what the models' values are of the first model's.
+    """
+    answered = any(task.answers for model in evaluation.models for task in model.tasks)
+    return {title: _rows(evaluation, measure) for measure, title in TITLES.items() if answered or measure == "loss"}
+
+
+def _rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str, ...]]:
+    models = evaluation.models
+    by_name = [{task.name: task for task in model.tasks} for model in models]
+    rows, total = [("task", "records", *(model.name for model in models))], 0
+    for name in dict.fromkeys(name for tasks in by_name for name in tasks):
+        results = [tasks.get(name) for tasks in by_name]
+        records = max(task.records for task in results if task)
+        total += records
+        cells = [(getattr(task, measure, None), getattr(task, f"{measure}_error", None)) for task in results]
+        rows.append((name, f"{records:,}", *(_cell(measure, *cell) for cell in cells)))
+    means = [mean_over_tasks(model, measure) for model in models]
+    errors = [error_over_tasks(model, measure) for model in models]
+    cells = list(zip(means, errors, strict=True))
+    rows.append(("mean over tasks", f"{total:,}", *(_cell(measure, *cell) for cell in cells)))
+    if len(models) > 1:
+        # A model that lacks a task has no mean, so none that could be compared.
+        ratios = [
+            None if model_mean is None else relative(model, models[0], measure)
+            for model, model_mean in zip(models, means, strict=True)
+        ]
+        rows.append((f"relative to {models[0].name}", "", *("-" if part is None else f"{part:.1%}" for part in ratios)))
+    return rows
+
+
+def _cell(measure: Measure, value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    form = "{:.4f}".format if measure == "loss" else "{:.1%}".format
+    return form(value) + ("" if error is None else f" ± {form(1.96 * error)}")
+
+
 def write_result(path: Path, result: ModelResult | Evaluation) -> None:
     write_json(path, msgspec.to_builtins(result), indent=None)
-
-
-def read_model(path: Path) -> ModelResult:
-    """One model's results.
-
-    Raises:
-        UserError: the file cannot be read, or was not written by this version.
-    """
-    return _read(path, ModelResult)
-
-
-def read_evaluation(path: Path) -> Evaluation:
-    """The results of `python scripts/evaluate.py`; a folder stands for the file in it.
-
-    Raises:
-        UserError: the file cannot be read, was not written by this version, or holds no model.
-    """
-    return _read(path / EVALUATION_FILE if path.is_dir() else path, Evaluation)
 
 
 _Form = TypeVar("_Form", ModelResult, Evaluation)
 
 
-def _read(path: Path, form: type[_Form]) -> _Form:
+def read_stored(path: Path, form: type[_Form]) -> _Form:
+    """A result of `scripts/evaluate.py`: a model's, or an evaluation, which its folder stands for too.
+
+    Raises:
+        UserError: the file cannot be read, was not written by this version, or holds no model.
+    """
+    path = path / EVALUATION_FILE if path.is_dir() else path
     try:
         content = msgspec.json.decode(path.read_bytes(), type=form)
     except OSError as error:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,13 +16,12 @@ from tqdm import tqdm
 
 from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
-from tive.evaluation.results import Conditions, HeldOutResult, differing
+from tive.evaluation.results import Conditions, HeldOutResult
 from tive.features.batches import Batches
 from tive.features.loader import Loader, usable
-from tive.features.store import LeftOutRecord, Store, Window, hold
+from tive.features.store import LeftOutRecord, Store, Window
 from tive.models import NOT_FINITE, Encoded, Family, Reference
 from tive.util.errors import UserError
-from tive.util.files import read_json
 from tive.util.text import shown
 
 # Of each record, as `HeldOutResult` names them.
@@ -31,8 +29,8 @@ _COLUMNS = {"loss": np.float32, "answers": np.int32, "exact": np.int32, "not_ask
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a model is evaluated, as far as its numbers do not depend on it; and `max_new_tokens`, 0 for no answers."""
+class EvaluationOptions:
+    """How a model is evaluated; of these only `max_new_tokens` changes the numbers, and 0 asks for no answers."""
 
     image_folder: str
     batch_size: int
@@ -43,31 +41,17 @@ class Options:
     skip_bad: bool
 
 
-@contextlib.contextmanager
-def unfinished_results(folder: Path, conditions: Conditions) -> Iterator[Store]:
-    """What is on disk of a model's results, held while the block runs; the caller removes it when all is written.
-
-    Results of something else are removed, with a word.
+def store_of(folder: Path, conditions: Conditions) -> Store:
+    """What is on disk of a model's results under these conditions; the caller holds `folder` and removes it at the end.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: it cannot be written.
     """
-    with hold(folder / "lock", f"evaluating into {folder.name}"):
-        kept = folder / "match.json"
-        if kept.is_file():
-            try:
-                differs = differing(msgspec.convert(read_json(kept), Conditions), conditions)
-            except (UserError, msgspec.ValidationError):
-                differs = "a damaged description"
-            if differs:
-                print(f"{folder} holds results with {differs}: begun anew")
-                for path in folder.glob("*.json"):
-                    path.unlink()
-        yield Store(folder, range(conditions.data_records), msgspec.to_builtins(conditions), _COLUMNS)
+    return Store(folder, range(conditions.data_records), msgspec.to_builtins(conditions), _COLUMNS)
 
 
 def evaluate(
-    family: Family, reference: Reference, scan: Scan, checked: Checked, options: Options, store: Store
+    family: Family, reference: Reference, scan: Scan, checked: Checked, options: EvaluationOptions, store: Store
 ) -> list[HeldOutResult]:
     """The results of all records, by row; those of each window are on disk when it is done.
 
@@ -83,20 +67,19 @@ def evaluate(
     with bar, loader.read(readable) as items:
         for rows in windows:
             reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
-            of_window = islice(items, len(rows) - len(reasons))
-            records = dict(usable(of_window, reasons, options.skip_bad))
-            columns = {name: np.zeros(len(rows), kind) for name, kind in _COLUMNS.items()}
-            columns["loss"][:] = np.nan
-            for row, loss in losses_of(family, reference, records, batches).items():
-                columns["loss"][row - rows.start] = loss
-                if not np.isfinite(loss):
-                    reasons[row] = NOT_FINITE
+            records = dict(usable(islice(items, len(rows) - len(reasons)), reasons, options.skip_bad))
+            losses = losses_of(family, reference, records, batches)
+            reasons |= {row: NOT_FINITE for row, loss in losses.items() if not np.isfinite(loss)}
+            records = {row: record for row, record in records.items() if row not in reasons}
+            numbers: dict[str, Mapping[int, float]] = {"loss": {row: losses[row] for row in records}}
             if options.max_new_tokens:
-                asked = {row: record for row, record in records.items() if row not in reasons}
-                answers, exact = answers_of(family, reference, asked, batches, options.max_new_tokens)
-                for row in asked:
-                    columns["answers"][row - rows.start], columns["exact"][row - rows.start] = answers[row], exact[row]
-                    columns["not_asked"][row - rows.start] = max(0, scan.answers[row] - answers[row])
+                answers, exact = answers_of(family, reference, records, batches, options.max_new_tokens)
+                not_asked = {row: max(0, scan.answers[row] - answers[row]) for row in records}
+                numbers |= {"answers": answers, "exact": exact, "not_asked": not_asked}
+            columns = {
+                name: np.array([numbers.get(name, {}).get(row, np.nan if name == "loss" else 0) for row in rows], kind)
+                for name, kind in _COLUMNS.items()
+            }
             store.write(Window(rows, columns, [LeftOutRecord(row, None, reasons[row]) for row in sorted(reasons)]))
             bar.update(len(rows))
     return results_of(store)

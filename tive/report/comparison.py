@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from tive.evaluation.results import Evaluation
-from tive.evaluation.tables import INTERVAL, tables
+from tive.evaluation.results import INTERVAL, Evaluation, tables
 from tive.report import plots
 from tive.report.page import Block, Plot, Section, Table, by_name, name
 from tive.selection.reading import Selection

@@ -126,9 +126,8 @@ def tasks_of(selection: Selection) -> Section:
     }
     title = "The tasks. A value is the mean gradient norm of the records counted"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
-    mixture = plots.bars(
-        [task.name for task in tasks], shares, "share of the records, share of the subset", percent=True
-    )
+    names = [f"{task.name} (excluded)" if task.excluded else task.name for task in tasks]
+    mixture = plots.bars(names, shares, "share of the records, share of the subset", percent=True)
     distinct, selected = sum(task.distinct for task in tasks), sum(task.selected for task in tasks)
     caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
     blocks: list[Block] = [Plot("mixture", mixture, numbers, caption if distinct < selected else "")]
