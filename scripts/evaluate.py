@@ -76,6 +76,7 @@ def main() -> None:
     from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
+    from tive.data.training_record import versions_of
     from tive.evaluation.results import (
         EVALUATION_FILE,
         INTERVAL,
@@ -153,9 +154,8 @@ def main() -> None:
             report_left_out(name, records)
             tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
-            result = ModelResult(
-                name, path, base, conditions, device_name(device), seconds, tasks, records, family.versions()
-            )
+            versions = versions_of(*family.LIBRARIES)
+            result = ModelResult(name, path, base, conditions, device_name(device), seconds, tasks, records, versions)
             write_result(target, result)
             store.remove()
         return result

@@ -11,7 +11,7 @@ import torch
 from tive.models import Encoded, Reference
 from tive.models.common import freeze
 from tive.models.losses import IGNORE
-from tive.models.spliced import IMAGE_ID, splice, spliced_record
+from tive.models.spliced import IMAGE_ID, spliced_record
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def random_records(count: int, shape: Shape, seed: int = 0) -> list[Encoded]:
         if number % 16 != 15:
             tokens[35], labels[35] = IMAGE_ID, IGNORE
             pixels = generator.standard_normal((3, shape.image_size, shape.image_size), dtype=np.float32)
-        records.append(spliced_record(*splice(tokens, labels, patches, size + patches), pixels))
+        records.append(spliced_record(tokens, labels, pixels, patches, size + patches))
     return records

@@ -25,7 +25,7 @@ def golden() -> Reference:
 
 
 def plain_answer(reference: Reference, prompt: Encoded, max_new_tokens: int) -> str:
-    text, inputs, ids = reference.processor.text, prompt.inputs, []
+    text, inputs, ids = reference.processor.template, prompt.inputs, []
     (end,) = text.tokenizer.encode(text.end, add_special_tokens=False).ids
     for _ in range(max_new_tokens):
         longer = np.concatenate([inputs.ids, ids]).astype(np.int64)

@@ -68,7 +68,7 @@ def evaluate_models(save_path: Path, *more: object, models=(ADAPTER,), data: Pat
 
 def plain_answer(reference, prompt, max_new_tokens: int) -> str:
     """The most probable token after token, the whole prompt computed anew for each, alone and without padding."""
-    tokenizer, inputs = reference.processor.tokenizer, prompt.inputs
+    tokenizer, inputs = reference.processor.template.tokenizer, prompt.inputs
     ids: list[int] = []
     with torch.no_grad():
         for _ in range(max_new_tokens):

@@ -81,7 +81,7 @@ def test_padding_does_not_change_a_records_gradient(encoded, dtype, tolerance):
     step = step_of(reference)
     by_length = sorted((record for record in encoded if record.inputs.pixels is not None), key=lambda r: r.length)
     short = by_length[0]
-    words = reference.processor.tokenizer("a very long answer " * 300).input_ids
+    words = reference.processor.template.tokenizer("a very long answer " * 300).input_ids
     inputs = by_length[-1].inputs
     ids = np.concatenate([inputs.ids, np.array(words)])[:1000]
     labels = np.concatenate([inputs.labels, np.array(words)])[:1000]

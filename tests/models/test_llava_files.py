@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.golden_model import GOLDEN, RECORDS
 from tests.helpers.reference import CPU, in_batches, load_golden, step_of
-from tive.data.training_record import TEMPLATES, TrainingRecord, model_fingerprint, write_record
+from tive.data.training_record import ASPECT_RATIOS, TEMPLATES, TrainingRecord, model_fingerprint, write_record
 from tive.models import ModelFiles, Reference, llava
 from tive.util.errors import UserError
 
@@ -154,10 +155,10 @@ def test_an_adapter_of_a_newer_peft_is_the_same_adapter(model: SimpleNamespace, 
 def test_a_model_without_a_record_is_taken_as_v1_and_said_so(
     model: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load(model.files).processor.template == "v1"
+    assert load(model.files).processor.template.name == "v1"
     assert "tive_training.json" not in capsys.readouterr().out
     (model.lora / "tive_training.json").unlink()
-    assert load(model.files).processor.template == "v1"
+    assert load(model.files).processor.template.name == "v1"
     assert "has no tive_training.json: taken as trained with template v1" in capsys.readouterr().out
 
 
@@ -176,8 +177,8 @@ def llava_norms(reference: Reference, template: str, records: list[Any], path: P
         is_multimodal=True,
         mm_use_im_start_end=False,
     )
-    dataset = LazySupervisedDataset(str(path), processor.tokenizer, options)
-    collate = DataCollatorForSupervisedDataset(processor.tokenizer)
+    dataset = LazySupervisedDataset(str(path), processor.template.tokenizer, options)
+    collate = DataCollatorForSupervisedDataset(processor.template.tokenizer)
     weights = [matrix.weight.requires_grad_(True) for matrix in step_of(reference).matrices.values()]
     norms = []
     for row in range(len(records)):
@@ -188,13 +189,31 @@ def llava_norms(reference: Reference, template: str, records: list[Any], path: P
     return torch.stack(norms)
 
 
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+@pytest.mark.parametrize("size", [(30, 30), (20, 90), (91, 13), (400, 300), (2, 5)])
+def test_pixels_are_those_of_llavas_own_function(
+    golden: Reference, size: tuple[int, int], ratio: str, tmp_path: Path
+) -> None:
+    from llava.mm_utils import process_images
+
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    picture.save(tmp_path / "noise.png")
+    processor = dataclasses.replace(golden.processor, pad=ratio == "pad")
+    record = {"image": "noise.png", "conversations": RECORDS[0]["conversations"]}
+    pixels = llava.encode(processor, record, str(tmp_path)).inputs.pixels
+    (wanted,) = process_images([picture], processor.image_processor, SimpleNamespace(image_aspect_ratio=ratio))
+    assert (pixels == wanted.numpy()).all()
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_template_gives_the_gradients_of_llavas_own_loss(
     golden: Reference, template: str, tmp_path: Path
 ) -> None:
     with_image = [record for record in RECORDS if "image" in record]
     records = with_image[:3] + [record for record in RECORDS if "image" not in record][:3]
-    processor = dataclasses.replace(golden.processor, template=template)
+    processor = dataclasses.replace(
+        golden.processor, template=dataclasses.replace(golden.processor.template, name=template)
+    )
     encoded = [llava.encode(processor, record, str(GOLDEN / "images")) for record in records]
     norms = in_batches(step_of(golden), encoded, 3).norms
     torch.testing.assert_close(norms, llava_norms(golden, template, records, tmp_path / "data.json"), rtol=1e-4, atol=0)

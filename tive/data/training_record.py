@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tive.util.errors import UserError
-from tive.util.files import read_json, sampled_sha256, write_json
+from tive.util.files import read_json, read_object, sampled_sha256, write_json
 
 RECORD_FILE = "tive_training.json"
 FORMAT = 1
@@ -115,7 +115,14 @@ def lora_of(model: Any) -> dict[str, Any]:
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    return {name: version(name) for name in packages}
+    """The installed versions of packages, `unknown` for one that has none."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
 
 
 def model_fingerprint(folder: Path) -> dict[str, Any]:
@@ -124,9 +131,7 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no model, or cannot be read.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json is not a JSON object; download the model again")
+    config = read_object(folder / "config.json")
     kept = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_WITHOUT_EFFECT}
     text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
     return {

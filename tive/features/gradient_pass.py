@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
+from tive.data.training_record import versions_of
 from tive.features.batches import Batches, batches_for
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (
@@ -241,7 +242,7 @@ class StopRequest:
 def versions(step: GradientStep) -> dict[str, str]:
     """Versions of everything that the numbers depend on."""
     common = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return common | step.family.versions()
+    return common | versions_of(*step.family.LIBRARIES)
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.util.errors import UserError
-from tive.util.files import read_json
+from tive.util.files import read_object
 
 
 class LeftOut(Exception):
@@ -138,7 +138,9 @@ class Reference:
 
 
 class Family(Protocol):
-    """What a module in this folder offers; `models/llava.py` is one."""
+    """What a module in this folder offers; `llava.py` is one. Libraries: those that the numbers depend on."""
+
+    LIBRARIES: tuple[str, ...]
 
     def check_files(self, files: ModelFiles) -> None:
         """What can be known without loading, in milliseconds; a `UserError` names what is missing or does not fit."""
@@ -177,9 +179,6 @@ class Family(Protocol):
     def generate(self, reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         """What the model answers to prompts of one group, greedily, cut after `max_new_tokens` tokens."""
 
-    def versions(self) -> dict[str, str]:
-        """Versions of the libraries that the numbers depend on."""
-
 
 def family_of(files: ModelFiles) -> Family:
     """The family of a model, by what its files say (never guessed from a folder's name).
@@ -190,33 +189,25 @@ def family_of(files: ModelFiles) -> Family:
     Raises:
         UserError: there is no such folder, or no family is known for it.
     """
-    config = Path(files.model_path) / "config.json"
-    content = read_json(config) if config.is_file() else {}
-    model_type = content.get("model_type") if isinstance(content, dict) else None
+    from tive.models import bunny, llava, native
+
+    folder = Path(files.model_path)
+    is_adapter, config = (folder / "adapter_config.json").is_file(), folder / "config.json"
+    content = read_object(config) if config.is_file() else {}
+    if not is_adapter and not content:
+        raise UserError(f"{folder} holds no model: neither adapter_config.json nor config.json")
+    if is_adapter and files.model_base is None:
+        raise UserError(f"{folder} holds an adapter, which is no whole model; name its base with it")
+    model_type = str(content.get("model_type"))
     if model_type == "llava_llama" or (model_type == "llava" and "mm_vision_tower" in content):
-        from tive.models import llava
-
         return llava
-    if str(model_type).startswith("bunny"):
-        from tive.models import bunny
-
+    if model_type.startswith("bunny"):
         return bunny
-    if (Path(files.model_path) / "adapter_config.json").is_file() and "mm_vision_tower" not in content:
-        if files.model_base is None:
-            raise UserError(f"{files.model_path} holds an adapter, which is no whole model; name its base with it")
-        base = Path(files.model_base) / "config.json"
-        if base.is_file() and isinstance(read_json(base).get("vision_config"), dict):
-            from tive.models import native
-
-            return native
-        raise UserError(
-            f"{files.model_path} holds an adapter without config.json, and {files.model_base} is no vision-language "
-            "model; name the adapter's base, or of LLaVA's the folder that finetune_lora.sh writes when training ends"
-        )
-    if not config.is_file():
-        raise UserError(f"{files.model_path} holds no model: neither adapter_config.json nor config.json")
-    if files.model_base is None and isinstance(content.get("vision_config"), dict):
-        from tive.models import native
-
+    whole = Path(files.model_base or folder) / "config.json"
+    if "mm_vision_tower" not in content and whole.is_file() and "vision_config" in read_object(whole):
         return native
-    raise UserError(f"{config}: the model type {model_type!r} is not supported")
+    raise UserError(
+        f"{folder} is of no family that is known: neither LLaVA's nor Bunny's (model type {model_type!r} in its "
+        f"config.json), and {whole.parent} is no vision-language model of transformers; name an adapter's base, or of "
+        "LLaVA's the folder that finetune_lora.sh writes when training ends"
+    )

@@ -1,7 +1,7 @@
-"""Load a LoRA adapter, and other trained tensors, into any model; each tensor finds its one place.
+"""Load a LoRA adapter, and other trained tensors, into any model; each tensor has its one place.
 
 Releases of transformers nest a model's parts differently, trainers write prefixes, and peft's own loader leaves out
-tensors that it finds no name for. So tensors and parameters are matched by canonical path: the names that come and go
+tensors that it has no name for. So tensors and parameters are matched by canonical path: the names that come and go
 are dropped. LoRA layers stand where the file has matrices, with the rank and scale of the training. Tensors are read
 from safetensors, or with `weights_only=True`: a file can hold numbers and nothing that runs.
 """
@@ -11,20 +11,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tive.models.checkpoint import loading
+from tive.models.common import first_line
 from tive.util.errors import UserError
-from tive.util.files import read_json
+from tive.util.files import read_object
 
 CONFIG_FILE = "adapter_config.json"
-# Names that come and go between releases and trainers.
-_DROPPED = frozenset(
-    ("base_model", "model", "language_model", "text_model", "vision_model", "modules_to_save", "default", "base_layer")
-)
+# Names that come and go between releases, trainers and DeepSpeed.
+_DROPPED = frozenset(("base_model", "module", "model", "language_model", "text_model", "vision_model"))
+_DROPPED |= {"modules_to_save", "default", "base_layer"}
 # Every release of peft adds keys to adapter_config.json. These are read here:
 _KNOWN_KEYS = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "modules_to_save"}
 _KNOWN_KEYS |= {"target_modules", "exclude_modules", "layers_to_transform"}
@@ -60,15 +62,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged, or holds anything else.
     """
-    try:
+    with loading(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and safetensors raise many kinds
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}; it is damaged or not trusted") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} is not a dictionary of tensors; train the reference model again")
     return tensors
@@ -76,15 +76,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a file, without reading the numbers where the format allows it."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+    if path.suffix != ".safetensors":
+        return {name: tuple(value.shape) for name, value in read_tensors(path).items()}
+    from safetensors import safe_open
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            pass  # `read_tensors` says what is wrong
-    return {name: tuple(value.shape) for name, value in read_tensors(path).items()}
+    with loading(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
@@ -94,9 +91,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         UserError: a file is missing or damaged, or names or holds what is not supported.
     """
     path, weights = folder / CONFIG_FILE, adapter_file(folder)
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; train the reference model again")
+    config, shapes = read_object(path), tensor_shapes(weights)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
     if config.get("init_lora_weights") not in _STARTS:
@@ -110,21 +105,18 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {name} is not supported; train with plain LoRA (rsLoRA is supported)")
     if not isinstance(config.get("lora_alpha"), (int, float)):
         raise UserError(f"{path}: lora_alpha {config.get('lora_alpha')!r} is not a number; train the adapter again")
-    shapes = tensor_shapes(weights)
-    embedded = next((name for name in shapes if ".lora_embedding_" in name), None)
-    if embedded:
-        raise UserError(f"{weights}: {embedded}: LoRA on an embedding is not supported; train without embed_tokens")
-    empty = [name for name, shape in shapes.items() if 0 in shape]
-    if empty:
-        raise UserError(
-            f"{weights} holds {len(empty)} empty tensors, {empty[0]} among them, as ZeRO-3 writes where nothing is "
-            "gathered; save the adapter again with stage3_gather_16bit_weights_on_model_save true"
-        )
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    for name, shape in shapes.items():
+        if ".lora_embedding_" in name:
+            raise UserError(f"{weights}: {name}: LoRA on an embedding is not supported; train without embed_tokens")
+        if 0 in shape:
+            raise UserError(
+                f"{weights}: {name} is empty, as ZeRO-3 writes it where nothing is gathered; save the adapter again "
+                "with stage3_gather_16bit_weights_on_model_save true"
+            )
     if not ranks:
         raise UserError(f"{weights} holds no LoRA matrices; train the reference model with LoRA")
-    said = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
-    if not ranks <= said:
+    if not ranks <= {config.get("r"), *(config.get("rank_pattern") or {}).values()}:
         raise UserError(f"{path}: r {config.get('r')!r} is not the rank of {weights.name}; train the adapter again")
     return config
 
@@ -142,13 +134,9 @@ def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
     """
     config, path = check_adapter(folder), adapter_file(folder)
     tensors = read_tensors(path)
-    _refuse_split_experts(model, tensors, path)
-    modules = _Places(name for name, module in model.named_modules() if hasattr(module, "weight"))
-    trained = {}
-    for key in tensors:
-        name, is_matrix, _ = key.partition(".lora_A.")
-        if is_matrix:
-            trained[modules.of(name, path)] = name
+    modules = Names(name for name, module in model.named_modules() if hasattr(module, "weight"))
+    keys = [key.partition(".lora_A.")[0] for key in tensors if ".lora_A." in key]
+    trained = {modules.one(key, path): key for key in keys}
     missing = _named_without_tensor(model, config, set(trained), layers)
     if missing:
         raise UserError(f"{path} lacks the LoRA matrices of {missing}, which {CONFIG_FILE} names")
@@ -184,9 +172,9 @@ def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora
     """
     # Parameters that are tied stand under both names: what was trained apart has to get a place of its own.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    places, filled = _Places(parameters), set()
+    places, filled = Names(parameters), set()
     for key, value in tensors.items():
-        name = places.of(key, path)
+        name = places.one(key, path)
         parameter, wanted = parameters[name], list(parameters[name].shape)
         if ".lora_" in name and value.ndim > 1:
             wanted[".lora_B." in name] = value.shape[".lora_B." in name]
@@ -216,7 +204,7 @@ def _inject(model: nn.Module, names: list[str], lora_bias: bool) -> None:
     try:
         inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, **options), model)
     except (TypeError, ValueError) as error:
-        raise UserError(f"LoRA on a module of the adapter is not supported: {str(error).splitlines()[0]}") from error
+        raise UserError(f"LoRA on a module of the adapter is not supported: {first_line(error)}") from error
 
 
 def _named_without_tensor(
@@ -228,39 +216,24 @@ def _named_without_tensor(
     outside of the language model a part of which no map was trained was not meant. Not looked for where the
     configuration leaves out layers or modules again.
     """
-    wanted = config.get("target_modules") or []
-    whole = set(config.get("modules_to_save") or [])
+    wanted, whole = config.get("target_modules") or [], set(config.get("modules_to_save") or [])
     if config.get("layers_to_transform") is not None or config.get("exclude_modules") or wanted == "all-linear":
         return None
-    inside = next(name for name, module in model.named_modules() if module is layers) + "."
-    parts = {_part(name, inside) for name in trained}
+    pattern = wanted if isinstance(wanted, str) else rf"(.*\.)?({'|'.join(map(re.escape, wanted))})"
+    inside = next(name for name, module in model.named_modules() if module is layers)
+
+    def part_of(name: str) -> str:
+        """What a module belongs to (the tower, the projector): its path to where it leaves the language model's."""
+        parts = name.split(".")
+        return ".".join(parts[: len(commonprefix([parts, inside.split(".")])) + 1])
+
+    parts = {part_of(name) for name in trained}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or name in trained or whole & set(name.split(".")):
-            continue
-        if isinstance(wanted, str):
-            named = re.fullmatch(wanted, name) is not None
-        else:
-            named = any(name == end or name.endswith(f".{end}") for end in wanted)
-        if named and (name.startswith(inside) or name == "lm_head" or _part(name, inside) in parts):
-            return name
+        if isinstance(module, nn.Linear) and name not in trained and not whole & set(name.split(".")):
+            meant = name.startswith(f"{inside}.") or name == "lm_head" or part_of(name) in parts
+            if meant and re.fullmatch(pattern, name):
+                return name
     return None
-
-
-def _part(name: str, inside: str) -> str:
-    """What a module belongs to (the vision tower, the projector): its path to where it leaves the language model's."""
-    steps = zip(name.split("."), inside.split("."), strict=False)
-    common = next((count for count, (one, other) in enumerate(steps) if one != other), 0)
-    return ".".join(name.split(".")[: common + 1])
-
-
-def _refuse_split_experts(model: nn.Module, tensors: Iterable[str], path: Path) -> None:
-    fused = any(re.search(r"\.experts\.\w+$", name) for name, _ in model.named_parameters())
-    split = next((key for key in tensors if re.search(r"\.experts\.\d+\.", key)), None)
-    if fused and split:
-        raise UserError(
-            f"{path}: {split} belongs to one expert, and in this release of transformers the experts of a layer are "
-            "one tensor; take transformers 4.57 for this adapter, or train one with target_modules of the attention"
-        )
 
 
 def _alpha(config: dict[str, Any], trained: str) -> float:
@@ -272,33 +245,40 @@ def _alpha(config: dict[str, Any], trained: str) -> float:
     return float(config["lora_alpha"])
 
 
-class _Places:
-    """Names of a model's modules or parameters, looked up by what trainers call them."""
+class Names:
+    """Dotted names of a model's modules or parameters, looked up by what trainers and other releases call them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.by_path: dict[str, list[str]] = {}
         for name in names:
-            self.by_path.setdefault(_canonical(name), []).append(name)
+            self.by_path.setdefault(canonical(name), []).append(name)
 
-    def of(self, key: str, path: Path) -> str:
-        """The one name of this model that a tensor of `path` is for."""
-        names = self.by_path.get(_canonical(key), [])
-        # Where shortened names meet, the exact one decides, else the one whose end agrees longest.
-        exact = [name for name in names if name == key.removeprefix("base_model.model.")]
-        agreed = {name: _common_end(name, key) for name in names}
-        names = exact or [name for name in names if agreed[name] == max(agreed.values())]
+    def of(self, other: str) -> list[str]:
+        """The names that may be meant, of which more than one is a fault.
+
+        Where shortened names meet, the exact one decides, else the one whose end agrees longest.
+        """
+        names = self.by_path.get(canonical(other), [])
+        exact = [name for name in names if name == other.removeprefix("base_model.model.")]
+        agreed = {name: len(commonprefix([name.split(".")[::-1], other.split(".")[::-1]])) for name in names}
+        return exact or [name for name in names if agreed[name] == max(agreed.values())]
+
+    def one(self, key: str, path: Path) -> str:
+        """The one name that a tensor of `path` is for; else a `UserError`."""
+        names = self.of(key)
         if len(names) == 1:
             return names[0]
         if names:
             raise UserError(f"{path}: {key} has {len(names)} places in the model, {names[0]} and {names[1]} among them")
-        raise UserError(f"{path}: {key} has no place in the model; name the base that the adapter was trained on")
+        remedy = "name the base that the adapter was trained on"
+        if re.search(r"\.experts\.\d+\.", key):
+            remedy = (
+                "it belongs to one expert, and newer releases of transformers keep a layer's experts as one tensor: "
+                "take transformers 4.57 for this adapter, or train one with target_modules of the attention"
+            )
+        raise UserError(f"{path}: {key} has no place in the model; {remedy}")
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A name without the parts that come and go."""
     return ".".join(part for part in name.split(".") if part not in _DROPPED)
-
-
-def _common_end(first: str, second: str) -> int:
-    """How many parts the ends of two dotted names share."""
-    pairs = zip(reversed(first.split(".")), reversed(second.split(".")), strict=False)
-    return next((count for count, (a, b) in enumerate(pairs) if a != b), min(first.count("."), second.count(".")) + 1)

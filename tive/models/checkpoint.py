@@ -14,9 +14,9 @@ import torch
 from tive.data.training_record import difference
 from tive.models.common import first_line
 from tive.util.errors import UserError
-from tive.util.files import read_json
+from tive.util.files import read_json, read_object
 
-_SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_SHAPE_KEYS = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
 # What stands beside quantised weights in a file, in the names of the common libraries.
 _SCALES = re.compile(
     r"(weight_scale|scale_inv|input_scale|scales|zero_point|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB)\b"
@@ -25,8 +25,8 @@ _QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hq
 
 
 @contextlib.contextmanager
-def loading(folder: str | Path) -> Iterator[None]:
-    """Turns whatever a library raises while it loads a model's folder into one line. Code beside a model never runs.
+def loading(place: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises while it loads a model's file or folder into one line that names it.
 
     Raises:
         UserError: it could not be loaded.
@@ -35,17 +35,16 @@ def loading(folder: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # transformers, sentencepiece and safetensors raise many kinds
-        for path in sorted(Path(folder).glob("*.json")):
-            content = read_json(path)
-            if isinstance(content, dict) and content.get("auto_map"):
+    except Exception as error:  # transformers, tokenizers, sentencepiece, safetensors and torch raise many kinds
+        for path in sorted(Path(place).glob("*.json")):
+            if isinstance(content := read_json(path), dict) and content.get("auto_map"):
                 raise UserError(
                     f"{path} names code beside the model (auto_map), which is never run; take the model in the form of "
                     "transformers, whose name mostly ends in -hf"
                 ) from error
         raise UserError(
-            f"cannot load {folder}: {first_line(error)}; download it again, or use an environment that has what it "
-            "needs (bash scripts/setup.sh native)"
+            f"cannot read {place}: {first_line(error)}; it is damaged or not trusted: make or download it again, or "
+            "use an environment that has what it needs (bash scripts/setup.sh native)"
         ) from error
 
 
@@ -61,9 +60,7 @@ def read_config(folder: Path, in_4bit: bool = False) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder (no config.json); name the model's folder")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; make or download it again")
+    config = read_object(path)
     known = stored_in_4bit(config)
     if known and in_4bit:
         return config
@@ -85,24 +82,20 @@ def stored_in_4bit(config: dict[str, Any]) -> bool:
 
 def _says_quantized(config: dict[str, Any]) -> bool:
     """Whether a config, or one of a part inside it, has a `quantization_config` that is not empty."""
-    if config.get("quantization_config"):
-        return True
-    return any(_says_quantized(part) for part in config.values() if isinstance(part, dict))
+    parts = (part for part in config.values() if isinstance(part, dict))
+    return bool(config.get("quantization_config")) or any(map(_says_quantized, parts))
 
 
 def _quantized_weight(folder: Path) -> str | None:
     """File and name of a weight that is stored in eight bits or fewer; None where there is none."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    kind = file.get_slice(name).get_dtype()
-                    if "weight" in name and kind.startswith(("F8", "F6", "F4", "I8", "U8")):
-                        return f"{path}: {name} is stored as {kind}"
-        except (SafetensorError, OSError):
-            continue  # loading says what is wrong with it
+        with loading(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                kind = file.get_slice(name).get_dtype()
+                if "weight" in name and kind.startswith(("F8", "F6", "F4", "I8", "U8")):
+                    return f"{path}: {name} is stored as {kind}"
     return None
 
 
@@ -113,8 +106,8 @@ def refuse_other_shape(folder: Path, base: Path) -> None:
         UserError: one differs.
     """
     config, of_base = read_config(folder), read_config(base)
-    for key in _SHAPE_KEYS:
-        if key in of_base and key in config and of_base[key] != config[key]:
+    for key in config.keys() & of_base.keys() & _SHAPE_KEYS:
+        if of_base[key] != config[key]:
             raise UserError(
                 f"the base model {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
                 f"{config[key]}; name the base that it was trained on"
@@ -153,9 +146,7 @@ def print_named_base(folder: Path, base: Path, in_4bit: bool = False) -> None:
 def load_pretrained(
     kind: Any, folder: str | Path, place: tuple[torch.device, torch.dtype], apart: tuple[str, ...] = (), **options: Any
 ) -> Any:
-    """A model of one of transformers' classes: each of its weights is in the folder's files.
-
-    Weights in the files that the model has no parameter for are printed.
+    """A model of one of transformers' classes, each weight from the folder's files; it prints those of no parameter.
 
     Args:
         place: where its weights go, each as it is read, and in which precision.

@@ -1,22 +1,22 @@
-"""What every family needs: the folders of a model, one model told from another, target modules, nothing trainable."""
+"""What every family needs: folders, fingerprints, target modules, a frozen model, greedy generation."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tive.data.training_record import model_folder
 from tive.models import ModelFiles, Reference
 from tive.util.errors import UserError
 from tive.util.files import sampled_sha256, sha256_of
@@ -60,17 +60,13 @@ def base_folder(model_base: str) -> str:
     Raises:
         UserError: it is neither.
     """
-    if os.path.isdir(model_base):
-        return model_base
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(model_base, local_files_only=True)
-    except (OSError, ValueError) as error:
+    folder = model_folder(model_base)
+    if folder is None:
         raise UserError(
             f"the model {model_base} is neither a folder nor a downloaded model; name its folder, or download it with "
             "`huggingface-cli download`"
-        ) from error
+        )
+    return str(folder)
 
 
 def base_of(files: ModelFiles) -> Path:
@@ -158,12 +154,57 @@ def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> 
     return digest.hexdigest()
 
 
-def library_versions(*packages: str) -> dict[str, str]:
-    """The installed versions of packages, `unknown` for one that has none."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions
+@torch.no_grad()
+def generate_ids(
+    model: Any, embeddings: Tensor, lengths: Sequence[int], ends: Collection[int], max_new_tokens: int
+) -> list[list[int]]:
+    """The most probable token after token, for each prompt of a batch, without the token that ends it.
+
+    Args:
+        embeddings: of the prompts, `[B, T, H]`, padded on the right.
+        lengths: positions of each prompt.
+        ends: tokens that end an answer.
+    """
+    width = max(lengths)
+    mask = torch.zeros(len(lengths), width, dtype=torch.long, device=embeddings.device)
+    moved = torch.zeros_like(embeddings[:, :width])
+    for row, length in enumerate(lengths):  # an answer goes on where its prompt ends: the padding has to lie before it
+        moved[row, width - length :] = embeddings[row, :length]
+        mask[row, width - length :] = 1
+    from transformers import GenerationMixin
+
+    with greedy(model, ends, max_new_tokens):
+        # Not the model's own `generate`: LLaVA's takes no embeddings. Without ids some releases begin with their own.
+        answers = GenerationMixin.generate(
+            model,
+            input_ids=mask.new_zeros(len(lengths), 0),
+            inputs_embeds=moved,
+            attention_mask=mask,
+            use_cache=True,
+        )
+    return [until_end(ids, ends) for ids in answers.tolist()]
+
+
+@contextlib.contextmanager
+def greedy(model: Any, ends: Collection[int], max_new_tokens: int) -> Iterator[None]:
+    """Makes `generate` greedy, whatever sampling or penalty the model's files ask for."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def until_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """The ids before the first that ends an answer."""
+    stop = next((index for index, number in enumerate(ids) if number in ends), len(ids))
+    return ids[:stop]

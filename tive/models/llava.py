@@ -1,112 +1,242 @@
-"""LLaVA (1.5 and its kin): encode a record, the losses of a batch, the answers that the model generates.
+"""LLaVA (1.5 and its kin): base, projector, tower and adapter, or a whole model, in LLaVA's own class.
 
-The template, the masking and the pixels are LLaVA's own functions, called, not rewritten.
+Template and masking are LLaVA's own functions, called, not rewritten. Every setting that changes the numbers is checked
+against what is computed here; an unknown one is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from tive.data.conversations import image_of
-from tive.data.images import BadImage, read_image, resize_padded
-from tive.data.media import StoredImage
 from tive.data.problems import problem_of
-from tive.models import Answer, Encoded, LeftOut, Reference, spliced
-from tive.models.common import library_versions
-from tive.models.llava_checkpoint import LlavaProcessor
-from tive.models.llava_checkpoint import check_files as check_files
-from tive.models.llava_checkpoint import identity as identity
-from tive.models.llava_checkpoint import load as load
-from tive.models.losses import IGNORE, packed
-from tive.models.spliced import collate as collate
-from tive.models.spliced import pads_images as pads_images
-from tive.models.spliced import record_losses as record_losses
+from tive.data.training_record import (
+    ASPECT_RATIOS,
+    RECORD_FILE,
+    TEMPLATES,
+    lacks_tokenizer,
+    read_record,
+    weight_files,
+)
+from tive.models import LeftOut, ModelFiles, Reference, spliced
+from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
+from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other
+from tive.models.common import base_of, decoder_layers, freeze
+from tive.util.errors import UserError
+from tive.util.packages import check_llava
 
+LIBRARIES: tuple[str, ...] = ("transformers", "peft", "accelerate")
 record_problem = problem_of
+encode, answers, generate = spliced.encode, spliced.answers, spliced.generate
+pads_images, collate, record_losses = spliced.pads_images, spliced.collate, spliced.record_losses
+
+# The template of a model without a record: the one that LLaVA-1.5's own scripts name.
+DEFAULT_TEMPLATE = "v1"
+# Settings of LLaVA-1.5's models and the values that are computed; None where the key may be missing or null.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "image_aspect_ratio": (None, *ASPECT_RATIOS),
+    "mm_patch_merge_type": (None, "flat"),
+    "mm_vision_select_feature": (None, "patch", "cls_patch"),
+    "mm_use_im_start_end": (None, False),
+    "mm_use_im_patch_token": (None, False),
+    "use_mm_proj": (None, True),
+}
+# Those that are computed whatever they are, or say how the training went.
+_READ = ("mm_vision_tower", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size", "unfreeze_mm_vision_tower")
+_OF_THE_TRAINING = ("mm_projector_lr", "mm_vision_tower_lr", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter")
+_TOWER = ".vision_tower."
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the numbers depend on."""
-    return library_versions("transformers", "peft", "accelerate")
+@dataclass(frozen=True)
+class LlavaTemplate:
+    """A conversation template of LLaVA's, by its name there."""
+
+    name: str
+    tokenizer: Any
+
+    @property
+    def ends(self) -> Sequence[int]:
+        return (self.tokenizer.eos_token_id,)
+
+    def encode(self, turns: list[dict[str, Any]], has_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels as LLaVA's trainer makes them.
+
+        Raises:
+            LeftOut: the template does not take the conversation, or LLaVA masks it all as a mismatch.
+        """
+        from llava import conversation
+        from llava.train.train import preprocess, preprocess_multimodal
+
+        conversation.default_conversation = conversation.conv_templates[self.name]
+        sources = [[dict(turn) for turn in turns]]
+        if has_image:
+            sources = preprocess_multimodal(sources, SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            try:
+                tokens = preprocess(sources, self.tokenizer, has_image=has_image)
+            except AssertionError as error:  # Llama-2's templates take no empty question at the beginning
+                raise LeftOut(f"the template {self.name} does not take the conversation") from error
+        # LLaVA calls a conversation without an answer a mismatch too.
+        if "tokenization mismatch" in printed.getvalue() and turns[-1]["from"] == "gpt":
+            raise LeftOut("template mismatch")
+        return tokens["input_ids"][0].numpy(), tokens["labels"][0].numpy()
+
+    def decode(self, ids: list[int]) -> str:
+        """An answer's text; some templates end it with a text, which no token stands for."""
+        from llava.conversation import SeparatorStyle, conv_templates
+
+        template = conv_templates[self.name]
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return (text.split(template.sep)[0] if template.sep_style == SeparatorStyle.SINGLE else text).strip()
+
+    def begin(self, ids: np.ndarray, start: int) -> int:
+        """With some tokenizers LLaVA supervises the last token of `ASSISTANT:` with the answer."""
+        before, first = self.tokenizer.convert_ids_to_tokens(ids[start - 1 : start + 1].clip(0).tolist())
+        return start + 1 if first in (":", "]") and before != first else start
 
 
-def encode(processor: LlavaProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
-    """Encode one record as LLaVA's trainer does (the training's template, answers supervised).
+def check_files(files: ModelFiles) -> None:
+    """What can be known about the model without loading it, and would not show when it is loaded.
 
     Raises:
-        LeftOut: the record's image cannot be used, or nothing in it is supervised.
+        UserError: a file is missing, says what is not computed here, or does not fit the others.
     """
-    from llava import conversation
-    from llava.train.train import preprocess, preprocess_multimodal
-
-    conversation.default_conversation = conversation.conv_templates[processor.template]
-    turns = [[dict(turn) for turn in record["conversations"]]]
-    image, pixels = image_of(record), None
-    if image is not None:
-        try:
-            pixels = _pixels(processor, image_folder, image)
-        except BadImage as error:
-            raise LeftOut(str(error)) from error
-        except ValueError as error:  # LLaVA's image processor takes 1x1 and 3x3 pixels for a list of channels
-            raise LeftOut(f"unreadable image: {str(error).splitlines()[0]}") from error
-        turns = preprocess_multimodal(turns, SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        try:
-            tokens = preprocess(turns, processor.tokenizer, has_image=image is not None)
-        except AssertionError as error:  # Llama-2's templates take no empty question at the beginning
-            raise LeftOut(f"the template {processor.template} does not take the conversation") from error
-    ids, labels = tokens["input_ids"][0].numpy(), tokens["labels"][0].numpy()
-    ids, labels = spliced.splice(ids, labels, processor.image_features, processor.max_length)
-    # LLaVA calls a conversation without an answer a mismatch too.
-    mismatch = "tokenization mismatch" in printed.getvalue() and record["conversations"][-1]["from"] == "gpt"
-    if mismatch and not (labels[1:] != IGNORE).any():
-        raise LeftOut("template mismatch")
-    return spliced.spliced_record(ids, labels, pixels)
-
-
-def _pixels(processor: LlavaProcessor, folder: str, image: str | StoredImage) -> np.ndarray:
-    """The pixels of an image as LLaVA's `process_images` gives them, `[3, height, width]`, `packed`."""
-    from llava.mm_utils import process_images
-
-    padded, images = processor.image_config.image_aspect_ratio == "pad", processor.image_processor
-    picture = read_image(folder, image, padded)
-    edge = images.size.get("shortest_edge") if images.do_resize else None
-    if padded and edge and max(picture.size) > edge:  # the same pixels, without the square
-        red, green, blue = (int(part * 255) for part in images.image_mean)
-        picture = resize_padded(picture, (red, green, blue), edge, images.resample)
-    return packed(process_images([picture], images, processor.image_config)[0].numpy(), processor.dtype)
-
-
-def answers(processor: LlavaProcessor, record: Encoded) -> list[Answer]:
-    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
-    begin = functools.partial(_behind_role, processor)
-    return spliced.answers_of(record, processor.max_length, functools.partial(_text, processor), begin)
+    check_llava()
+    folder, base = Path(files.model_path), base_of(files)
+    config = spliced.check_parts(
+        files,
+        "when training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with "
+        "it (the same OUTPUT_DIR) and name that OUTPUT_DIR as the model",
+    )
+    for key, value in config.items():
+        if value not in _ALLOWED.get(key, (value,)):
+            known = ", ".join(str(allowed) for allowed in _ALLOWED[key] if allowed is not None)
+            raise UserError(
+                f"{folder}/config.json: {key} {value!r} is not supported ({known}); train a reference model with "
+                "finetune_lora.sh"
+            )
+        if key.startswith("mm_") and key not in (*_ALLOWED, *_READ, *_OF_THE_TRAINING) and value not in (None, False):
+            raise UserError(
+                f"{folder}/config.json: {key} {value!r} is no setting of LLaVA 1.5; it is another LLaVA's model"
+            )
+    lacking = lacks_tokenizer(base)
+    if lacking:
+        raise UserError(f"the base model {lacking}")
+    name, tower = spliced.tower_of(files)
+    if tower is None and not name.startswith(("openai/", "laion/")):
+        raise UserError(f"the vision tower {name} is not there; name its folder as vision_tower")
+    record = read_record(folder)
+    if record is None:
+        return
+    if record.template not in TEMPLATES:
+        raise UserError(
+            f"{folder / RECORD_FILE}: the template {record.template} is none of {', '.join(TEMPLATES)}; train a "
+            "reference model with one of them"
+        )
+    if record.image_aspect_ratio != config.get("image_aspect_ratio"):
+        raise UserError(
+            f"{folder}/config.json: image_aspect_ratio {config.get('image_aspect_ratio')!r}, and the training used "
+            f"{record.image_aspect_ratio!r} ({RECORD_FILE}); put config.json back"
+        )
+    refuse_other(folder, "base model", record.base, None if files.model_base is None else base)
+    refuse_other(folder, "vision tower", record.vision_tower, tower)
 
 
-def _behind_role(processor: LlavaProcessor, ids: np.ndarray, start: int) -> int:
-    """Where an answer begins: with some tokenizers LLaVA supervises the last token of `ASSISTANT:` with it."""
-    first, before = processor.tokenizer.convert_ids_to_tokens(ids[start - 1 : start + 1].clip(0).tolist())[::-1]
-    return start + 1 if first in (":", "]") and before != first else start
+def template_of(folder: Path) -> str:
+    """The template that a model was trained with, as far as the training recorded it."""
+    record = read_record(folder)
+    return DEFAULT_TEMPLATE if record is None else record.template
 
 
-def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    """What the model answers to prompts, with an image or without."""
-    ends = (reference.processor.tokenizer.eos_token_id,)
-    return [_text(reference.processor, ids) for ids in spliced.generate(reference, prompts, ends, max_new_tokens)]
+def identity(files: ModelFiles) -> str:
+    """What tells one reference model from another: adapter, projector, base, tower, and how records are encoded."""
+    folder = Path(files.model_path)
+    settings = {key: read_config(folder).get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
+    return spliced.identity_of(files, settings | {"mm_vision_tower": None, "template": template_of(folder)})
 
 
-def _text(processor: LlavaProcessor, ids: list[int]) -> str:
-    """An answer's text, without what ends it; some templates end it with a text, which no token stands for."""
-    from llava.conversation import SeparatorStyle, conv_templates
+def load(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
+) -> Reference:
+    """The model in LLaVA's own class, proven to be what is on disk.
 
-    template = conv_templates[processor.template]
-    text: str = processor.tokenizer.decode(ids, skip_special_tokens=True)
-    return (text.split(template.sep)[0] if template.sep_style == SeparatorStyle.SINGLE else text).strip()
+    Raises:
+        UserError: a part is missing or does not fit the others; the file is named.
+    """
+    check_files(files)
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+    from transformers.utils import is_torch_sdpa_available
+
+    folder, base = Path(files.model_path), base_of(files)
+    if read_record(folder) is None:
+        print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}")
+        if files.model_base is not None:
+            print_named_base(folder, base)
+    with loading(folder):
+        config = LlavaConfig.from_pretrained(files.model_path)
+    config.mm_vision_tower, _ = spliced.tower_of(files)
+    config.tokenizer_padding_side = "right"
+    # LLaVA would load the tower with the model; its weights come from where the training had them.
+    tower_in_base, config.unfreeze_mm_vision_tower = getattr(config, "unfreeze_mm_vision_tower", False), False
+    with loading(base):
+        tokenizer = AutoTokenizer.from_pretrained(base, use_fast=False, trust_remote_code=False)
+    tokenizer.model_max_length = getattr(config, "tokenizer_model_max_length", None) or 2048
+    tokenizer.pad_token = tokenizer.unk_token
+
+    model = load_pretrained(
+        LlavaLlamaForCausalLM,
+        base,
+        (device, dtype),
+        ("model.vision_tower.", *([] if files.model_base is None else ["model.mm_projector."])),
+        config=config,
+        low_cpu_mem_usage=True,
+        attn_implementation="sdpa" if is_torch_sdpa_available() else "eager",
+    )
+    tower = model.get_vision_tower()
+    # As LLaVA's `load_model`, which would start what the tower's files lack from random numbers.
+    with loading(tower.vision_tower_name):
+        tower.image_processor = CLIPImageProcessor.from_pretrained(tower.vision_tower_name)
+    # A whole CLIP has a text model beside the tower.
+    apart = ("text_", "logit_", "visual_projection")
+    tower.vision_tower = load_pretrained(CLIPVisionModel, tower.vision_tower_name, (device, torch.float32), apart)
+    tower.is_loaded = True
+    if tower_in_base:
+        place_tensors(model, _tower_of_base(base), base, dtype)
+    layers = decoder_layers(model)
+    if files.model_base is not None:
+        spliced.attach_trained(model, folder, layers, dtype)
+    # A base has no projector: transformers leaves placeholders without memory.
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise UserError(f"{base} lacks {lacking[0]}; name a model that finetune.sh wrote, or train it again")
+    model.to(device=device, dtype=dtype)
+    freeze(model, gradient_checkpointing)
+    model.config.use_cache = False
+    template = LlavaTemplate(template_of(folder), tokenizer)
+    features = tower.num_patches + (tower.select_feature == "cls_patch")
+    processor = spliced.SplicedProcessor(
+        template, tower.image_processor, pads_images(files), features, tokenizer.model_max_length, dtype
+    )
+    return Reference(model, layers, model.lm_head, processor, device, dtype)
+
+
+def _tower_of_base(base: Path) -> dict[str, Tensor]:
+    """The tuned tower that a LLaVA base holds."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(base):
+        if any(_TOWER in name for name in tensor_shapes(path)):
+            tensors |= {name: value for name, value in read_tensors(path).items() if _TOWER in name}
+    if not tensors:
+        raise UserError(f"{base} says that its vision tower was tuned and holds no weights of it; name the whole model")
+    return tensors

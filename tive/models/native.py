@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tive.data.training_record import RECORD_FILE, read_record
+from tive.data.training_record import RECORD_FILE, read_record, versions_of
 from tive.models import Encoded, ModelFiles, Reference
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.checkpoint import (
@@ -34,10 +34,10 @@ from tive.models.common import (
     decoder_layers,
     fingerprint,
     freeze,
-    library_versions,
+    greedy,
     refuse_options,
+    until_end,
 )
-from tive.models.generation import greedy, until_end
 from tive.models.native_encoding import NativeProcessor, load_processor, processor_folder
 from tive.models.native_encoding import answers as answers
 from tive.models.native_encoding import encode as encode
@@ -48,6 +48,7 @@ from tive.models.native_losses import record_losses as record_losses
 from tive.models.optimizer_files import MOMENTS_FILE
 from tive.util.errors import UserError
 
+LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
 OLDEST = (4, 57)
 _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # Files beside an adapter that hold no weights of its training, or hold the frozen base once more (FSDP).
@@ -124,13 +125,8 @@ def identity(files: ModelFiles) -> str:
         processor.chat_template,
         type(processor).__name__,
         type(processor.image_processor).__name__,
-        json.dumps([files.max_length, files.max_pixels, files.load_in_4bit, versions()], sort_keys=True),
+        json.dumps([files.max_length, files.max_pixels, files.load_in_4bit, versions_of(*LIBRARIES)], sort_keys=True),
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the numbers depend on."""
-    return library_versions("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
 
 
 def load(

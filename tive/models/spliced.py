@@ -1,23 +1,29 @@
-"""What LLaVA and Bunny share: an image's features stand among the text's embeddings, a projector beside the adapter."""
+"""LLaVA's and Bunny's models: an image's features stand among the text's embeddings, a projector beside the adapter.
+
+All that both do is here; `llava.py` and `bunny.py` hold what differs: files, classes, template and masking.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tive.data.conversations import image_of
+from tive.data.images import BadImage, read_image, resize_padded
+from tive.data.media import StoredImage
+from tive.data.training_record import model_folder
 from tive.models import Answer, Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, place_tensors, read_tensors
-from tive.models.checkpoint import read_config
-from tive.models.common import base_of, fingerprint
-from tive.models.generation import generate_ids
-from tive.models.losses import IGNORE, losses_at_supervised, supervised_runs, supervised_tokens, unpacked
+from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
+from tive.models.checkpoint import read_config, refuse_other_shape
+from tive.models.common import base_of, fingerprint, generate_ids, refuse_options
+from tive.models.losses import IGNORE, losses_at_supervised, packed, supervised_runs, supervised_tokens, unpacked
 from tive.util.errors import UserError
 
 IMAGE_ID = -200
@@ -27,6 +33,42 @@ _READ_FILES = (
     *("config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
+
+
+class Template(Protocol):
+    """How a family's conversations become tokens; `ends` are the ids that end an answer."""
+
+    @property
+    def ends(self) -> Sequence[int]: ...
+
+    def encode(self, turns: list[dict[str, Any]], has_image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels, int64 `[t]`: `IMAGE_ID` once for each image, `IGNORE` where nothing is supervised."""
+
+    def decode(self, ids: list[int]) -> str:
+        """An answer's text, without what ends it."""
+
+    def begin(self, ids: np.ndarray, start: int) -> int:
+        """Where the answer begins whose first supervised token is at `start`."""
+
+
+@dataclass(frozen=True)
+class SplicedProcessor:
+    """What a loader's worker needs to encode records; holds no weights.
+
+    Attributes:
+        image_processor: the vision tower's, of transformers.
+        pad: whether images are padded to a square.
+        image_features: of one image.
+        max_length: where records are cut.
+        dtype: what the model computes in, to which pixels are rounded.
+    """
+
+    template: Template
+    image_processor: Any
+    pad: bool
+    image_features: int
+    max_length: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -44,14 +86,43 @@ class SplicedRecord:
     pixels: np.ndarray | None
 
 
+# Files
+
+
 def pads_images(files: ModelFiles) -> bool:
     """Whether images are padded to a square."""
     return read_config(Path(files.model_path)).get("image_aspect_ratio") == "pad"
 
 
-def identity_of(files: ModelFiles, tower: Path | None, settings: dict[str, Any]) -> str:
+def tower_of(files: ModelFiles) -> tuple[str, Path | None]:
+    """The vision tower's name, and its folder where it is on this machine."""
+    name = str(files.vision_tower or read_config(Path(files.model_path)).get("mm_vision_tower"))
+    return name, model_folder(name)
+
+
+def check_parts(files: ModelFiles, remedy: str) -> dict[str, Any]:
+    """Check adapter, projector and base; returns the model's config.
+
+    Args:
+        remedy: what to do where the trained projector is not there.
+
+    Raises:
+        UserError: an option is set that is not read here; a part is missing, or does not fit the others.
+    """
+    refuse_options(files, "chat_template", "max_length", "max_pixels", "load_in_4bit")
+    folder, base = Path(files.model_path), base_of(files)
+    if files.model_base is not None:
+        check_adapter(folder)
+        for name in ("config.json", TRAINED_FILE):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} lacks {name}, which the trainer writes {remedy}")
+    refuse_other_shape(folder, base)
+    return read_config(folder)
+
+
+def identity_of(files: ModelFiles, settings: dict[str, Any]) -> str:
     """What tells one model from another: what was trained, base, tower, and settings of the encoding."""
-    folder = Path(files.model_path)
+    folder, (_, tower) = Path(files.model_path), tower_of(files)
     trained = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE]
     folders = [base_of(files), *([] if tower is None else [tower])]
     read = [part / name for part in folders for name in _READ_FILES if (part / name).is_file()]
@@ -79,27 +150,72 @@ def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
     attach_adapter(model, folder, layers, dtype)
 
 
-def splice(ids: np.ndarray, labels: np.ndarray, features: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels as the language model sees them: an image's id once for each of its features, then the cut."""
-    repeats = np.where(ids == IMAGE_ID, features, 1)
-    return np.repeat(ids, repeats)[:maximum], np.repeat(labels, repeats)[:maximum]
+# Records
 
 
-def spliced_record(ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray | None) -> Encoded:
-    """A record of spliced ids and labels, ready to be put in a batch with any others.
+def encode(processor: SplicedProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
+    """Encode one record as the trainer does: the training's template, answers supervised.
+
+    Raises:
+        LeftOut: the record's image cannot be used, or nothing in it is supervised.
+    """
+    image = image_of(record)
+    pixels = None if image is None else _pixels(processor, image_folder, image)
+    ids, labels = processor.template.encode(record["conversations"], image is not None)
+    return spliced_record(ids, labels, pixels, processor.image_features, processor.max_length)
+
+
+def spliced_record(
+    ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray | None, features: int, maximum: int
+) -> Encoded:
+    """A record as the language model sees it: an image's id once for each of its features, then the cut.
 
     Raises:
         LeftOut: nothing in it is supervised.
     """
+    repeats = np.where(ids == IMAGE_ID, features, 1)
+    ids, labels = (np.repeat(each, repeats)[:maximum] for each in (ids, labels))
     supervised = int(np.count_nonzero(labels[1:] != IGNORE))
     if not supervised:
         raise LeftOut("no supervised token")
-    inputs = SplicedRecord(ids, labels, pixels if IMAGE_ID in ids else None)
-    return Encoded(len(ids), supervised, "records", inputs)
+    return Encoded(len(ids), supervised, "records", SplicedRecord(ids, labels, pixels if IMAGE_ID in ids else None))
+
+
+def _pixels(processor: SplicedProcessor, folder: str, image: str | StoredImage) -> np.ndarray:
+    """An image's pixels as the trainer's image processor gives them, `[3, height, width]`, `packed`."""
+    try:
+        picture = read_image(folder, image, processor.pad)
+    except BadImage as error:
+        raise LeftOut(str(error)) from error
+    height = max(picture.size) if processor.pad else picture.height
+    if height in (1, 3):
+        raise LeftOut(f"unreadable image: {height} pixels high, which the trainer takes for channels")
+    images = processor.image_processor
+    if processor.pad:  # then the processor has nothing to resize, and the square is never built
+        side = images.size.get("height") or images.size["shortest_edge"]
+        red, green, blue = (int(part * 255) for part in images.image_mean)
+        picture = resize_padded(picture, (red, green, blue), side, images.resample)
+    return packed(np.asarray(images(picture, return_tensors="np")["pixel_values"][0]), processor.dtype)
+
+
+def answers(processor: SplicedProcessor, record: Encoded) -> list[Answer]:
+    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
+    inputs: SplicedRecord = record.inputs
+    asked = []
+    for start, stop in supervised_runs(inputs.labels):
+        if stop < processor.max_length:
+            start = processor.template.begin(inputs.ids, start)
+            before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
+            expected = processor.template.decode(inputs.ids[start:stop].tolist())
+            asked.append(Answer(Encoded(start, 0, record.group, before), expected))
+    return asked
+
+
+# Batches
 
 
 def language_model_of(reference: Reference) -> Any:
-    """The causal language model of transformers: LLaVA's class is one, other models have one."""
+    """The causal language model of transformers: LLaVA's class is one, Bunny's model has one."""
     return getattr(reference.model, "language_model", reference.model)
 
 
@@ -148,30 +264,9 @@ def embed(reference: Reference, inputs: dict[str, Tensor]) -> Tensor:
     return embeddings.flatten(0, 1).index_copy(0, inputs["to"], chosen).view_as(embeddings)
 
 
-def answers_of(
-    record: Encoded, maximum: int, text_of: Callable[[list[int]], str], begin: Callable[[np.ndarray, int], int]
-) -> list[Answer]:
-    """Each answer of a record that was not cut at the maximum length, the true earlier turns before it.
-
-    Args:
-        text_of: the text of an answer's ids.
-        begin: where the answer at a position begins, of which the labels may hold more.
-    """
-    inputs: SplicedRecord = record.inputs
-    answers = []
-    for start, stop in supervised_runs(inputs.labels):
-        if stop < maximum:
-            start = begin(inputs.ids, start)
-            expected = text_of(inputs.ids[start:stop].tolist())
-            before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
-            answers.append(Answer(Encoded(start, 0, record.group, before), expected))
-    return answers
-
-
-def generate(
-    reference: Reference, prompts: Sequence[Encoded], ends: Sequence[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The ids of what the model answers to prompts, with an image or without."""
-    lengths = [prompt.length for prompt in prompts]
+def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """What the model answers to prompts, with an image or without."""
+    template, lengths = reference.processor.template, [prompt.length for prompt in prompts]
     embeddings = embed(reference, collate(reference, prompts).to(reference.device).inputs)
-    return generate_ids(language_model_of(reference), embeddings, lengths, ends, max_new_tokens)
+    model = language_model_of(reference)
+    return [template.decode(ids) for ids in generate_ids(model, embeddings, lengths, template.ends, max_new_tokens)]

@@ -7,7 +7,6 @@ images or the base model learns so in seconds, not after the model is loaded or 
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,9 @@ from tive.training.settings import (
     read_settings,
 )
 from tive.util.errors import UserError, run
-from tive.util.packages import package_in_use
+from tive.util.packages import check_llava
 from tive.util.text import command, shown
 
-# Under these names pip knows LLaVA: from PyPI, or from its repository.
-LLAVA_DISTRIBUTIONS = ("llava-torch", "llava")
-LLAVA_VERSION = "1.2"
 # What LLaVA leaves in the folder of a run that has ended.
 TRAINED: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 TRAINED += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -109,20 +105,6 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
     ]
 
 
-def check_llava() -> str:
-    """Which LLaVA the training uses: the one that is installed, of a version that this project knows."""
-    in_use = package_in_use("llava", LLAVA_DISTRIBUTIONS)
-    if in_use is None:
-        raise UserError(f"{sys.executable} has no llava; run `bash scripts/setup.sh`")
-    folder, version = in_use
-    if version is None or not version.startswith(f"{LLAVA_VERSION}."):
-        raise UserError(
-            f"llava is {folder}, {f'version {version}' if version else 'which no pip installed'}; this project needs "
-            f"LLaVA {LLAVA_VERSION} (`bash scripts/setup.sh` installs it)"
-        )
-    return f"{version} ({folder})"
-
-
 def check_output(folder: str) -> str:
     """Where the model goes; a trained model that is there already is not overwritten."""
     path = Path(folder)
@@ -145,7 +127,7 @@ def check_output(folder: str) -> str:
 def main() -> None:
     settings = read_settings()
     check_settings(settings)
-    llava = check_llava()
+    llava, version = check_llava()
     output = check_output(settings.output_dir)
     listing = Path(f"{os.path.normpath(settings.output_dir)}_bad_records.json")
     data = check_data(settings.data_path, settings.image_folder, settings.version, listing)
@@ -162,7 +144,7 @@ def main() -> None:
     print(f"projector     {projector or 'untrained'}")
     print(f"trains        {'a LoRA adapter and the projector' if settings.lora_enable else 'the whole model'}")
     print(f"template      {settings.version}, images {settings.image_aspect_ratio}")
-    print(f"LLaVA         {llava}")
+    print(f"LLaVA         {version} ({llava})")
     print(f"goes to       {output}")
 
 

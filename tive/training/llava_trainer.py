@@ -36,7 +36,6 @@ from tive.data.training_record import (
     versions_of,
     write_record,
 )
-from tive.training.checks import LLAVA_DISTRIBUTIONS
 from tive.training.moments import save_moments
 from tive.training.settings import (
     base_config,
@@ -49,7 +48,7 @@ from tive.training.settings import (
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError, run
 from tive.util.files import sha256_of
-from tive.util.packages import package_in_use
+from tive.util.packages import check_llava
 
 PROJECTOR_FILE = "non_lora_trainables.bin"
 # What LLaVA's trainer warns of in every run, and nobody has to act on.
@@ -132,8 +131,6 @@ def record_of(settings: argparse.Namespace, projector: str | None, model: Any) -
     start: dict[str, Any] = {"start": "base" if has_projector(base_config(settings)[0]) else "random"}
     if projector is not None:
         start = {"start": "file", "path": os.path.abspath(projector), "sha256": sha256_of(projector)}
-    in_use = package_in_use("llava", LLAVA_DISTRIBUTIONS)
-    versions = {"llava": (in_use and in_use[1]) or "unknown"}
     return TrainingRecord(
         template=settings.version,
         image_aspect_ratio=settings.image_aspect_ratio,
@@ -141,7 +138,7 @@ def record_of(settings: argparse.Namespace, projector: str | None, model: Any) -
         vision_tower=recorded_model(tower.vision_tower_name) if tower is not None else None,
         projector=start,
         lora=lora_of(model) if settings.lora_enable else None,
-        versions=versions | versions_of("tive", "torch", "transformers", "peft", "deepspeed"),
+        versions={"llava": check_llava()[1]} | versions_of("tive", "torch", "transformers", "peft", "deepspeed"),
     )
 
 

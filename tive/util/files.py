@@ -113,6 +113,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} is not JSON ({error}); it may be damaged: make or download it again") from error
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a small JSON file that holds an object.
+
+    Raises:
+        UserError: as `read_json`; or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; make or download it again")
+    return content
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal.
 

@@ -1,35 +1,42 @@
-"""Which copy of a package an import takes, and its version."""
+"""Which LLaVA an import takes."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import sys
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from tive.util.errors import UserError
 
-def package_in_use(name: str, distributions: tuple[str, ...]) -> tuple[Path, str | None] | None:
-    """The folder that `import name` takes, and its version; None when there is no such package.
 
-    Args:
-        distributions: names under which the package may be installed.
+def check_llava() -> tuple[Path, str]:
+    """The folder and the version of the LLaVA that an import takes.
 
-    The version is None when the folder belongs to none of them: it is another package of the same name, from
-    PYTHONPATH or the working folder.
+    Raises:
+        UserError: there is none, it is of another version than this project knows, or it is not the installed one:
+            PYTHONPATH or the working folder holds another package of that name.
     """
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec("llava")
     if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
-    for candidate in distributions:
-        try:
-            installed = distribution(candidate)
-        except PackageNotFoundError:
-            continue
-        if folder.parent in _places_of(installed):
-            return folder, installed.version
-    return folder, None
+        raise UserError(
+            f"{sys.executable} has no LLaVA; `bash scripts/setup.sh` makes an environment that has: run the same "
+            "command with .venv/bin/python"
+        )
+    folder, version = Path(next(iter(spec.submodule_search_locations))).resolve(), None
+    for name in ("llava-torch", "llava"):  # from PyPI, or from its repository
+        with contextlib.suppress(PackageNotFoundError):
+            installed = distribution(name)
+            version = version or (installed.version if folder.parent in _places_of(installed) else None)
+    if version is None or not version.startswith("1.2."):
+        raise UserError(
+            f"llava is taken from {folder} ({version or 'which no pip installed'}), another LLaVA than the 1.2 that is "
+            "supported; is PYTHONPATH set? `bash scripts/setup.sh` installs the right one"
+        )
+    return folder, version
 
 
 def _places_of(installed: Distribution) -> list[Path]:
