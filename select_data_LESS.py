@@ -75,9 +75,9 @@ def main() -> None:
     from tive.selection.checkpoints import open_checkpoints, weights_of
     from tive.selection.mixture import read_mixture
     from tive.selection.writing import check_writable, files_of, write_selection
-    from tive.util.device import double_device
+    from tive.util.device import usable_device
 
-    device = double_device(arguments.device)
+    device = usable_device(arguments.device)
     check_writable(arguments.save_path)
     files = files_of(arguments.save_path, options.stem(arguments.task_key), arguments.data_path, arguments.rows_only)
     read_ahead(*arguments.train)  # while the records are parsed

@@ -105,9 +105,9 @@ def main() -> None:
     from tive.selection.sample import with_errors
     from tive.selection.variety import whitened_points
     from tive.selection.writing import check_writable, files_of, write_selection
-    from tive.util.device import double_device
+    from tive.util.device import usable_device
 
-    device = double_device(arguments.device)
+    device = usable_device(arguments.device)
     check_writable(arguments.save_path)
     read_ahead(*arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)

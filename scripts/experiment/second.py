@@ -33,13 +33,14 @@ from scripts.experiment.smollm2 import (
     with_lora,
     write_base,
 )
+from tive.features.store import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
 from tive.selection.reading import find_summary, read_selection
 from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
-from tive.util.files import read_json, take_lock
+from tive.util.files import read_json
 
 _RANDOM = ("--instance_score", "random")
 ARMS = {
@@ -263,11 +264,7 @@ def experiment(paths: Paths, plan: Plan, csv: Path) -> None:
     (paths.folder / "locks").mkdir(exist_ok=True)
     for run in (None, *runs(plan)):
         arm, seed = ("base", "0") if run is None else (run.arm, str(run.seed))
-        with open(paths.folder / "locks" / f"{arm}_{seed}", "w") as lock:
-            try:
-                take_lock(lock)
-            except BlockingIOError:
-                continue  # another process is at it
+        with contextlib.suppress(Held), hold(paths.folder / "locks" / f"{arm}_{seed}", "at this run"):
             if (arm, seed) in done(csv):
                 continue
             with timed(f"{arm}, seed {seed}"):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from tive.features.launch import compute_open_chunks
@@ -46,3 +51,33 @@ def test_a_chunk_is_free_again_however_its_block_ends(tmp_path):
         1 / 0  # noqa: B018
     with hold(tmp_path / ".lock_3", "computing chunk 3"):
         pass
+
+
+# Takes the lock, leaves a child that has the file open as loader processes have, and waits.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from tive.features.store import hold
+with hold(Path(sys.argv[1]), "computing"):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_by_one_process_and_is_free_when_it_is_killed_though_its_children_live(tmp_path):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(Held), hold(path, "computing"):
+            pass
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it is alive
+        with hold(path, "computing"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()

@@ -384,7 +384,7 @@ def test_odd_ids_and_task_names_are_written_so_that_they_can_be_read(tmp_path):
         (["--exclude_tasks", "captins"], "no task captins to exclude; its tasks are: vqa, boxes, textcaps, chat"),
         (["--exclude_tasks", "vqa", "multiple choice"], "no task multiple choice to exclude"),
         (["--exclude_tasks", "multiple", "choice"], "in quotes"),
-        (["--device", "mps"], "the device mps has no double precision"),
+        (["--device", "mps"], "'mps' is not a device"),
         (["--device", "cuda:x"], "'cuda:x' is not a device"),
         (["--save_path", "/proc/none"], "cannot write"),
     ],

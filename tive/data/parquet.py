@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tive.data.media import IMAGE_KEYS, StoredImage
 from tive.util.errors import UserError
-from tive.util.files import sampled_sha256
+from tive.util.files import sha256_of
 from tive.util.text import listed
 
 _BATCH_ROWS = 1024
@@ -173,7 +173,7 @@ def _look(file: Path) -> tuple[Any, list[int], set[str], str]:
     if file.suffix == ".arrow" or not _is_parquet(file):
         table = _arrow(file)
         counts = [batch.num_rows for batch in table.to_batches()]
-        return table.schema, counts, _columns_with_bytes(table.schema), sampled_sha256(file)
+        return table.schema, counts, _columns_with_bytes(table.schema), sha256_of(file, sampled=True)
     source = parquet.ParquetFile(file)
     counts = [source.metadata.row_group(group).num_rows for group in range(source.num_row_groups)]
     with open(file, "rb") as raw:

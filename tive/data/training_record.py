@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tive.util.errors import UserError
-from tive.util.files import read_json, read_object, sampled_sha256, write_json
+from tive.util.files import read_json, read_object, sha256_of, write_json
 
 RECORD_FILE = "tive_training.json"
 FORMAT = 1
@@ -136,7 +136,7 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
     text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
     return {
         "config": hashlib.sha256(text.encode()).hexdigest(),
-        "weights": {file.name: [file.stat().st_size, sampled_sha256(file)] for file in weight_files(folder)},
+        "weights": {file.name: [file.stat().st_size, sha256_of(file, sampled=True)] for file in weight_files(folder)},
     }
 
 

@@ -7,6 +7,8 @@ that it left out, with a checksum, and `FOLDER/features.f16` the features of all
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from tive.util.errors import UserError
-from tive.util.files import take_lock, write_json
+from tive.util.files import write_json
 
 
 class Held(UserError):
@@ -43,10 +45,11 @@ def hold(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"cannot write to the folder {path.parent}: {error.strerror}; name another one") from error
     with file:
         try:
-            locked = take_lock(file)
-        except BlockingIOError as error:
-            raise Held(f"another process is {what} in {path.parent}; wait for it or take another one") from error
-        if not locked:
+            # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise Held(f"another process is {what} in {path.parent}; wait for it or take another one") from error
             print(f"warning: {path.parent} has no file locks; make sure that no other process is {what}")
         yield
 

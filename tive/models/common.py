@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tive.data.training_record import model_folder
 from tive.models import ModelFiles, Reference
 from tive.util.errors import UserError
-from tive.util.files import sampled_sha256, sha256_of
+from tive.util.files import sha256_of
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -149,7 +149,7 @@ def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> 
         digest.update(sha256_of(file).encode())
     for folder in listed:
         for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
-            digest.update(f"{file.name} {file.stat().st_size} {sampled_sha256(file)}\n".encode())
+            digest.update(f"{file.name} {file.stat().st_size} {sha256_of(file, sampled=True)}\n".encode())
     digest.update("\n".join(texts).encode())
     return digest.hexdigest()
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from tive.util.errors import UserError
 
@@ -77,26 +75,18 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
         file.write(b"\n")
 
 
-def take_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process until it is closed; False where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    try:
-        # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(error.errno, error.strerror) from error
-        return False
-    return True
-
-
 def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Raise a `UserError` when the target is the source, by whatever path."""
     if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"the target {target} is the source itself; name another file")
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -106,9 +96,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         UserError: the file is not there, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        with _reading(path):
+            return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); it may be damaged: make or download it again") from error
 
@@ -125,37 +114,20 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal.
+def sha256_of(path: str | os.PathLike[str], sampled: bool = False) -> str:
+    """SHA-256 of a file, in hexadecimal; sampled, of a file above 64 MB at 64 places: a base of 14 GB costs a moment.
 
     Raises:
         UserError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    return digest.hexdigest()
-
-
-def sampled_sha256(path: Path) -> str:
-    """SHA-256 of a file, of one above 64 MB at 64 places of 64 KB: a base of 14 GB costs a moment.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        size = path.stat().st_size
-        if size <= _HASHED_WHOLE:
-            return sha256_of(path)
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
+    with _reading(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if sampled and size > _HASHED_WHOLE:
             for sample in range(_SAMPLES):
                 offset = sample * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)
                 digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, offset))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        else:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
