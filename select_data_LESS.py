@@ -72,8 +72,7 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
-    from tive.selection.checkpoints import open_checkpoints, weights_of
-    from tive.selection.mixture import read_mixture
+    from tive.selection.mixture import bar, read_mixture
     from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import usable_device
 
@@ -84,25 +83,25 @@ def main() -> None:
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
     missing = Path(arguments.save_path) / "missing"
-    checkpoints = open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient, missing)
-    checkpoint_weights = weights_of(checkpoints, options.weights)
+    checkpoints = less.open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient, missing)
+    checkpoint_weights = less.weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints)
-    reasons = less.records_left_out(mixture, checkpoints)
+    reasons = less.records_left_out(checkpoints)
     printing.print_checkpoints(checkpoints, checkpoint_weights)
     printing.print_target_warnings(less.repeated_in(target, mixture), target_left_out)
 
     def products_of_checkpoints() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:
             means = group_means(checkpoint.target.spans(), groups, device)[0]
-            with printing.bar(str(checkpoint.train.folder), len(mixture.ids)) as done:
+            with bar(str(checkpoint.train.folder), len(mixture.ids)) as done:
                 yield products(checkpoint.train.spans(), means, device=device, progress=done.update)
 
     scores = subtask_scores(products_of_checkpoints(), checkpoint_weights)
-    chosen = less.choose_for_target(mixture, scores, target.task_names, reasons, options)
-    subtasks = less.subtasks_of(target, groups, scores, chosen, options)
-    details = less.target_details(target, checkpoints, checkpoint_weights, subtasks, target_left_out)
-    write_selection(files, mixture, replace(chosen, details=details), vars(arguments), checkpoints[-1].train)
-    printing.print_target_choice(chosen, subtasks)
+    chosen = less.choose_for_target(mixture, scores, target, groups, reasons, options)
+    details = less.target_details(target, checkpoints, checkpoint_weights, target_left_out)
+    chosen = replace(chosen, details={**details, **chosen.details})
+    write_selection(files, mixture, chosen, vars(arguments), checkpoints[-1].train)
+    printing.print_target_choice(chosen)
     printing.print_files(files, chosen)
 
 

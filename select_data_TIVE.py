@@ -101,9 +101,7 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
-    from tive.selection.printing import bar, print_choice, print_files
-    from tive.selection.sample import with_errors
-    from tive.selection.variety import whitened_points
+    from tive.selection.printing import print_choice, print_files
     from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import usable_device
 
@@ -121,24 +119,22 @@ def main() -> None:
     files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)
 
     scores = read.record_scores(features, options.columns)
-    listing = Path(arguments.save_path) / "bad_records.json"
-    reasons = read.reasons_left_out(mixture, features, scores, options, listing)
+    reasons = read.reasons_left_out(features, scores, options)
+    read.refuse_problems(mixture, reasons, Path(arguments.save_path) / "bad_records.json")
     points = None
     if read.has_gradients(features) and not options.from_sample:
         groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
         spans = features.spans()
-        with bar("Task means", len(groups)) as done:
+        with read.bar("Task means", len(groups)) as done:
             means, lengths = group_means(spans, groups, device, done.update)
-        with bar("Influence", len(groups)) as done:
+        with read.bar("Influence", len(groups)) as done:
             influence = products(spans, means, groups, lengths, device, done.update)
         reasons |= read.reasons_of_features(lengths, groups)
         scores = {"norm": scores["norm"], "influence": influence} | scores
         if options.sampling == "clusters":
-            points = whitened_points(features, lengths, arguments.save_path)
+            points = read.whitened_points(features, lengths, arguments.save_path)
 
     chosen = choose(mixture.task_names, mixture.task, scores, reasons, options, points)
-    if options.from_sample:
-        chosen = with_errors(chosen, mixture.task, scores, options)
     write_selection(files, mixture, chosen, vars(arguments), features)
     print_choice(chosen, mixture.task, options)
     print_files(files, chosen)

@@ -15,7 +15,6 @@ from tests.selection.test_selection import Outcome
 from tive.method.value import budget_errors, records_for_error
 from tive.selection.choose import choose
 from tive.selection.options import TiveOptions
-from tive.selection.sample import with_errors
 from tive.util.errors import UserError
 
 main = select_data_TIVE.main
@@ -57,7 +56,7 @@ def test_the_95_percent_intervals_hold_the_budgets_of_all_records_in_95_percent_
         held = []
         for seed in range(200):
             some = sampled(task, scores, number, seed)
-            chosen = with_errors(choose(names, task, some, {}, options), task, some, options)
+            chosen = choose(names, task, some, {}, options)
             low, high = np.array([entry.budget_interval for entry in chosen.tasks]).T
             held.append((low <= whole) & (whole <= high))
         assert 0.92 <= np.mean(held) <= 0.98, (number, np.mean(held))
@@ -66,7 +65,7 @@ def test_the_95_percent_intervals_hold_the_budgets_of_all_records_in_95_percent_
 def test_the_sample_of_all_records_gives_their_budgets_without_error():
     names, task, scores = population([50, 30, 20])
     options = TiveOptions(from_sample=True)
-    chosen = with_errors(choose(names, task, scores, {}, options), task, scores, options)
+    chosen = choose(names, task, scores, {}, options)
     whole = budgets(names, task, scores | {"influence": scores["norm"]}, TiveOptions())
     assert [entry.budget_before_rounding for entry in chosen.tasks] == whole.tolist()
     assert [entry.budget_error for entry in chosen.tasks] == [0, 0, 0] and chosen.details["records_per_task"] <= 50
@@ -78,7 +77,7 @@ def test_the_error_is_that_of_many_samples_and_the_planned_number_brings_it_unde
     drawn, errors, planned = [], [], []
     for seed in range(300):
         some = sampled(task, scores, 100, seed)
-        chosen = with_errors(choose(names, task, some, {}, options), task, some, options)
+        chosen = choose(names, task, some, {}, options)
         drawn.append([entry.budget_before_rounding for entry in chosen.tasks])
         errors.append([entry.budget_error for entry in chosen.tasks])
         planned.append(chosen.details["records_per_task"])

@@ -20,6 +20,13 @@ def task_value(norms: np.ndarray) -> float:
     return float(np.mean(norms, dtype=np.float64))
 
 
+def value_error(norms: np.ndarray, size: int) -> float:
+    """Standard error of `V_t` from a sample's norms `[n_t]`, drawn from `size` records without replacement."""
+    if len(norms) == size:
+        return 0.0
+    return float(np.std(norms, ddof=1) * math.sqrt((1 - len(norms) / size) / len(norms)))
+
+
 def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
     """Records each task is given, `p * N * V_t / sum over t' of V_t'`, before rounding down.
 

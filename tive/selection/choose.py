@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from msgspec import structs
 
 from tive.method.clusters import MAX_CLUSTERS, draw_from_clusters, k_means
 from tive.method.value import (
+    budget_errors,
     capped,
     draw,
     draw_top,
     effective_sample_size,
     instance_weights,
     mean_budgets,
+    records_for_error,
     rounded,
     task_budgets,
     task_value,
+    value_error,
 )
 from tive.selection.mixture import NO_TASK
 from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, TiveOptions
@@ -26,15 +29,14 @@ from tive.selection.writing import Chosen
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, command, listed, shown
 
+# From a sample: the error of the largest budget that is planned for, and the records below which a task is named.
+AIM = 0.02
+FEW = 30
+
 
 def is_excluded(task_names: Sequence[str], options: TiveOptions) -> np.ndarray:
     """Which tasks nothing is drawn from, bool `[T]`."""
     return np.array([name in options.exclude_tasks or name == NO_TASK for name in task_names], bool)
-
-
-def has_scores(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which records the gradient step computed, bool `[N]`: in a selection from a sample the others have no score."""
-    return np.any([np.isfinite(values) for values in scores.values()], axis=0)
 
 
 def choose(
@@ -56,31 +58,36 @@ def choose(
         points: int8 `[N, m]`, of `whitened_points`, for sampling by clusters.
 
     Returns:
-        The columns are the scores and `weight`, `softmax(q * score)` over the record's task.
+        The columns are the scores and `weight`, `softmax(q * score)` over the record's task. From a sample, the tasks
+        have errors, and the details `records_per_task`, which would bring all errors of budgets under `AIM`.
 
     Raises:
-        UserError: every task is excluded, one that is not has no record left, or none gets a whole record.
+        UserError: every task is excluded, one that is not has no record left or too few in the sample, or none gets a
+            whole record.
     """
     excluded = is_excluded(task_names, options)
     if excluded.all():
         raise UserError(f"every task is excluded ({listed(task_names)}); exclude fewer")
-    included = np.flatnonzero(~excluded).tolist()
-    rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
     usable = np.ones(len(task), bool)
     usable[list(reasons)] = False
-    counted = [rows[usable[rows]] for rows in rows_of]
-    known = has_scores(scores)
-    measured = [rows[known[rows]] for rows in counted]
+    known = usable & np.any([np.isfinite(values) for values in scores.values()], axis=0)
+    rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
+    counted, measured = ([rows[kept[rows]] for rows in rows_of] for kept in (usable, known))
+    included = np.flatnonzero(~excluded).tolist()
     for index in included:
-        _refuse_empty(shown(task_names[index], LABEL_LIMIT), rows_of[index], counted[index], measured[index], reasons)
-    bases = {
-        rule: np.array([rule_value(rule, scores, len(rows_of[index]), measured[index]) for index in included])
-        for rule in options.budget_rules
+        _refuse_empty(task_names[index], rows_of[index], counted[index], measured[index], reasons)
+
+    sizes, there = np.array([len(counted[index]) for index in included]), [measured[index] for index in included]
+    values = {
+        rule: _values(rule, scores, [rows_of[index] for index in included], there) for rule in options.budget_rules
     }
-    sizes = np.array([len(counted[index]) for index in included])
-    budgets, whole = _budgets(bases, sizes, len(task), options)
-    parts = {rule: task_budgets(values, options.p, len(task)) for rule, values in bases.items()}
-    basis = next(iter(bases.values())) if len(bases) == 1 else mean_budgets(list(bases.values()), 1.0, 1)
+    budgets, whole = _budgets(values, sizes, len(task), options)
+    parts = {rule: task_budgets(of_rule, options.p, len(task)) for rule, of_rule in values.items()}
+    errors: list[dict[str, Any]] = [{} for _ in included]
+    details = {}
+    if options.from_sample:
+        errors, details["records_per_task"] = _errors(values, scores, there, sizes, options.p * len(task))
+
     weights, times = np.full(len(task), np.nan), np.zeros(len(task), np.int64)
     tasks = [
         Task(name, records=len(rows), counted=len(left), selected=0, distinct=0, excluded=True)
@@ -93,54 +100,68 @@ def choose(
         each, rest = divmod(records, len(rows))
         times[rows] = each  # a budget above the records takes each so often, and draws the rest
         times[rows[_drawn(instance_scores, rows, rest, task_names[index], options, points)]] += 1
-        tasks[index] = structs.replace(
-            tasks[index],
-            excluded=False,
+        tasks[index] = Task(
+            task_names[index],
+            records=len(rows_of[index]),
+            counted=len(rows),
             value=task_value(scores["norm"][measured[index]]) if "norm" in scores else None,
-            basis=float(basis[place]),
+            basis=float(values[options.budget_rules[0]][place]) if len(parts) == 1 else None,
             budget=records,
             budget_before_rounding=float(budgets[place]),
             budget_parts={rule: float(part[place]) for rule, part in parts.items()} if len(parts) > 1 else None,
             selected=records,
             distinct=int(np.count_nonzero(times[rows])),
             effective_sample_size=effective_sample_size(weights[rows]),
+            **errors[place],
         )
-    return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons))
+    return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons), details=details)
 
 
 def _refuse_empty(
-    name: str, rows: np.ndarray, counted: np.ndarray, measured: np.ndarray, reasons: Mapping[int, str]
+    task: str, rows: np.ndarray, counted: np.ndarray, measured: np.ndarray, reasons: Mapping[int, str]
 ) -> None:
-    """Raise a `UserError` where no record of a task is left, or none has features."""
+    """Raise a `UserError` where no record of a task is left, none has scores, or one alone, which tells no error."""
+    name = shown(task, LABEL_LIMIT)
     if not len(counted):
         row = int(rows[0])
         raise UserError(
             f"all {len(rows)} records of task {name} are left out (record {row}: {reasons[row]}); repair them and take "
             "their gradients again, or exclude the task"
         )
-    if not len(measured):
+    if len(measured) < min(2, len(counted)):
         raise UserError(
-            f"no record of task {name} has features; take those of some of every task "
-            f"({command('select_warm_up_data.py', per_task='1000')} draws them), or exclude the task"
+            f"{len(measured)} of {len(counted):,} records of task {name} have features; take those of {FEW} of every "
+            f"task ({command('select_warm_up_data.py', per_task='1000')} draws more), or exclude the task"
         )
 
 
+def _values(
+    rule: str, scores: Mapping[str, np.ndarray], rows_of: Sequence[np.ndarray], measured: Sequence[np.ndarray]
+) -> np.ndarray:
+    """What each task's budget is in proportion to, `[T]`: its records, 1, or the mean of a score over the measured."""
+    if rule == "size":
+        return np.array([float(len(rows)) for rows in rows_of])
+    if rule == "equal":
+        return np.ones(len(rows_of))
+    values = np.array([task_value(scores[BUDGET_COLUMNS[rule]][rows]) for rows in measured])
+    if not values.sum() > 0:
+        raise UserError(f"the mean {rule} of every task is 0; choose another task_budget")
+    return values
+
+
 def _budgets(
-    bases: Mapping[str, np.ndarray], sizes: np.ndarray, records: int, options: TiveOptions
+    values: Mapping[str, np.ndarray], sizes: np.ndarray, records: int, options: TiveOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each task's budget before and after rounding, both `[T]`.
 
     Args:
-        bases: `[T]` by rule.
+        values: `[T]` by rule.
         sizes: int `[T]`, the records that can be drawn.
 
     Raises:
         UserError: no task gets a whole record.
     """
-    for rule, values in bases.items():
-        if not values.sum() > 0:
-            raise UserError(f"the mean {rule} of every task is 0; choose another task_budget")
-    budgets = mean_budgets(list(bases.values()), options.p, records)
+    budgets = mean_budgets(list(values.values()), options.p, records)
     if options.at_most_once:
         budgets = capped(budgets, sizes)
     whole = rounded(budgets, options.rounding)
@@ -152,11 +173,33 @@ def _budgets(
     return budgets, whole
 
 
-def rule_value(rule: str, scores: Mapping[str, np.ndarray], records: int, measured: np.ndarray) -> float:
-    """What a task's budget is in proportion to: its records, 1, or the mean of a score over its measured records."""
-    if rule in BUDGET_COLUMNS:
-        return task_value(scores[BUDGET_COLUMNS[rule]][measured])
-    return {"size": float(records), "equal": 1.0}[rule]
+def _errors(
+    values: Mapping[str, np.ndarray],
+    scores: Mapping[str, np.ndarray],
+    measured: Sequence[np.ndarray],
+    sizes: np.ndarray,
+    total: float,
+) -> tuple[list[dict[str, Any]], int]:
+    """What a sample leaves open: the errors of each task, as fields of `Task`, and the records a task to plan for."""
+    counts = np.array([len(rows) for rows in measured])
+    means, covariances = np.array(list(values.values())), np.zeros((len(sizes), len(values), len(values)))
+    for place, rows in enumerate(measured):
+        looked_at = [
+            scores[BUDGET_COLUMNS[rule]][rows] if rule in BUDGET_COLUMNS else np.zeros(len(rows)) for rule in values
+        ]
+        if len(rows) > 1:
+            covariances[place] = np.cov(looked_at, ddof=1)
+    errors, intervals = budget_errors(means, covariances, counts, sizes, total)
+    of_tasks = [
+        {
+            "sampled": len(rows),
+            "value_error": value_error(scores["norm"][rows], int(size)) if "norm" in scores else None,
+            "budget_error": float(error),
+            "budget_interval": tuple(interval.tolist()),
+        }
+        for rows, size, error, interval in zip(measured, sizes, errors, intervals, strict=True)
+    ]
+    return of_tasks, records_for_error(means, covariances, sizes, AIM)
 
 
 def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -1,29 +1,140 @@
-"""LESS (arXiv 2402.04333) between its files and `tive.method.target`: subtasks, and the best records."""
+"""LESS (arXiv 2402.04333) between its files and `tive.method.target`: checkpoints, subtasks, and the best records."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tive.data.content import record_hash
+from tive.features.chunk import Match
+from tive.features.lookup import Features, joined, match_of, open_features, refuse_other_space
 from tive.method.target import (
     best_subtask,
+    checkpoint_weights,
+    mean_rates_since,
     mean_subtask,
     ranking,
     round_robin,
     votes,
 )
 from tive.method.value import rounded_down
-from tive.selection.checkpoints import CheckpointFeatures
-from tive.selection.mixture import Mixture, reasons_left_out, record_scores
+from tive.selection.mixture import Mixture, reasons_left_out, record_scores, refuse_missing, refuse_problems
 from tive.selection.options import LessOptions
 from tive.selection.summary import Task
 from tive.selection.writing import Chosen
 from tive.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class CheckpointFeatures:
+    """One checkpoint's features: of the records, and of the target."""
+
+    train: Features
+    target: Features
+
+    @property
+    def match(self) -> Match:
+        """What the features of the records are."""
+        return match_of(self.train)
+
+
+def open_checkpoints(
+    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str, missing: Path
+) -> list[CheckpointFeatures]:
+    """The features of every checkpoint, in the order in which `train` first names them, verified to be of one space.
+
+    Args:
+        train, target: folders, each of one checkpoint; several of one checkpoint where each has a part of the records.
+        missing: a folder for records without features.
+
+    Raises:
+        UserError: a checkpoint has folders of one side alone, folders are of other data or of another gradient, or one
+            adds nothing.
+    """
+    of_records, of_target = _by_checkpoint(train, mixture), _by_checkpoint(target, target_data)
+    for here, there, whose in ((of_records, of_target, "target's"), (of_target, of_records, "records'")):
+        if alone := [features.folder for model, features in here.items() if model not in there]:
+            raise UserError(
+                f"{alone[0]}: no folder has the {whose} features of its checkpoint; give the records' and the target's "
+                "of every checkpoint"
+            )
+    checkpoints = [CheckpointFeatures(features, of_target[model]) for model, features in of_records.items()]
+    for checkpoint in checkpoints:
+        _check_gradients(checkpoint, gradient)
+        refuse_other_space(checkpoint.train, checkpoint.target)
+        name = checkpoint.train.folder.name
+        refuse_missing(checkpoint.train, mixture, missing / name / "records.json")
+        refuse_missing(checkpoint.target, target_data, missing / f"target_{name}" / "records.json")
+    if len(kinds := {checkpoint.match.gradient: str(checkpoint.train.folder) for checkpoint in checkpoints}) > 1:
+        listed = ", ".join(f"{folder} {kind}" for kind, folder in kinds.items())
+        raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
+    return checkpoints
+
+
+def _by_checkpoint(folders: Sequence[str], of: Mixture) -> dict[str, Features]:
+    """The features of each checkpoint, by its model."""
+    parts: dict[str, list[Features]] = {}
+    for folder in folders:
+        features = open_features(folder, of.records)
+        parts.setdefault(match_of(features).model, []).append(features)
+    return {model: joined(features) for model, features in parts.items()}
+
+
+def _check_gradients(checkpoint: CheckpointFeatures, gradient: str) -> None:
+    here, there = checkpoint.match.gradient, match_of(checkpoint.target).gradient
+    if there != "sgd":
+        raise UserError(
+            f"{checkpoint.target.folder} holds {there} gradients, and a target's are taken as they are; take them "
+            "again in another folder (gradient sgd)"
+        )
+    if here == "none" or (here == "sgd") != (gradient == "sgd"):
+        remedy = "leave gradient sgd out"
+        if here in ("sgd", "none"):
+            remedy = "take Adam's in another folder (gradient adam), or select by plain ones (gradient sgd)"
+        raise UserError(f"{checkpoint.train.folder} holds {here} gradients of the records; {remedy}")
+
+
+def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float] | None) -> np.ndarray:
+    """`w_i` of every checkpoint, `[C]`, in their order; they sum to 1.
+
+    Args:
+        given: in place of the mean learning rates that the trainer logged.
+
+    Raises:
+        UserError: there are not as many as checkpoints, or no learning rates were logged.
+    """
+    if given is not None:
+        if len(given) != len(checkpoints):
+            raise UserError(
+                f"{len(given)} weights for {len(checkpoints)} checkpoints; give one for each, in their order"
+            )
+        return checkpoint_weights(np.array(given))
+    steps = []
+    for checkpoint in checkpoints:
+        logged = checkpoint.train.chunks[0].manifest.get("learning_rates")
+        if checkpoint.match.checkpoint is None or not isinstance(logged, dict) or not logged["logged"]:
+            raise UserError(
+                f"{checkpoint.train.folder}: the trainer logged no learning rate up to this checkpoint "
+                "(trainer_state.json beside the model); give the checkpoints' weights"
+            )
+        steps.append((checkpoint.match.checkpoint, logged["logged"], logged["sum"]))
+    order = sorted(range(len(steps)), key=lambda place: steps[place])
+    _, counts, sums = (np.array(column) for column in zip(*(steps[place] for place in order), strict=True))
+    if (np.diff(counts) <= 0).any() or (np.diff(sums, prepend=0.0) < 0).any():
+        raise UserError(
+            "the checkpoints' logs do not continue each other, so they are of different trainings or were logged too "
+            "seldom; give their weights"
+        )
+    rates = np.empty(len(steps))
+    rates[order] = mean_rates_since(sums, counts)
+    if not rates.any():
+        raise UserError("the learning rates that the trainer logged are all zero; give the checkpoints' weights")
+    return checkpoint_weights(rates)
 
 
 @dataclass(frozen=True)
@@ -52,7 +163,8 @@ def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) ->
     reasons: dict[int, str] = {}
     for checkpoint in checkpoints:
         left_out = checkpoint.target.left_out()
-        here = reasons_left_out(target, checkpoint.target, record_scores(checkpoint.target))
+        here = reasons_left_out(checkpoint.target, record_scores(checkpoint.target))
+        refuse_problems(target, here)
         for row, reason in sorted(here.items()):
             if row not in left_out or reason == "not finite":
                 raise UserError(
@@ -73,12 +185,11 @@ def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) ->
     return groups, reasons
 
 
-def records_left_out(mixture: Mixture, checkpoints: Sequence[CheckpointFeatures]) -> dict[int, str]:
+def records_left_out(checkpoints: Sequence[CheckpointFeatures]) -> dict[int, str]:
     """Why records of the mixture have no score, by row: at some checkpoint they have no gradient."""
-    without_problems = replace(mixture, problems={})  # a task is of no use here, and its lack no fault
     reasons: dict[int, str] = {}
     for checkpoint in checkpoints:
-        reasons = reasons_left_out(without_problems, checkpoint.train, record_scores(checkpoint.train)) | reasons
+        reasons = reasons_left_out(checkpoint.train, record_scores(checkpoint.train)) | reasons
     return reasons
 
 
@@ -91,17 +202,23 @@ def repeated_in(target: Mixture, mixture: Mixture) -> list[int]:
 
 
 def choose_for_target(
-    mixture: Mixture, scores: np.ndarray, subtask_names: Sequence[str], reasons: Mapping[int, str], options: LessOptions
+    mixture: Mixture,
+    scores: np.ndarray,
+    target: Mixture,
+    groups: np.ndarray,
+    reasons: Mapping[int, str],
+    options: LessOptions,
 ) -> Chosen:
     """The best `p` of the records.
 
     Args:
         scores: `[N, J]`, each record's score for each subtask; NaN where its features are zero or not finite.
+        groups: int `[M]`, the subtask of each target record, negative for none.
         reasons: why records were left out, by row.
 
     Returns:
         The columns are `score` over all subtasks, `rank` (1 for the best), and `score_{name}` of each subtask; NaN for
-        a record that was left out.
+        a record that was left out. The details are the `subtasks`.
 
     Raises:
         UserError: `p` of the records is none.
@@ -112,7 +229,7 @@ def choose_for_target(
         raise UserError(f"p = {options.p} of {records} records is less than one; raise it")
     useless = np.flatnonzero(np.isnan(scores).any(axis=1)).tolist()
     reasons = dict.fromkeys(useless, "features are zero or not finite") | dict(reasons)
-    columns = {f"score_{name}": scores[:, place] for place, name in enumerate(subtask_names)}
+    columns = {f"score_{name}": scores[:, place] for place, name in enumerate(target.task_names)}
     scores = scores.copy()
     scores[list(reasons)] = np.nan
     tie_break = None
@@ -125,59 +242,34 @@ def choose_for_target(
     ranks[order] = np.arange(1, len(order) + 1)
     times = np.zeros(records, np.int64)
     times[order[:number]] = 1
-    tasks = _tasks(mixture, times, reasons)
-    return Chosen(tasks, {"score": score, "rank": ranks, **columns}, times, reasons, "LESS")
 
-
-def _tasks(mixture: Mixture, times: np.ndarray, reasons: Mapping[int, str]) -> tuple[Task, ...]:
-    """The mixture's tasks, in order of their first record, and how many records of each were chosen."""
-    counted = np.ones(len(times), bool)
-    counted[list(reasons)] = False
-    numbers = [
-        np.bincount(mixture.task, values, len(mixture.task_names)).astype(int).tolist()
-        for values in (np.ones(len(times)), counted, times)
-    ]
-    return tuple(
-        Task(name, records, usable, selected, selected)
-        for name, records, usable, selected in zip(mixture.task_names, *numbers, strict=True)
+    usable = np.isfinite(score)
+    sizes, counted, selected = (
+        np.bincount(mixture.task[rows], minlength=len(mixture.task_names)).tolist()
+        for rows in (slice(None), usable, times > 0)
     )
-
-
-def subtasks_of(
-    target: Mixture, groups: np.ndarray, scores: np.ndarray, chosen: Chosen, options: LessOptions
-) -> list[Subtask]:
-    """What the choice is for each subtask.
-
-    Args:
-        groups: int `[M]`, the subtask of each target record, negative for none.
-        scores: `[N, J]`.
-    """
-    scored = np.ones(len(scores), bool)
-    scored[list(chosen.reasons)] = False
-    taken = chosen.times_selected > 0
-    best = scores[taken].argmax(axis=1)
+    tasks = map(Task, mixture.task_names, sizes, counted, selected, selected)
+    taken = scores[times > 0]
+    best = taken.argmax(axis=1)
     if options.over_targets == "round_robin":
-        best = (chosen.columns["rank"][taken].astype(np.int64) - 1) % scores.shape[1]
-    return [
-        Subtask(
-            name,
-            int((groups == number).sum()),
-            float(scores[scored, number].mean()),
-            float(scores[taken, number].mean()),
-            int((best == number).sum()),
-        )
-        for number, name in enumerate(target.task_names)
-    ]
+        best = (ranks[times > 0].astype(np.int64) - 1) % scores.shape[1]
+    of_target, of_best = (np.bincount(places, minlength=scores.shape[1]) for places in (groups[groups >= 0], best))
+    means, means_of_taken = scores[usable].mean(axis=0), taken.mean(axis=0)
+    subtasks = map(
+        Subtask, target.task_names, of_target.tolist(), means.tolist(), means_of_taken.tolist(), of_best.tolist()
+    )
+    columns = {"score": score, "rank": ranks, **columns}
+    return Chosen(tuple(tasks), columns, times, reasons, "LESS", {"subtasks": list(subtasks)})
 
 
 def target_details(
-    target: Mixture,
-    checkpoints: Sequence[CheckpointFeatures],
-    weights: np.ndarray,
-    subtasks: Sequence[Subtask],
-    target_left_out: Mapping[int, str],
+    target: Mixture, checkpoints: Sequence[CheckpointFeatures], weights: np.ndarray, left_out: Mapping[int, str]
 ) -> dict[str, Any]:
-    """What the summary says of the target, its subtasks, and the checkpoints with their weights `w_i`."""
+    """What the summary says of the target and of the checkpoints with their weights `w_i`.
+
+    Args:
+        left_out: why target records count in no mean, by row.
+    """
     return {
         "target_data": str(target.records.path),
         "target_sha256": target.records.fingerprint,
@@ -193,6 +285,5 @@ def target_details(
             }
             for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True)
         ],
-        "subtasks": [asdict(subtask) for subtask in subtasks],
-        "target_left_out": [{"row": row, "reason": reason} for row, reason in sorted(target_left_out.items())],
+        "target_left_out": [{"row": row, "reason": reason} for row, reason in sorted(left_out.items())],
     }

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from tive.data.problems import count_and_first, form_problem, report_bad_records
 from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
 from tive.features.lookup import Features
+from tive.method.clusters import grid_points, second_moments, whitening
 from tive.selection.options import TiveOptions
 from tive.util.errors import UserError
 from tive.util.text import command, shown_value
@@ -149,24 +152,44 @@ def check_gradient(features: Features, options: TiveOptions) -> None:
 
 
 def reasons_left_out(
-    mixture: Mixture,
-    features: Features,
-    scores: Mapping[str, np.ndarray],
-    options: TiveOptions | None = None,
-    listing: Path | None = None,
+    features: Features, scores: Mapping[str, np.ndarray], options: TiveOptions | None = None
 ) -> dict[int, str]:
     """Why records cannot count, by row: the gradient step's reason, a score that is no number, or too small a gain.
 
     Args:
         options: name the columns of `scores` that must be finite, and the visual gain that a record must have. A norm
             must be above zero; a record without images has no visual gain, and that is no reason.
-        listing: where records that cannot be used are listed, all of them. None: they are counted, the first is named.
-
-    Raises:
-        UserError: records have a problem or no task, and the gradient step did not leave them out.
     """
     reasons = {row: _text(reason) for row, reason in features.left_out().items()}
-    unexpected = {row: problem for row, problem in mixture.problems.items() if row not in reasons}
+
+    def add(wrong: np.ndarray, reason: str) -> None:
+        for row in np.flatnonzero((features.rows >= 0) & wrong).tolist():
+            reasons.setdefault(row, reason)
+
+    if "norm" in scores:
+        add(scores["norm"] == 0, "zero gradient")
+        add(~(np.isfinite(scores["norm"]) & (scores["norm"] > 0)), "gradient norm not a positive number")
+    if options is None:
+        return reasons
+    for column in sorted(options.columns & scores.keys() - {"norm"}):
+        wrong = np.isinf(scores[column]) if column == "visual_gain" else ~np.isfinite(scores[column])
+        add(wrong, f"{column} not a number")
+    if options.drop_below is not None:
+        add(scores["visual_gain"] < options.drop_below, f"visual gain below {options.drop_below:g}")
+    return reasons
+
+
+def refuse_problems(mixture: Mixture, left_out: Collection[int], listing: Path | None = None) -> None:
+    """A record that has a problem or no task must be among those that are left out.
+
+    Args:
+        left_out: rows.
+        listing: where such records are listed, all of them. None: they are counted, the first is named.
+
+    Raises:
+        UserError: there are such records.
+    """
+    unexpected = {row: problem for row, problem in mixture.problems.items() if row not in left_out}
     if unexpected:
         if listing is not None:
             report_bad_records(mixture.records, unexpected, len(mixture.records), listing)
@@ -174,21 +197,6 @@ def reasons_left_out(
             f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
             "name the key that holds the task as task_key, or repair the data and take the gradients again"
         )
-    there = features.rows >= 0
-    if "norm" in scores:
-        norms = scores["norm"]
-        for row in np.flatnonzero(there & ~(np.isfinite(norms) & (norms > 0))).tolist():
-            reasons.setdefault(row, "zero gradient" if norms[row] == 0 else "gradient norm not a positive number")
-    if options is None:
-        return reasons
-    for column in sorted(options.columns & scores.keys() - {"norm"}):
-        wrong = np.isinf(scores[column]) if column == "visual_gain" else ~np.isfinite(scores[column])
-        for row in np.flatnonzero(there & wrong).tolist():
-            reasons.setdefault(row, f"{column} not a number")
-    if options.drop_below is not None:
-        for row in np.flatnonzero(scores["visual_gain"] < options.drop_below).tolist():
-            reasons.setdefault(row, f"visual gain below {options.drop_below:g}")
-    return reasons
 
 
 def reasons_of_features(lengths: np.ndarray, groups: np.ndarray) -> dict[int, str]:
@@ -216,3 +224,25 @@ def counted_groups(task: np.ndarray, excluded: np.ndarray, reasons: Collection[i
     groups = np.where(excluded[task], -1, task)
     groups[list(reasons)] = -1
     return groups
+
+
+def bar(title: str, records: int) -> tqdm:
+    """The bar of a pass over the features."""
+    return tqdm(total=records, desc=title, unit=" records", unit_scale=True, delay=1)
+
+
+def whitened_points(features: Features, lengths: np.ndarray, folder: str | os.PathLike[str]) -> np.ndarray:
+    """The records' features, whitened over the mixture, int8 `[N, m]` in a file of `folder` that goes with the array.
+
+    Args:
+        lengths: float64 `[N]`, `||f_s||`; NaN for a record that counts in nothing.
+    """
+    spans = features.spans()
+    with bar("Second moments", len(lengths)) as done:
+        matrix = whitening(second_moments(spans, lengths, done.update))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        points = np.memmap(file, np.int8, "w+", shape=(len(lengths), len(matrix)))
+    with bar("Whitened points", len(lengths)) as done:
+        grid_points(spans, lengths, matrix, points, done.update)
+    return points

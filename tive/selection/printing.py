@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from tive.method.value import mean_budgets, rounded_down
-from tive.selection.checkpoints import CheckpointFeatures
-from tive.selection.less import Subtask
+from tive.selection.choose import AIM, FEW
+from tive.selection.less import CheckpointFeatures
 from tive.selection.options import TiveOptions
-from tive.selection.sample import AIM, FEW
 from tive.selection.summary import Task
 from tive.selection.writing import Chosen, Files
 from tive.util.text import LABEL_LIMIT, listed, print_table, shown
@@ -21,11 +19,6 @@ from tive.util.text import LABEL_LIMIT, listed, print_table, shown
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
 _NAMED = 8
-
-
-def bar(title: str, records: int) -> tqdm:
-    """The bar of a pass over the features."""
-    return tqdm(total=records, desc=title, unit=" records", unit_scale=True, delay=1)
 
 
 def print_files(files: Files, chosen: Chosen) -> None:
@@ -255,7 +248,7 @@ def print_target_warnings(repeated: Sequence[int], target_left_out: Mapping[int,
         )
 
 
-def print_target_choice(chosen: Chosen, subtasks: Sequence[Subtask]) -> None:
+def print_target_choice(chosen: Chosen) -> None:
     """Print the tables of tasks and of subtasks, the subtasks that no selected record serves best, and what was left
     out."""
     rows: list[tuple[str, ...]] = [("task", "records", "selected", "share of the task")]
@@ -266,6 +259,7 @@ def print_target_choice(chosen: Chosen, subtasks: Sequence[Subtask]) -> None:
     print_table(rows)
     print()
     rows = [("subtask", "target records", "mean score", "mean score of the selected", "best served by it")]
+    subtasks = chosen.details["subtasks"]
     for subtask in subtasks:
         means = (f"{subtask.mean_score:.4f}", f"{subtask.mean_score_of_selected:.4f}")
         rows.append((subtask.name, f"{subtask.records:,}", *means, f"{subtask.selected:,}"))
