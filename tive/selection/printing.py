@@ -10,11 +10,11 @@ import numpy as np
 
 from tive.method.value import mean_budgets, rounded_down
 from tive.selection.choose import AIM, FEW
-from tive.selection.less import CheckpointFeatures
-from tive.selection.options import TiveOptions
+from tive.selection.less import CheckpointFeatures, Subtask
+from tive.selection.options import BUDGET_COLUMNS, TiveOptions
 from tive.selection.summary import Task
 from tive.selection.writing import Chosen, Files
-from tive.util.text import LABEL_LIMIT, listed, print_table, shown
+from tive.util.text import LABEL_LIMIT, listed, percent, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
@@ -23,12 +23,11 @@ _NAMED = 8
 
 def print_files(files: Files, chosen: Chosen) -> None:
     selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    size = f"({selected:,} records, {selected / records:.2%} of {records:,})"
-    if files.subset:
-        print(f"written: {files.subset}  {size}")
-    print(f"{'        ' if files.subset else 'written:'} {files.rows}  {'(their rows)' if files.subset else size}")
-    print(f"         {files.scores}  (the scores of every record)")
-    print(f"         {files.summary}  (arguments, hashes, tasks)")
+    size = f"{selected:,} records, {selected / records:.2%} of {records:,}"
+    about = {files.subset: size, files.rows: "their rows" if files.subset else size}
+    about |= {files.scores: "the scores of every record", files.summary: "arguments, hashes, tasks"}
+    lines = [f"{file}  ({text})" for file, text in about.items() if file]
+    print("written:", "\n         ".join(lines))
 
 
 def print_choice(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> None:
@@ -37,49 +36,40 @@ def print_choice(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> None
     Args:
         task: int `[N]`, each record's task.
     """
-    print_table(_table(chosen, options))
-    print()
+    total = {"task": "total", "records": f"{len(task):,}", "budget": f"{_budget(chosen):,.1f}"}
+    total |= {"selected": f"{chosen.times_selected.sum():,}"}
+    _print_rows([*(_row(entry, options) for entry in chosen.tasks), total])
     for sentence in _sentences(chosen, task, options):
         print(sentence)
 
 
-def _table(chosen: Chosen, options: TiveOptions) -> list[tuple[str, ...]]:
-    rules = options.budget_rules
-    further = [f"mean {rule}" for rule in rules if rule not in ("difficulty", "size", "equal")]
-    if len(rules) > 1:
-        further = [f"by {rule}" for rule in rules]
-    rows: list[tuple[str, ...]] = [
-        ("task", "records", "mean gradient norm", *further, "budget", "selected", "effective sample size")
-    ]
-    if options.from_sample:
-        header = ("task", "records", "with features", "mean gradient norm", *further, "budget", "95%", "selected")
-        rows = [header]
-    for task in chosen.tasks:
-        effective = "excluded"
-        if task.effective_sample_size is not None:
-            effective = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
-        value, basis = (f"{number:.4g}" if number is not None else "" for number in (task.value, task.basis))
-        parts = [f"{(task.budget_parts or {}).get(rule, 0):,.1f}" for rule in rules] if len(rules) > 1 else [basis]
-        budget = f"{task.budget_before_rounding:,.1f}" if task.budget_before_rounding is not None else ""
-        numbers = (value, *(["" for _ in further] if task.excluded else parts[: len(further)]), budget)
-        if options.from_sample:
-            rows.append((task.name, f"{task.records:,}", *_with_errors(task, numbers), f"{task.selected:,}"))
-            continue
-        rows.append((task.name, f"{task.records:,}", *numbers, f"{task.selected:,}", effective))
-    selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    blank = ["" for _ in rows[0][3 : rows[0].index("budget")]]
-    last = (f"{selected:,}", "") if not options.from_sample else ("", f"{selected:,}")
-    rows.append(("total", f"{records:,}", "", *blank, f"{_budget(chosen):,.1f}", *last))
-    return rows
+def _print_rows(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print a table of rows that have their cells by column; some may lack columns."""
+    columns = max((tuple(row) for row in rows), key=len)
+    print_table([columns, *(tuple(row.get(column, "") for column in columns) for row in rows)])
+    print()
 
 
-def _with_errors(task: Task, numbers: tuple[str, ...]) -> tuple[str, ...]:
-    """The cells of a task from `with features` to the budget's interval."""
-    if task.excluded or task.budget_interval is None:
-        return ("", *numbers, "")
-    low, high = task.budget_interval
-    value = f"{numbers[0]} ± {task.value_error:.2g}" if task.value_error is not None else numbers[0]
-    return (f"{task.sampled:,}", value, *numbers[1:], f"{low:,.1f} to {high:,.1f}")
+def _row(task: Task, options: TiveOptions) -> dict[str, str]:
+    row = {"task": task.name, "records": f"{task.records:,}"}
+    if task.excluded:
+        return row | {"selected": "excluded"}
+    if task.sampled is not None:
+        row["with features"] = f"{task.sampled:,}"
+    if task.value is not None:
+        row["mean gradient norm"] = f"{task.value:.4g}"
+        if task.value_error is not None:
+            row["mean gradient norm"] += f" ± {task.value_error:.2g}"
+    row |= {f"by {rule}": f"{part:,.1f}" for rule, part in (task.budget_parts or {}).items()}
+    if options.task_budget in BUDGET_COLUMNS and options.task_budget != "difficulty":
+        row[f"mean {options.task_budget}"] = f"{task.basis:.4g}"
+    row["budget"] = f"{task.budget_before_rounding:,.1f}"
+    if task.budget_interval is not None:
+        row["95%"] = " to ".join(f"{end:,.1f}" for end in task.budget_interval)
+    row["selected"] = f"{task.selected:,}"
+    if not options.from_sample:
+        row["effective sample size"] = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
+    return row
 
 
 def _budget(chosen: Chosen) -> float:
@@ -87,11 +77,8 @@ def _budget(chosen: Chosen) -> float:
     return sum(task.budget_before_rounding or 0 for task in chosen.tasks)
 
 
-def _included(chosen: Chosen) -> list[Task]:
-    return [task for task in chosen.tasks if not task.excluded]
-
-
 def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterator[str]:
+    included = [entry for entry in chosen.tasks if not entry.excluded]
     if options.sampling == "top":
         yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
     elif options.sampling == "clusters":
@@ -99,47 +86,26 @@ def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterat
     elif options.instance_score == "random" or options.from_sample:
         yield "sampling: every record of a task is as likely as any other; q plays no part"
     else:
-        yield _weights(chosen, task, options)
+        yield _weights(chosen, task, included, options)
     if options.from_sample:
-        yield from _sample(chosen)
-    yield from _rounding(chosen)
-    yield from _small_shares(chosen, options)
-    repeated = [
-        f"{task.name} ({task.selected:,} of {task.distinct:,} records)"
-        for task in _included(chosen)
-        if task.selected > task.distinct
-    ]
-    if repeated:
+        yield from _sample(chosen, included)
+    yield from _rounding(chosen, included)
+    yield from _small_shares(chosen, included, options)
+    if repeated := [
+        f"{entry.name} ({entry.selected:,} of {entry.distinct:,} records)"
+        for entry in included
+        if entry.selected > entry.distinct
+    ]:
         yield (
             f"taken more than once, because the budget is above the records: {listed(repeated)}; at_most_once gives "
             "what is over to the other tasks"
         )
-    if options.at_most_once and (full := [task.name for task in _included(chosen) if task.selected == task.counted]):
+    if options.at_most_once and (full := [entry.name for entry in included if entry.selected == entry.counted]):
         yield f"taken whole: {listed(full)}; what their budgets have over went to the other tasks in proportion"
-    if chosen.reasons:
-        yield (
-            f"left out: {len(chosen.reasons):,} records that count in no mean and are never drawn "
-            f"({_most_common(chosen.reasons)})"
-        )
+    yield from _left_out(chosen, "count in no mean and are never drawn")
 
 
-def _sample(chosen: Chosen) -> Iterator[str]:
-    """What a reader of budgets from a sample should know."""
-    tasks = [task for task in chosen.tasks if task.sampled is not None]
-    sampled, records = sum(task.sampled or 0 for task in tasks), sum(task.records for task in tasks)
-    # The middle of an interval is the budget before what at_most_once takes from it.
-    errors = [(task.budget_error or 0) / math.sqrt(math.prod(task.budget_interval or (1, 1))) for task in tasks]
-    error, worst = max(errors), tasks[int(np.argmax(errors))]
-    yield (
-        f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
-        f"{error:.1%} of it ({shown(worst.name, LABEL_LIMIT)}); {chosen.details['records_per_task']:,} records a task "
-        f"bring all under {AIM:.0%}"
-    )
-    if few := [f"{task.name} ({task.sampled})" for task in tasks if (task.sampled or 0) < min(FEW, task.counted)]:
-        yield f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}"
-
-
-def _weights(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> str:
+def _weights(chosen: Chosen, task: np.ndarray, included: Sequence[Task], options: TiveOptions) -> str:
     """How near to uniform the draw is, in words and numbers."""
     ratio = 1.0
     for index, entry in enumerate(chosen.tasks):
@@ -147,59 +113,64 @@ def _weights(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> str:
             weights = chosen.columns["weight"][task == index]
             with np.errstate(divide="ignore"):
                 ratio = max(ratio, float(np.nanmax(weights) / np.nanmin(weights)))
-    share = min((task.effective_sample_size or 0) / task.counted for task in _included(chosen))
-    digits = 6 if ratio < 2 else 2
+    share = min((entry.effective_sample_size or 0) / entry.counted for entry in included)
     numbers = (
-        f"within a task the largest weight is at most {ratio:.{digits}g} times the smallest, and the effective sample "
-        f"size at least {share:.2%} of its records"
+        f"within a task the largest weight is at most {ratio:.{6 if ratio < 2 else 2}g} times the smallest, and the "
+        f"effective sample size at least {share:.2%} of its records"
     )
     if share > 0.99:
         return (
-            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise q to let "
-            f"{options.instance_score} decide (docs/selection.md, Choosing q)"
+            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise q to let {options.instance_score} decide "
+            "(docs/selection.md, Choosing q)"
         )
     kind = "leans towards" if share > 0.5 else "is decided by"
     return f"sampling: the draw {kind} high {options.instance_score} at q = {options.q}: {numbers}"
 
 
-def _rounding(chosen: Chosen) -> Iterator[str]:
+def _sample(chosen: Chosen, included: Sequence[Task]) -> Iterator[str]:
+    """What a reader of budgets from a sample should know."""
+    sampled, records = (sum(numbers) for numbers in zip(*((t.sampled or 0, t.records) for t in included), strict=True))
+    # The middle of an interval is the budget before what at_most_once takes from it.
+    errors = [(task.budget_error or 0) / math.sqrt(math.prod(task.budget_interval or (1, 1))) for task in included]
+    yield (
+        f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
+        f"{max(errors):.1%} of it ({shown(included[int(np.argmax(errors))].name, LABEL_LIMIT)}); "
+        f"{chosen.details['records_per_task']:,} records a task bring all under {AIM:.0%}"
+    )
+    if few := [f"{task.name} ({task.sampled})" for task in included if (task.sampled or 0) < min(FEW, task.counted)]:
+        yield f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}"
+
+
+def _rounding(chosen: Chosen, included: Sequence[Task]) -> Iterator[str]:
     """What rounding the budgets costs, where it is more than 1% of the records or all of a task's."""
     total, selected = rounded_down(_budget(chosen)), int(chosen.times_selected.sum())
-    included = _included(chosen)
     without = [task.name for task in included if not task.selected]
     if not without and total - selected <= total / 100:
         return
-    parts = []
+    parts, remedy = [], "raise p to reach them"
     if selected < total:
-        parts.append(f"rounding down loses {total - selected:,} of {total:,} records ({1 - selected / total:.1%})")
+        parts.append(f"rounding down loses {total - selected:,} of {total:,} records ({percent(1 - selected / total)})")
+        remedy = f"rounding largest_remainder selects exactly {total:,}"
     if without:
         parts.append(f"{len(without):,} of {len(included):,} tasks get nothing ({listed(without)})")
-    remedy = "raise p to reach them"
-    if selected < total:
-        remedy = f"rounding largest_remainder selects exactly {total:,}"
     yield f"{', and '.join(parts)}; {remedy}"
 
 
-def _small_shares(chosen: Chosen, options: TiveOptions) -> Iterator[str]:
+def _small_shares(chosen: Chosen, included: Sequence[Task], options: TiveOptions) -> Iterator[str]:
     """Tasks that get far less than their share of the records, and what other budgets would give them."""
-    included, total = _included(chosen), _budget(chosen)
     records = np.array([task.records for task in included])
-    shares = total * records / records.sum()
-    rules = {"equal": np.ones(len(included))}
+    shares = _budget(chosen) * records / records.sum()
+    values = {"equal": [np.ones(len(included))]}
     if all(task.value is not None for task in included):
-        rules["difficulty"] = np.array([task.value for task in included])
-    others = {
-        name: mean_budgets([rules[rule] for rule in name.split("+")], options.p, len(chosen.times_selected))
-        for name in ("equal", "difficulty+equal")
-        if name != "+".join(options.budget_rules) and rules.keys() >= set(name.split("+"))
-    }
+        values["difficulty+equal"] = [np.array([task.value for task in included]), *values["equal"]]
+    values.pop("+".join(options.budget_rules), None)
+    others = {name: mean_budgets(rules, options.p, len(chosen.times_selected)) for name, rules in values.items()}
     small = []
     for place, task in enumerate(included):
         if (task.budget_before_rounding or 0) < SMALL_SHARE * shares[place]:
             remedies = ", ".join(f"with {name} {budgets[place]:,.0f}" for name, budgets in others.items())
-            small.append(
-                f"{shown(task.name, LABEL_LIMIT)} ({task.selected:,}, by its records {shares[place]:,.0f}; {remedies})"
-            )
+            name = shown(task.name, LABEL_LIMIT)
+            small.append(f"{name} ({task.selected:,}, by its records {shares[place]:,.0f}; {remedies})")
     if small:
         more = f" and {len(small) - _NAMED:,} more" if len(small) > _NAMED else ""
         yield (
@@ -208,27 +179,27 @@ def _small_shares(chosen: Chosen, options: TiveOptions) -> Iterator[str]:
         )
 
 
-def _most_common(reasons: Mapping[int, str]) -> str:
-    """The three reasons that most records have, with their counts."""
-    common = Counter(reasons.values()).most_common(4)
-    return ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if len(common) > 3 else "")
+def _left_out(chosen: Chosen, effect: str) -> Iterator[str]:
+    """How many records were left out, and the three reasons that most of them have."""
+    common = Counter(chosen.reasons.values()).most_common(4)
+    if common:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if common[3:] else "")
+        yield f"left out: {len(chosen.reasons):,} records that {effect} ({reasons})"
 
 
 def print_checkpoints(checkpoints: Sequence[CheckpointFeatures], weights: np.ndarray) -> None:
     """Print the checkpoints' table."""
-    rows: list[tuple[str, ...]] = [("checkpoint", "step", "gradient", "weight")]
-    for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True):
-        step = checkpoint.match.checkpoint
-        rows.append(
-            (
-                str(checkpoint.train.folder),
-                "" if step is None else str(step),
-                checkpoint.match.gradient,
-                f"{weight:.4f}",
-            )
-        )
-    print_table(rows)
-    print()
+    _print_rows(
+        [
+            {
+                "checkpoint": str(checkpoint.train.folder),
+                "step": "" if checkpoint.match.checkpoint is None else str(checkpoint.match.checkpoint),
+                "gradient": checkpoint.match.gradient,
+                "weight": f"{weight:.4f}",
+            }
+            for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True)
+        ]
+    )
     if len(checkpoints) == 1:
         print("warning: one checkpoint only; LESS adds up several, which tell more than the last one alone")
 
@@ -251,27 +222,35 @@ def print_target_warnings(repeated: Sequence[int], target_left_out: Mapping[int,
 def print_target_choice(chosen: Chosen) -> None:
     """Print the tables of tasks and of subtasks, the subtasks that no selected record serves best, and what was left
     out."""
-    rows: list[tuple[str, ...]] = [("task", "records", "selected", "share of the task")]
-    for task in chosen.tasks:
-        rows.append((task.name, f"{task.records:,}", f"{task.selected:,}", f"{task.selected / task.records:.1%}"))
-    selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
-    rows.append(("total", f"{records:,}", f"{selected:,}", f"{selected / records:.1%}"))
-    print_table(rows)
-    print()
-    rows = [("subtask", "target records", "mean score", "mean score of the selected", "best served by it")]
-    subtasks = chosen.details["subtasks"]
-    for subtask in subtasks:
-        means = (f"{subtask.mean_score:.4f}", f"{subtask.mean_score_of_selected:.4f}")
-        rows.append((subtask.name, f"{subtask.records:,}", *means, f"{subtask.selected:,}"))
-    print_table(rows)
-    print()
+    whole = Task("total", len(chosen.times_selected), 0, int(chosen.times_selected.sum()), 0)
+    _print_rows(
+        [
+            {
+                "task": task.name,
+                "records": f"{task.records:,}",
+                "selected": f"{task.selected:,}",
+                "share of the task": percent(task.selected / task.records),
+            }
+            for task in (*chosen.tasks, whole)
+        ]
+    )
+    subtasks: list[Subtask] = chosen.details["subtasks"]
+    _print_rows(
+        [
+            {
+                "subtask": subtask.name,
+                "target records": f"{subtask.records:,}",
+                "mean score": f"{subtask.mean_score:.4f}",
+                "mean score of the selected": f"{subtask.mean_score_of_selected:.4f}",
+                "best served by it": f"{subtask.selected:,}",
+            }
+            for subtask in subtasks
+        ]
+    )
     if without := [subtask.name for subtask in subtasks if not subtask.selected]:
         print(
             f"{len(without):,} of {len(subtasks):,} subtasks have no selected record that serves them best: "
             f"{listed(without)} (docs/less.md, Over the subtasks)"
         )
-    if chosen.reasons:
-        print(
-            f"left out: {len(chosen.reasons):,} records that have no score and are never selected "
-            f"({_most_common(chosen.reasons)})"
-        )
+    for sentence in _left_out(chosen, "have no score and are never selected"):
+        print(sentence)
