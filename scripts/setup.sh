@@ -131,8 +131,11 @@ make_venv() {
     fi
     rm -f "$stamp"
     echo "installing $REQUIREMENTS (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
-    "$VENV/bin/python" -m pip install --quiet --requirement "$REQUIREMENTS"
-    "$VENV/bin/python" -m pip install --quiet --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
+    # Python compiles what is imported; pip would compile all of it, which takes longer than everything else here.
+    "$VENV/bin/python" -m pip install --quiet --no-compile --requirement "$REQUIREMENTS"
+    # The lock: .ci/run sets both environments up at once, and this builds in the project's folder.
+    flock pyproject.toml \
+        "$VENV/bin/python" -m pip install --quiet --no-compile --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
     check_imports "$VENV/bin/python"
     echo "$state" >"$stamp"
 }
