@@ -79,15 +79,13 @@ def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str,
     """What the feature files know of every record beside its features, `[N]` each, by the scores file's column.
 
     `norm`, `loss`, `el2n`, `visual_gain` (float64), `supervised_tokens` and `tokens` (int64, or float64 where records
-    have no features) where every chunk has them; no `norm` where no gradient was taken.
+    have no features) where every chunk has them.
 
     Raises:
         UserError: a column that is needed is not there.
     """
     scores = {}
     for key, column in COLUMN_OF.items():
-        if column == "norm" and not has_gradients(features):
-            continue
         values = features.column(key)
         if values is not None:
             is_whole = key.endswith("tokens") and np.isfinite(values).all()
@@ -127,7 +125,7 @@ def refuse_missing(features: Features, mixture: Mixture, missing_path: Path, or_
 
 def has_gradients(features: Features) -> bool:
     """Whether there are gradient norms and features beside the scores of the forward pass."""
-    return features.match is None or features.match.gradient != "none"
+    return features.match is None or features.match.has_features
 
 
 def check_gradient(features: Features, options: TiveOptions) -> None:
