@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
                     scores = influence[groups == task]
                     draw(scores, Q, int(SHARE * len(scores)), 0, str(task))
                 seconds = time.perf_counter() - start
-            clusters = time_clusters(spans, lengths, groups) if arguments.clusters else ""
+            clusters = time_clusters(spans, lengths, groups, folder) if arguments.clusters else ""
             expected = seconds_a_pair * size**2
             if expected > arguments.limit:
                 all_pairs, difference = f"stopped (about {duration(expected)})", ""
@@ -84,17 +84,19 @@ def run(arguments: argparse.Namespace) -> None:
     print_table(rows)
 
 
-def time_clusters(spans: Sequence[Span], lengths: np.ndarray, groups: np.ndarray) -> str:
-    """What the draw by clusters takes on top of the two passes."""
-    start = time.perf_counter()
-    matrix = whitening(second_moments(spans, lengths))
-    points = np.zeros((len(groups), len(matrix)), np.int8)
-    grid_points(spans, lengths, matrix, points)
-    for task in np.unique(groups).tolist():
-        rows = np.flatnonzero(groups == task)
-        number = max(1, int(SHARE * len(rows)))
-        draw_from_clusters(*k_means(points[rows], min(number, MAX_CLUSTERS), 0, str(task)), number)
-    return duration(time.perf_counter() - start)
+def time_clusters(spans: Sequence[Span], lengths: np.ndarray, groups: np.ndarray, folder: str) -> str:
+    """What the draw by clusters takes on top of the two passes: time, the processors' time, and memory."""
+    start, busy = time.perf_counter(), time.process_time()
+    with peak_own_memory() as memory, tempfile.TemporaryFile(dir=folder) as file:
+        matrix = whitening(second_moments(spans, lengths))
+        points = np.memmap(file, np.int8, "w+", shape=(len(groups), len(matrix)))
+        grid_points(spans, lengths, matrix, points)
+        for task in np.unique(groups).tolist():
+            rows = np.flatnonzero(groups == task)
+            number = max(1, int(SHARE * len(rows)))
+            draw_from_clusters(*k_means(points[rows], min(number, MAX_CLUSTERS), 0, str(task)), number)
+    taken, busy = time.perf_counter() - start, time.process_time() - busy
+    return f"{duration(taken)} ({duration(busy)} of CPU), {memory()}"
 
 
 def random_features(path: Path, count: int, dimension: int) -> torch.Tensor:
