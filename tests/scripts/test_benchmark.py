@@ -84,13 +84,6 @@ def test_the_full_shape_counts_the_parameters_that_the_paper_counts(monkeypatch)
     assert full.layers * 4 * 2 * full.lora_rank * full.hidden == 134_217_728
 
 
-@pytest.mark.parametrize("arguments", [("--sizes", "300", "--proj_dim", "16")])
-def test_the_selection_benchmark_compares_two_passes_with_all_pairs(arguments):
-    done = benchmark("selection", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "300" in done.stdout
-
-
 def test_the_memory_benchmark_says_what_a_batch_needs():
     done = benchmark("memory", "--batch_size", "2", "--tokens", "8", "--proj_dim", "16", "--device", "cpu")
     assert done.returncode == 0, done.stderr
