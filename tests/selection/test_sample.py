@@ -46,10 +46,9 @@ def budgets(names, task, scores, options):
     return np.array([entry.budget_before_rounding for entry in choose(names, task, scores, {}, options).tasks])
 
 
-@pytest.mark.parametrize("rule", ["difficulty", "difficulty+equal", "difficulty+loss"])
-@pytest.mark.parametrize("spread", [0.3, 0.8])
+@pytest.mark.parametrize("rule, spread", [("difficulty", 0.8), ("difficulty+equal", 0.3), ("difficulty+loss", 0.8)])
 def test_the_95_percent_intervals_hold_the_budgets_of_all_records_in_95_percent_of_samples(rule, spread):
-    names, task, scores = population([500, 300, 300, 300, 150, 400, 500], spread)
+    names, task, scores = population([400, 240, 260, 280, 150, 360, 400], spread)
     options = TiveOptions(from_sample=True, task_budget=rule)
     whole = budgets(names, task, scores | {"influence": scores["norm"]}, TiveOptions(task_budget=rule))
     for number in (20, 50, 100):
@@ -72,19 +71,19 @@ def test_the_sample_of_all_records_gives_their_budgets_without_error():
 
 
 def test_the_error_is_that_of_many_samples_and_the_planned_number_brings_it_under_two_percent():
-    names, task, scores = population([3000, 2000, 900], 0.5)
+    names, task, scores = population([1500, 1000, 450], 0.5)
     options = TiveOptions(from_sample=True)
     drawn, errors, planned = [], [], []
-    for seed in range(300):
+    for seed in range(120):
         some = sampled(task, scores, 100, seed)
         chosen = choose(names, task, some, {}, options)
         drawn.append([entry.budget_before_rounding for entry in chosen.tasks])
         errors.append([entry.budget_error for entry in chosen.tasks])
         planned.append(chosen.details["records_per_task"])
-    np.testing.assert_allclose(np.mean(errors, axis=0), np.std(drawn, axis=0), rtol=0.1)
+    np.testing.assert_allclose(np.mean(errors, axis=0), np.std(drawn, axis=0), rtol=0.2)
     whole = budgets(names, task, scores | {"influence": scores["norm"]}, TiveOptions())
     number = int(np.median(planned))
-    again = [budgets(names, task, sampled(task, scores, number, seed), options) / whole for seed in range(300)]
+    again = [budgets(names, task, sampled(task, scores, number, seed), options) / whole for seed in range(120)]
     assert 0.015 < np.std(again, axis=0).max() < 0.023
 
 

@@ -322,7 +322,14 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
     ),
     "sgd as training": (as_it_is(105), [], "train_105 holds sgd gradients of the records"),
     "scores alone as training": (
-        lambda folder: write(folder, "train", 105, 10, gradient="none", rates=RATES[105]),
+        lambda folder: write_features(
+            folder / "train_105",
+            folder / "data.json",
+            torch.empty(78, 0),
+            torch.rand(78),
+            2,
+            change=set_match(**match_of(105, "none")),
+        ),
         [],
         "train_105 holds none gradients of the records; take Adam's",
     ),
