@@ -110,7 +110,7 @@ def main() -> None:
     read_ahead(*arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
-    read.check_gradient(features, options)
+    read.refuse_adam(features)
     if not options.from_sample:
         missing = Path(arguments.save_path) / "missing" / "records.json"
         read.refuse_missing(features, mixture, missing, "; or select from_sample")

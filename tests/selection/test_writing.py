@@ -74,7 +74,7 @@ def test_features_of_earlier_runs_select_by_influence_and_norm_and_lack_the_colu
     before = set((folder / "out").iterdir())
     for option in (["--instance_score", "loss"], ["--task_budget", "loss"], ["--instance_score", "length"]):
         line = refusal(capsys, main, *arguments, *option)
-        assert "output_0.pt holds no `" in line and "take the gradients again" in line
+        assert "features holds no " in line and "take the gradients again" in line
     assert "take the gradients again with el2n" in refusal(capsys, main, *arguments, "--instance_score", "el2n")
     assert set((folder / "out").iterdir()) == before
 
@@ -237,10 +237,10 @@ def test_a_folder_without_gradients_selects_by_its_scores_as_one_with_them(witho
 @pytest.mark.parametrize(
     "choice, named",
     [
-        ([], ("influence and norm",)),
-        (["--task_budget", "equal+difficulty", "--instance_score", "loss"], ("need norm;",)),
-        (["--task_budget", "equal", "--instance_score", "norm"], ("need norm;",)),
-        (["--task_budget", "equal", "--instance_score", "loss", "--sampling", "clusters"], ("need features;",)),
+        ([], ("no influence and no norm;",)),
+        (["--task_budget", "equal+difficulty", "--instance_score", "loss"], ("no norm;",)),
+        (["--task_budget", "equal", "--instance_score", "norm"], ("no norm;",)),
+        (["--task_budget", "equal", "--instance_score", "loss", "--sampling", "clusters"], ("no influence;",)),
         (["--task_budget", "equal", "--instance_score", "loss", "--drop_below", 0], ("visual_gain",)),
     ],
 )

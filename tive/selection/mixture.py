@@ -82,18 +82,20 @@ def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str,
     have no features) where every chunk has them.
 
     Raises:
-        UserError: a column that is needed is not there.
+        UserError: a column that is needed is not there; the influence is where features are.
     """
     scores = {}
     for key, column in COLUMN_OF.items():
-        values = features.column(key)
-        if values is not None:
+        if (values := features.column(key)) is not None:
             is_whole = key.endswith("tokens") and np.isfinite(values).all()
             scores[column] = values.astype(np.int64) if is_whole else values
-        elif column in needed:
-            lacking = next(chunk.path for chunk in features.chunks if key not in chunk.scores)
-            how = f" with {key}" if key in ("el2n", "visual_gain") else ""
-            raise UserError(f"{lacking} holds no `{key}`; take the gradients again{how}, or choose by another score")
+    if lacking := sorted(set(needed) - scores.keys() - ({"influence"} if has_gradients(features) else set())):
+        with_it = [f"with {column}" for column in lacking if column in ("el2n", "visual_gain")]
+        how = " ".join(with_it) or "in another folder (gradient sgd)"
+        raise UserError(
+            f"{features.folder} holds no {' and no '.join(lacking)}; take the gradients again {how}, or choose by what "
+            f"it holds ({', '.join(scores)}; a task_budget size or equal and an instance_score random need none)"
+        )
     return scores
 
 
@@ -128,24 +130,16 @@ def has_gradients(features: Features) -> bool:
     return features.match is None or features.match.has_features
 
 
-def check_gradient(features: Features, options: TiveOptions) -> None:
-    """TIVE's values and influences are those of the gradient itself; other scores do without any.
+def refuse_adam(features: Features) -> None:
+    """TIVE's values and influences are those of the gradient itself.
 
     Raises:
-        UserError: the features are of gradients as Adam would apply them, or the options need gradients that are not
-            there.
+        UserError: the features are of gradients as Adam would apply them.
     """
     if features.match is not None and features.match.gradient.startswith("adam"):
         raise UserError(
             f"{features.folder} holds {features.match.gradient} gradients, which are for select_data_LESS.py; take "
             "those that TIVE selects by with compute_gradient_features.py in another folder (gradient sgd)"
-        )
-    needed = options.columns & {"norm", "influence"} | ({"features"} if options.sampling == "clusters" else set())
-    if not has_gradients(features) and needed:
-        raise UserError(
-            f"{features.folder} holds no gradients (gradient none), and these options need "
-            f"{' and '.join(sorted(needed))}; choose by other scores (task_budget equal with instance_score loss, for "
-            "example), or take the gradients in another folder (gradient sgd)"
         )
 
 

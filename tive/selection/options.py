@@ -91,6 +91,8 @@ class TiveOptions:
         columns = {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
         if not self.from_sample and self.instance_score != "random":
             columns |= {SCORE_COLUMNS[self.instance_score]}
+        if self.sampling == "clusters":
+            columns |= {"influence"}  # which needs the same features
         return columns | ({"visual_gain"} if self.drop_below is not None else set())
 
     def stem(self, task_names: Sequence[str], task_key: str) -> str:
