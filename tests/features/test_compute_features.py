@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import torch
 
 from tests.helpers.golden_model import GOLDEN, RECORDS, ROOT, run_step, write_records
 from tive.data.content import record_hash
+from tive.features.step import GradientStep
+from tive.method.projection import TrakBasic
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 
@@ -111,6 +114,43 @@ def test_records_that_cannot_be_read_end_in_one_line(tmp_path):
     records = write_records(tmp_path / "system.json", [{"conversations": [{"from": "system", "value": "hi"}]}])
     result = run_step(tmp_path / "out", "--input_file", records)
     assert result.code == 2 and "unknown role 'system'" in result.out
+
+
+def test_products_of_half_precision_are_summed_in_float32(tmp_path, monkeypatch):
+    settings, computed, seen = torch.backends.cuda.matmul, GradientStep.__call__, []
+    names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    for name in names:
+        monkeypatch.setattr(settings, name, True)
+
+    def watched(step, batch):
+        seen.extend(getattr(settings, name) for name in names)
+        return computed(step, batch)
+
+    monkeypatch.setattr(GradientStep, "__call__", watched)
+    assert run_step(tmp_path, "--dry_run", 2).code == 0
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_on_a_gpu_auto_takes_traks_projector_where_it_works_and_the_dry_run_prints_what_each_costs(
+    tmp_path, monkeypatch, works
+):
+    class StandIn(TrakBasic):
+        def __init__(self, *arguments):
+            if not works:
+                raise RuntimeError("no kernel image is available")
+            super().__init__(*arguments)
+            self.kind = "trak_cuda"
+
+    for module in ("method.projection", "features.dry_run"):
+        monkeypatch.setattr(f"tive.{module}.is_gpu", lambda device: True)
+    monkeypatch.setattr("tive.method.projection.TrakCuda", StandIn)
+    done = run_step(tmp_path / "out", "--dry_run", 2, "--proj_dim", 64)
+    assert done.code == 0, done.err
+    assert f"projector {'trak_cuda' if works else 'sparse/2'}: " in done.out
+    assert re.search(r"projector sparse: [\d.]+ ms a record", done.out)
+    cost = r"[\d.]+ ms a record" if works else "trak does not work here: no kernel image is available"
+    assert re.search(f"projector trak: {cost}", done.out)
 
 
 def test_help_teaches_and_does_not_wait_for_torch():

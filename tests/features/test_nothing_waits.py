@@ -13,6 +13,7 @@ from tests.helpers.golden_model import RECORDS, run_step, write_records
 from tests.helpers.reference import encode_golden, load_golden
 from tive.features.batches import Batches
 from tive.features.step import GradientStep
+from tive.method.gradients import RecordGradients
 from tive.method.projection import Sparse
 from tive.models import llava
 from tive.models.common import target_modules
@@ -57,6 +58,18 @@ def test_the_step_runs_where_no_number_can_be_read():
     step = GradientStep(llava, reference, matrices, Sparse(0, 512, meta), el2n=True)
     results = step(step.ready(records[:8]))
     assert results["features"].shape == (8, 512) and results["el2n"].device == meta
+
+
+def test_a_vision_tower_keeps_nothing_for_the_backward_pass():
+    reference = load_golden()
+    tower, seen = reference.model.get_vision_tower(), []
+    hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    with RecordGradients(target_modules(reference), lambda name, gradients: None):
+        llava.record_losses(
+            reference, [item for item in encode_golden(reference) if item.inputs.pixels is not None][:2]
+        )
+    hook.remove()
+    assert seen == [False]
 
 
 def test_while_a_batch_is_computed_the_next_is_made():

@@ -19,8 +19,8 @@ from tive.util.errors import UserError
 
 # Padding eats the gain of a batch: less than this share of real tokens is not worth a larger one.
 _LEAST_EFFICIENCY = 0.9
-# Of the memory that is free; the rest is for the vision tower, one matrix's gradients and what the allocator wastes.
-_SHARE_OF_FREE = 0.8
+# Of the memory that is free; the rest is for one matrix's gradients and what the allocator wastes.
+_SHARE_OF_FREE = 0.9
 # Positions whose logits are there at one time, and bytes of each logit: float32, its gradient, softmax.
 _LOSS_POSITIONS, _LOSS_BYTES = 2048, 14
 # Of a batch on a CPU, where the memory does not decide: a run that is continued has the same batches.
@@ -40,7 +40,8 @@ def bytes_a_token(reference: Reference, gradient_checkpointing: bool) -> int:
 
     Of a layer of width h and inner width i it keeps five times h (the input of the attention's matrices, queries, keys,
     values, the attention's output) and three times i (gate, its activation, up) in the model's dtype, and the inputs
-    of two norms in float32. With gradient checkpointing every layer keeps its input alone, and one layer keeps all.
+    of two norms in float32. With gradient checkpointing every layer keeps its input alone, and one layer keeps all. A
+    vision tower keeps nothing: no gradient goes through it, and its memory is free again before the first layer.
     """
     config = reference.model.config
     config = getattr(config, "text_config", None) or config
