@@ -123,3 +123,10 @@ def test_a_python_without_the_libraries_is_told_where_they_are(capsys):
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1
     assert line.startswith(f"error: {sys.executable} has no no_such_library; ") and "docs/install.md" in line
+
+
+@pytest.mark.parametrize("script", ["scripts/report.py", "scripts/label_tasks.py", "select_data_TIVE.py"])
+def test_a_script_says_so_too_where_the_environment_was_not_activated(tmp_path: Path, script: str) -> None:
+    command = [sys.executable, "-S", ROOT / script, "--data_path", "a", "--gradient_path", "b", "--save_path", "c"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "docs/install.md" in done.stderr

@@ -42,13 +42,18 @@ def run(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "tive").startswith("tive"):
             raise
-        _fail(
-            f"{sys.executable} has no {error.name}; `bash scripts/setup.sh` makes an environment that has, "
-            "and `source .venv/bin/activate` takes it (docs/install.md)"
-        )
+        refuse_python(str(error.name))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def refuse_python(lacking: str) -> None:
+    """End the script: this Python lacks a library."""
+    _fail(
+        f"{sys.executable} has no {lacking}; `bash scripts/setup.sh` makes an environment that has, "
+        "and `source .venv/bin/activate` takes it (docs/install.md)"
+    )
 
 
 def _fail(message: str) -> None:
