@@ -12,7 +12,7 @@ import copy
 import fcntl
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def runs(plan: Plan) -> list[Run]:
 
 
 def prepare(paths: Paths, plan: Plan) -> None:
-    """The mixture, the base aligned on captions, the reference model, and the gradients of all records and a sample."""
+    """The mixture, the base aligned on captions, the reference model, and the sample."""
     if not (paths.data / "held_out.json").exists():
         with timed("mixture"):
             make_mixture(paths.data, plan.sizes, lambda questions: own_answers(questions, 40))
@@ -136,13 +136,23 @@ def prepare(paths: Paths, plan: Plan) -> None:
             means = train(reference, encode(reference, read_json(warm_up), paths.images), plan.epochs, RATE, BATCH)
             print("reference model, mean loss by epoch:", *(f"{mean:.3f}" for mean in means))
             adapted.save_pretrained(adapter)
-    models = ("--model_path", adapter, "--model_base", paths.base, "--image_folder", paths.images, "--device", "cpu")
-    options = (*models, "--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0)
-    for file, folder, more in ((data, "gradients", ("--visual_gain",)), (sample, "sample_gradients", ())):
-        output = paths.folder / folder
-        with timed(folder):
-            read = ("--input_file", file, "--output_file", output)
-            command(paths, output / "manifest_0.json", "compute_gradient_features.py", *read, *options, *more)
+
+
+def features(paths: Paths, options: Sequence[str]) -> Path:
+    """The folder of the gradients that an arm's options ask for, computed when the first arm asks."""
+    kind = "sample" if "--from_sample" in options else "visual_gain" if "visual_gain" in options else "all"
+    data = paths.folder / "sample.json" if kind == "sample" else paths.mixture("mixture")
+    output = paths.folder / f"gradients_{kind}"
+    with timed(output.name):
+        command(
+            paths,
+            output / "manifest_0.json",
+            *("compute_gradient_features.py", "--input_file", data, "--image_folder", paths.images, "--device", "cpu"),
+            *("--model_path", paths.folder / "reference", "--model_base", paths.base, "--output_file", output),
+            *("--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0),
+            *(["--visual_gain"] if kind == "visual_gain" else []),
+        )
+    return output
 
 
 def make_base(paths: Paths, plan: Plan) -> None:
@@ -178,9 +188,8 @@ def select(paths: Paths, run: Run) -> Path:
     options = [*arm.options]
     if Q_AT_HALF in options:
         options[options.index(Q_AT_HALF)] = f"{q_at_half(paths, run):.4g}"
-    folder = "sample_gradients" if "--from_sample" in options else "gradients"
     target = paths.folder / "selected" / run.name
-    parts = ("--data_path", data, "--gradient_path", paths.folder / folder, "--save_path", target, "--p", run.share)
+    parts = ("--data_path", data, "--gradient_path", features(paths, options), "--save_path", target, "--p", run.share)
     more = ("--seed", run.seed, "--exclude_tasks", "none", *options)
     command(paths, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, *more)
     summary = find_summary(target)
