@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.experiment.datamodel import VARIANT
-from scripts.experiment.results import first_selection, write_csv
+from scripts.experiment.results import write_csv
+from scripts.experiment.statistics import rank_interval
 from tive.features.batches import Batches
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 from tive.models.common import target_modules
+from tive.selection.reading import find_summary, read_selection
 from tive.util.device import device_of
 from tive.util.errors import UserError, run
 from tive.util.files import read_json
@@ -71,27 +72,28 @@ def loss_changes(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, help="an experiment that was run")
+    add("--selection", type=Path, required=True, metavar="DIR", help="a selection by influence: --save_path of step 4")
+    add("--input_file", type=Path, required=True, metavar="JSON", help="the records that it was drawn from")
+    add("--held_out", type=Path, required=True, metavar="JSON", help="records of the same tasks")
+    add("--image_folder", required=True)
+    add("--model_path", required=True, help="the reference model that the influence is of")
+    add("--model_base", required=True)
     add("--result", type=Path, required=True, metavar="CSV", help="where the steps are written")
-    add("--reference", type=int, default=0, help="which of its reference models (0)")
     add("--records", type=int, default=30, help="records of each task, 4 or more (30)")
     add("--step", type=float, default=1e-2, help="length of the step in the space of the counted matrices (0.01)")
     arguments = parser.parse_args()
     if arguments.records < 4:
         raise UserError(f"--records {arguments.records} is too few for a correlation; give 4 or more")
-    folder, mixture = arguments.folder, arguments.folder / VARIANT
-    selection = first_selection(folder, VARIANT, arguments.reference)
+    selection = read_selection(find_summary(arguments.selection))
     influence = selection.column("influence")
-    records = read_json(folder / "data" / f"{VARIANT}.json")
-    held_out = read_json(folder / "data" / "held_out.json")
-
-    files = ModelFiles(str(mixture / f"reference_{arguments.reference}"), str(folder / "base"))
+    records, held_out = read_json(arguments.input_file), read_json(arguments.held_out)
+    files = ModelFiles(arguments.model_path, arguments.model_base)
     family = family_of(files)
     family.check_files(files)
     reference = family.load(files, device_of("cpu"), torch.float32)
 
     def encoded(record: dict[str, Any]) -> Encoded:
-        return family.encode(reference.processor, record, str(folder / "data" / "images"))
+        return family.encode(reference.processor, record, arguments.image_folder)
 
     steps: list[dict[str, object]] = []
     for index, task in enumerate(tqdm(selection.tasks, desc="Steps", unit=" tasks")):
@@ -101,12 +103,12 @@ def main() -> None:
         of_task = [encoded(record) for record in held_out if record["dataset"] == task.name]
         changes = loss_changes(family, reference, [encoded(records[row]) for row in drawn], of_task, arguments.step)
         steps += [
-            {"reference": arguments.reference, "task": task.name, "row": row, "influence": influence[row]}
-            | {"fall_of_loss": -change}
+            {"task": task.name, "row": row, "influence": influence[row], "fall_of_loss": -change}
             for row, change in zip(drawn, changes, strict=True)
         ]
+        middle, low, high = rank_interval([influence[row] for row in drawn], [-change for change in changes])
+        print(f"{task.name}: rank correlation {middle:+.2f} ({low:+.2f} to {high:+.2f})")
     write_csv(arguments.result, steps)
-    print(f"written: {arguments.result}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from scripts.experiment.plan import Sizes
 from tive.util.errors import UserError
 from tive.util.files import write_json
 
@@ -40,15 +40,6 @@ _THINGS = (3, 4, 5, 7)
 
 Example = tuple[Image.Image | None, str, str]  # picture, question, answer
 Answering = Callable[[Sequence[str]], list[str | None]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Records of each task in the mixture and held out, and pictures that the base is aligned on."""
-
-    records: int
-    held_out: int
-    captions: int
 
 
 def fetch(folder: Path) -> None:
@@ -236,24 +227,24 @@ def make_mixture(folder: Path, sizes: Sizes, answer: Answering) -> None:
     """
     packages = folder / "packages"
     fetch(packages)
-    each = sizes.records + sizes.held_out
+    smallest = sizes.records + sizes.held_out
     emoji, icons = _emoji(packages), _icons(packages)
     tasks: dict[str, Sequence[Example]] = {
-        "emoji_name": [_name(one) for one in emoji[:each]],
-        "emoji_story": _stories(packages, emoji[each : 2 * each]),
+        "emoji_name": [_name(one) for one in emoji[:smallest]],
+        "emoji_story": _stories(packages, emoji[smallest : 2 * smallest]),
         "digit": _digits(packages),
-        "icon": _keywords(icons[:each]),
-        "chart": _charts(packages, each),
-        "own_answer": _own(emoji, each, answer),
-        "fact": _facts(packages, each),
+        "icon": _keywords(icons[:smallest]),
+        "chart": _charts(packages, sizes.of("chart") + sizes.held_out),
+        "own_answer": _own(emoji, smallest, answer),
+        "fact": _facts(packages, sizes.of("fact") + sizes.held_out),
         "country": _about_countries(packages),
     }
-    named = [_name(one) for one in emoji[2 * each :]]
-    named += [(picture, named[0][1], name) for name, _, picture in icons[each:]]
+    named = [_name(one) for one in emoji[2 * smallest :]]
+    named += [(picture, named[0][1], name) for name, _, picture in icons[smallest:]]
     random.Random("captions").shuffle(named)
-    short = [f"{task} ({len(examples)})" for task, examples in tasks.items() if len(examples) < each]
+    short = [task for task, examples in tasks.items() if len(examples) < sizes.of(task) + sizes.held_out]
     if short:
-        raise UserError(f"too few examples for {each} of each task: {', '.join(short)}; ask for fewer records")
+        raise UserError(f"too few examples of {', '.join(short)}; ask for fewer records")
 
     def records(task: str, examples: Sequence[Example], name: str) -> list[dict[str, Any]]:
         made = []
@@ -271,8 +262,9 @@ def make_mixture(folder: Path, sizes: Sizes, answer: Answering) -> None:
     write_json(folder / "captions.json", records("caption", named[: sizes.captions], "base"))
     mixture, held_out = [], []
     for task, examples in tasks.items():
-        mixture += records(task, examples[: sizes.records], "mixture")
-        held_out += records(task, examples[sizes.records : each], "held_out")
+        count = sizes.of(task)
+        mixture += records(task, examples[:count], "mixture")
+        held_out += records(task, examples[count : count + sizes.held_out], "held_out")
     random.Random("mixture").shuffle(mixture)
     write_json(folder / "mixture.json", mixture)
     write_json(folder / "held_out.json", held_out)

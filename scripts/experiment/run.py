@@ -1,192 +1,233 @@
-"""Run the experiment of docs/experiment.md: data, base, references, arms, held-out losses, tables and plots.
+"""Run the experiment of docs/experiment_smollm2.md: mixture, base, reference, arms, held-out losses.
 
-What is there already is skipped, so a run that stops is continued by the same command.
+One Python trains and evaluates; records are sampled, measured and selected by the project's own commands. Every
+training's losses go to one CSV, which is also the state: what stands there is not trained again, so the same command
+continues a run that stopped. A second one, started when the gradients are there, shares the trainings.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import fcntl
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.experiment.commands import (
-    RUN_MODULE,
-    Evaluate,
-    Paths,
-    command,
-    gradients,
-    in_parallel,
-    train,
-)
-from scripts.experiment.data import make_data
-from scripts.experiment.datamodel import collect_halves, train_halves
-from scripts.experiment.plan import (
-    ARMS,
-    FULL,
-    LESS_EPOCHS,
-    Q_AT_HALF,
-    SMALL,
-    P,
-    Plan,
-    Run,
-    references,
-    runs,
-    seeds,
-    variants,
-)
-from scripts.experiment.results import (
-    base_answers_tell,
-    collect_losses,
-    evaluation_of,
-    exact_answers_tell,
-    first_selection,
-    read_csv,
-    read_result,
-    write_csv,
-)
-from scripts.experiment.tables import write_tables
+import torch
+
+from scripts.experiment.mixture import make_mixture
+from scripts.experiment.plan import ARMS, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
+from scripts.experiment.results import BASE, read_csv, read_losses, write_csv
+from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers, train, with_lora, write_base
+from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
-from tive.selection.reading import find_summary
+from tive.selection.reading import find_summary, read_selection
 from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
+from tive.util.files import read_json, take_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "docs" / "results" / "smollm2_experiment.csv"
+VARIANT = "smollm2"
+# Learning rate and records in a batch: of an arm, and of the base.
+RATE, BATCH = 5e-4, 4
+BASE_RATE, BASE_BATCH = 1e-3, 16
 
 
-def prepare(paths: Paths, plan: Plan) -> None:
-    """Data, the tiny model, the base and its held-out losses."""
-    if not (paths.data / "held_out.json").exists():
-        make_data(paths.data, plan)
-    parts = ("scripts/quickstart/model.py", "--data", paths.data / "vocabulary.json", "--folder", paths.model)
-    command(paths, paths.model / "mm_projector.bin", *parts)
-    evaluation = Evaluate(paths.folder / "base_evaluation", plan.max_new_tokens)
-    train(paths, "finetune.sh", paths.data / "base.json", paths.base, evaluation, EPOCHS=plan.base_epochs)
+def command(folder: Path, result: Path, script: str, *arguments: object) -> None:
+    """Run a script of the project, unless the file that it writes last is there; its name may be a pattern.
+
+    Raises:
+        UserError: it failed; its last line is quoted.
+    """
+    if any(result.parent.glob(result.name)):
+        return
+    log = folder / "logs" / f"{result.parent.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        program = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        code = subprocess.run(program, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise UserError(f"{script} failed ({lines[-1] if lines else 'no output'}); see {log}")
 
 
-def make_reference(paths: Paths, plan: Plan, variant: str, number: int) -> None:
-    """A warm-up sample, the adapter trained on it, the gradients of the mixture's records, and a first selection."""
-    folder, data = paths.folder / variant, paths.mixture(variant)
-    warm_up, adapter = folder / f"warm_up_{number}" / "warm_up.json", folder / f"reference_{number}"
-    sample = ("--source_path", data, "--target_path", warm_up, "--sample_ratio", plan.warm_up, "--seed", number)
-    command(paths, warm_up, "select_warm_up_data.py", *sample)
-    # LESS weighs its checkpoints by the learning rates that are logged.
-    keep = ("--logging_steps", 1, "--save_strategy", "epoch", "--save_total_limit", plan.epochs, "--seed", number)
-    settings = {"LORA_R": 8, "LORA_ALPHA": 16, "PROJECTOR_LEARNING_RATE": 1e-3, "EPOCHS": plan.epochs}
-    train(paths, "finetune_lora.sh", warm_up, adapter, None, *keep, **settings)
-    gradients(paths, data, adapter, folder / f"gradients_{number}", "--el2n")
-    # The first selection says where the effective sample size is half.
-    select(paths, variant, Run("tive", P, 0, number))
-    if "less" in seeds(plan, variant):
-        for checkpoint in less_checkpoints(paths, variant, number):
-            less = folder / f"less_{number}" / checkpoint.name
-            gradients(paths, data, checkpoint, less / "records", "--gradient", "adam")
-            gradients(paths, paths.data / "target.json", checkpoint, less / "target")
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long it took, where that is worth a line."""
+    start, processor = time.monotonic(), time.process_time()
+    yield
+    if time.monotonic() - start > 1:
+        spent = time.process_time() - processor
+        print(f"{what}: {time.monotonic() - start:.0f} s, {spent:.0f} s of this process", flush=True)
 
 
-def less_checkpoints(paths: Paths, variant: str, number: int) -> list[Path]:
-    """The checkpoints whose gradients LESS takes, by their steps."""
-    checkpoints = (paths.folder / variant / f"reference_{number}").glob("checkpoint-*")
-    by_step = sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return [by_step[epoch - 1] for epoch in LESS_EPOCHS if epoch <= len(by_step)]
+def prepare(folder: Path, plan: Plan) -> None:
+    """The mixture, the base aligned on captions, the reference model, and the sample."""
+    if not (folder / "data" / "held_out.json").exists():
+        with timed("mixture"):
+            make_mixture(folder / "data", plan.sizes, lambda questions: own_answers(questions, 40))
+    if not (folder / "base" / "model.safetensors").exists():
+        with timed("base"):
+            make_base(folder, plan)
+    for name, size in {"warm_up": ("--sample_ratio", plan.warm_up), "sample": ("--per_task", plan.per_task)}.items():
+        target = folder / f"{name}.json"
+        places = ("--source_path", folder / "data" / "mixture.json", "--target_path", target)
+        command(folder, target, "select_warm_up_data.py", *places, *size)
+    if not (folder / "reference" / "adapter_model.safetensors").exists():
+        with timed("reference"):
+            torch.manual_seed(0)
+            reference = load_base(folder / "base")
+            adapted = with_lora(reference, plan.rank)
+            train(reference, encoded(reference, folder, folder / "warm_up.json"), plan.epochs, RATE, BATCH)
+            adapted.save_pretrained(folder / "reference")
 
 
-def select(paths: Paths, variant: str, run: Run) -> Path:
-    """The subset of a run; the whole mixture where its arm chooses nothing."""
-    arm, folder, data = ARMS[run.arm], paths.folder / variant, paths.mixture(variant)
-    if arm.whole:
-        return data
-    target = folder / "selected" / run.name
-    parts: tuple[object, ...] = ("--data_path", data, "--save_path", target, "--p", run.share)
-    if arm.target:
-        checkpoints = less_checkpoints(paths, variant, run.reference or 0)
-        features = [folder / f"less_{run.reference}" / path.name for path in checkpoints]
-        parts += ("--target_data", paths.data / "target.json", "--train", *(path / "records" for path in features))
-        parts += ("--target", *(path / "target" for path in features))
-        command(paths, target / f"*{SUMMARY_END}", "select_data_LESS.py", *parts)
-    else:
-        options = [*arm.options]
-        if Q_AT_HALF in options:
-            options[options.index(Q_AT_HALF)] = f"{q_at_half(paths, variant, run.reference or 0):.4g}"
-        parts += ("--gradient_path", folder / f"gradients_{run.reference or 0}", "--exclude_tasks", "none")
-        command(paths, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, "--seed", run.seed, *options)
-    summary = find_summary(target)
-    return summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
+def make_base(folder: Path, plan: Plan) -> None:
+    """Align a random tower and projector with the language model, which is frozen, on captions."""
+    write_base(folder / "random_base", plan.tower)
+    reference = load_base(folder / "random_base")
+    for module in (reference.model.model.vision_tower, reference.model.model.multi_modal_projector):
+        module.requires_grad_(True)
+    captions = encoded(reference, folder, folder / "data" / "captions.json")
+    means = train(reference, captions, plan.caption_epochs, BASE_RATE, BASE_BATCH)
+    print("captions, mean loss by epoch:", *(f"{mean:.3f}" for mean in means))
+    reference.processor.library.save_pretrained(folder / "base")
+    reference.model.save_pretrained(folder / "base")
 
 
-@functools.cache
-def q_at_half(paths: Paths, variant: str, reference: int) -> float:
+def encoded(reference: Reference, folder: Path, records: Path) -> list[Encoded]:
+    return encode(reference, read_json(records), folder / "data" / "images")
+
+
+def gradients(folder: Path, options: Sequence[str]) -> Path:
+    """The features that an arm's options ask for, computed when the first arm asks."""
+    kind = "sample" if "--from_sample" in options else "visual_gain" if "visual_gain" in options else "all"
+    records = folder / "sample.json" if kind == "sample" else folder / "data" / "mixture.json"
+    output = folder / f"gradients_{kind}"
+    parts = ["--input_file", records, "--image_folder", folder / "data" / "images", "--output_file", output]
+    parts += ["--model_path", folder / "reference", "--model_base", folder / "base", "--device", "cpu"]
+    parts += ["--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0]
+    with timed(output.name):
+        more = ["--visual_gain"] if kind == "visual_gain" else []
+        command(folder, output / "manifest_0.json", "compute_gradient_features.py", *parts, *more)
+    return output
+
+
+def select(folder: Path, run: Run) -> Path:
+    """The folder of a run's selection, made by the project's own command."""
+    options, target = [*ARMS[run.arm]], folder / "selected" / run.name
+    if Q_AT_HALF in options:
+        options[options.index(Q_AT_HALF)] = f"{q_at_half(folder):.4g}"
+    parts = ("--data_path", folder / "data" / "mixture.json", "--gradient_path", gradients(folder, options))
+    more = ("--save_path", target, "--seed", run.seed, "--exclude_tasks", "none", *options)
+    command(folder, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, *more)
+    return target
+
+
+def q_at_half(folder: Path) -> float:
     """The q where the effective sample size of influence is half of the records."""
-    _, sizes, curves = choice_curves(first_selection(paths.folder, variant, reference))
+    _, sizes, curves = choice_curves(read_selection(find_summary(select(folder, Run("tive", 0)))))
     q = q_where(sizes @ curves / sizes.sum(), 0.5)
     if q is None:
-        raise UserError(f"{variant}: no q halves the effective sample size with reference {reference}")
+        raise UserError("no q halves the effective sample size of influence")
     return q
 
 
-def do(paths: Paths, plan: Plan, variant: str, run: Run, max_new_tokens: int) -> None:
-    """Select, train and evaluate one run."""
-    model = paths.folder / variant / "models" / run.name
-    more: list[object] = ["--seed", run.seed]
-    if ARMS[run.arm].whole == "steps":
-        more += ["--max_steps", math.ceil(P * sum(plan.records.values()) / 8) * plan.epochs]
-    evaluation = Evaluate(evaluation_of(paths.folder, variant, run, max_new_tokens > 0), max_new_tokens)
-    train(paths, "finetune.sh", select(paths, variant, run), model, evaluation, *more, EPOCHS=plan.epochs)
+@dataclass(frozen=True)
+class Trainer:
+    """The base in memory with a new adapter, what is trainable as it was at the start, and the held-out records."""
+
+    folder: Path
+    plan: Plan
+    reference: Reference
+    start: dict[str, object]
+    held_out: list[Encoded]
+    tasks: list[str]
+
+    def row_for_each_task(self, run: Run) -> list[dict[str, object]]:
+        """Train a run from the base, or nothing for the base itself, and evaluate: rows of the CSV."""
+        self.reference.model.load_state_dict(self.start, strict=False)
+        if run != BASE:
+            summary = find_summary(select(self.folder, run))
+            subset = summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
+            records = encoded(self.reference, self.folder, subset)
+            train(self.reference, records, self.plan.epochs, RATE, BATCH, run.seed)
+        results = evaluate(self.reference, self.held_out)
+        rows: list[dict[str, object]] = []
+        for task in dict.fromkeys(self.tasks):
+            pairs = zip(self.tasks, results, strict=True)
+            losses, exact = zip(*(result for name, result in pairs if name == task), strict=True)
+            identity = {"variant": VARIANT, "arm": run.arm, "seed": run.seed, "task": task}
+            numbers = {"loss": round(sum(losses) / len(losses), 6), "answers": len(losses), "exact": sum(exact)}
+            rows.append({**identity, "mixture_records": self.plan.sizes.of(task), **numbers})
+        return rows
 
 
-def check_influence(paths: Paths, plan: Plan, number: int) -> None:
-    """One small step along the gradient of records, with one reference (influence_check.py)."""
-    module = (RUN_MODULE, "scripts.experiment.influence_check", paths.folder)
-    result = paths.folder / "steps" / f"{number}.csv"
-    command(paths, result, *module, "--records", plan.steps, "--reference", number, "--result", result)
+def trainer_of(folder: Path, plan: Plan) -> Trainer:
+    torch.manual_seed(0)  # of the adapter that every training starts from
+    reference, held_out = load_base(folder / "base"), folder / "data" / "held_out.json"
+    tasks = [record["dataset"] for record in read_json(held_out)]
+    records = encoded(reference, folder, held_out)
+    with_lora(reference, plan.rank)
+    trained = {name: value for name, value in reference.model.named_parameters() if value.requires_grad}
+    start: dict[str, object] = {name: value.detach().clone() for name, value in trained.items()}
+    return Trainer(folder, plan, reference, start, records, tasks)
 
 
-def experiment(paths: Paths, plan: Plan) -> None:
-    """All of it, the parts that others wait for first."""
+def refuse_other_base(csv: Path, rows: list[dict[str, object]]) -> None:
+    """Refuse to add to the runs of another base.
 
-    def wanted(whole: bool, max_new_tokens: int) -> list[Callable[[], None]]:
-        return [
-            functools.partial(do, paths, plan, variant, run, max_new_tokens)
-            for variant in variants(plan)
-            for run in runs(plan, variant)
-            if (ARMS[run.arm].whole == "epochs") == whole
-        ]
+    Raises:
+        UserError: the base's losses are not those that stand in the CSV.
+    """
+    before = read_losses(csv)[VARIANT].get(BASE, {})
+    for row in rows:
+        loss = before.get(str(row["task"]), {}).get("loss", math.nan)
+        if not abs(float(str(row["loss"])) - loss) < 0.01:
+            raise UserError(
+                f"{csv} holds runs of another base ({row['task']}: {loss}, here {row['loss']}); take the folder that "
+                "they were made in, or name another file with --result"
+            )
 
-    prepare(paths, plan)
-    made = [
-        functools.partial(make_reference, paths, plan, variant, number)
-        for variant in variants(plan)
-        for number in references(plan, variant)
-    ]
-    in_parallel(made, "References")
-    base = read_result(paths.folder / "base_evaluation")
-    tokens = plan.max_new_tokens if base_answers_tell(base) else 0
-    in_parallel(wanted(True, tokens), "All records")
-    if tokens:
-        whole = [
-            read_result(evaluation_of(paths.folder, variant, run, True))
-            for variant in variants(plan)
-            for run in runs(plan, variant)
-            if run.arm == "all_epochs"
-        ]
-        tokens = tokens if exact_answers_tell(base, whole) else 0
-        in_parallel(wanted(True, tokens), "All records")
-    in_parallel(wanted(False, tokens), "Arms")
-    in_parallel(train_halves(paths, plan), "Random halves")
-    in_parallel([functools.partial(check_influence, paths, plan, number) for number in range(plan.references)], "Steps")
-    collect_losses(paths.folder, plan, tokens > 0)
-    collect_halves(paths.folder, plan)
-    steps = [row for number in range(plan.references) for row in read_csv(paths.folder / "steps" / f"{number}.csv")]
-    write_csv(paths.folder / "results" / "steps.csv", steps)
-    write_tables(paths.folder / "results")
+
+def experiment(folder: Path, plan: Plan, csv: Path) -> None:
+    """All of it, but for what stands in the CSV or another process does."""
+    prepare(folder, plan)
+    trainer = trainer_of(folder, plan)
+    if csv.exists():
+        refuse_other_base(csv, trainer.row_for_each_task(BASE))
+    (folder / "locks").mkdir(exist_ok=True)
+    for run in (BASE, *runs(plan)):
+        with open(folder / "locks" / run.name, "w") as lock:
+            try:
+                take_lock(lock)
+            except BlockingIOError:
+                continue  # another process is at it
+            if run in read_losses(csv).get(VARIANT, {}):
+                continue
+            with timed(run.name):
+                rows = trainer.row_for_each_task(run)
+            with open(folder / "locks" / "csv", "w") as writing:
+                fcntl.lockf(writing, fcntl.LOCK_EX)
+                write_csv(csv, [*read_csv(csv), *rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("folder", type=Path, help="where everything else is written")
+    parser.add_argument("--result", type=Path, metavar="CSV", help="losses (docs/results; of --small in the folder)")
     parser.add_argument("--small", action="store_true", help="a variant of minutes, which shows that it works")
     arguments = parser.parse_args()
-    experiment(Paths(arguments.folder.resolve()), SMALL if arguments.small else FULL)
+    folder = arguments.folder.resolve()
+    csv = arguments.result or (folder / "losses.csv" if arguments.small else RESULT)
+    experiment(folder, SMALL if arguments.small else FULL, csv.resolve())
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scripts.experiment.plan import Tower
 from tive.features.batches import Batches
 from tive.models import Encoded, ModelFiles, Reference, native
 from tive.models.common import prepare_torchvision
@@ -40,17 +41,6 @@ TEMPLATE = (
 )
 LANGUAGE_MAPS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The shape of a CLIP tower: width, layers, heads, and the sides of image and patch in pixels."""
-
-    width: int
-    layers: int
-    heads: int
-    image: int
-    patch: int
 
 
 def missing() -> str:

@@ -1,27 +1,24 @@
-"""The experiment's words, tables and plots, from its CSV files.
+"""The experiments' words, tables and plot, from a CSV file of `docs/results`.
 
-`python -m scripts.experiment.tables FOLDER` reads and writes `FOLDER/results/`. With the CSV file of an experiment of
-which only the arms' means are kept, `docs/results/first_experiment.csv`, it prints the arms' tables.
+`python -m scripts.experiment.tables CSV [--plot PNG]` prints the tables as Markdown, as the experiment's page has them.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-from scipy.stats import spearmanr
 
-from scripts.experiment.plan import ARMS, AT_ALL_SHARES, HYPOTHESES, P, Run
-from scripts.experiment.results import BASE, MEASURES, Losses, measures, read_csv, read_losses
-from scripts.experiment.statistics import Difference, difference, holm_levels, rank_interval, verdict
+from scripts.experiment.plan import ARMS, BELOW, EQUAL, FEWEST_SEEDS, Run
+from scripts.experiment.results import BASE, MEASURES, measures, read_losses
+from scripts.experiment.statistics import NEGLIGIBLE, Difference, difference, holm_levels, verdict
+from tive.util.errors import UserError
 from tive.util.errors import run as run_script
-from tive.util.files import whole_file, write_json
-from tive.util.text import print_table
+from tive.util.files import whole_file
 
 Measured = Mapping[Run, Mapping[str, float]]
 Rows = list[tuple[str, ...]]
@@ -29,266 +26,140 @@ Rows = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the protocol says of one hypothesis; `cells` by mixture and reference, clean."""
+    """What the protocol says of one hypothesis; no `cell` where too few seeds ran."""
 
     hypothesis: str
     word: str
-    p: float
     level: float
-    cells: dict[str, Difference]
+    cell: Difference | None
 
 
-def references(measured: Measured) -> list[int]:
-    return sorted({run.reference for run in measured if run.reference is not None})
+def mean_of(measured: Measured, arm: str, key: str = "mean") -> float:
+    """A measure of an arm, the mean over its seeds; NaN where it did not run."""
+    values = [of_run[key] for run, of_run in measured.items() if run.arm == arm]
+    return float(np.mean(values)) if values else float("nan")
 
 
-def mean_of(measured: Measured, arm: str, share: float = P) -> float:
-    """The main measure of an arm, over its references and seeds."""
-    return float(np.mean([values["mean"] for run, values in measured.items() if (run.arm, run.share) == (arm, share)]))
+def paired(measured: Measured, arm: str, other: str) -> list[float]:
+    """The differences of the main measure between two arms, of the seeds that both have."""
+    values = [{run.seed: of_run["mean"] for run, of_run in measured.items() if run.arm == one} for one in (arm, other)]
+    return [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
 
 
-def paired(measured: Measured, lower: str, upper: str, reference: int) -> Difference:
-    """The paired differences of the main measure between two arms, over the seeds that both have.
+def answers(measured: Measured) -> list[Answer]:
+    """The hypotheses, in the protocol's words; a difference counts against the gap between random and all."""
+    gap = abs(mean_of(measured, "random") - mean_of(measured, "all"))
 
-    An arm without a reference stands beside every reference.
-    """
-    values = [
-        {
-            run.seed: measured[run]["mean"]
-            for run in measured
-            if (run.arm, run.share) == (arm, P) and run.reference in (None, reference)
-        }
-        for arm in (lower, upper)
-    ]
-    return difference([values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())])
+    def cell_of(arm: str, other: str) -> Difference | None:
+        pairs = paired(measured, arm, other)
+        return difference(pairs) if len(pairs) >= FEWEST_SEEDS else None
 
-
-def answers(measured: Mapping[str, Measured]) -> list[Answer]:
-    """The hypotheses, in the protocol's words."""
-    clean = {variant: runs for variant, runs in measured.items() if variant.endswith("clean")}
-    places = [(variant, reference) for variant, runs in clean.items() for reference in references(runs)]
-    cells = [
-        {
-            f"{variant.removesuffix('_clean')}, reference {reference}": paired(clean[variant], lower, upper, reference)
-            for variant, reference in places
-        }
-        for lower, upper in HYPOTHESES
-    ]
-    p_values = [max(cell.p for cell in by_place.values()) for by_place in cells]
-    gaps = [abs(mean_of(clean[variant], "random") - mean_of(clean[variant], "all_epochs")) for variant, _ in places]
-    return [
-        Answer(f"{lower} below {upper}", verdict(list(by_place.values()), gaps, level), p, level, by_place)
-        for (lower, upper), by_place, p, level in zip(HYPOTHESES, cells, p_values, holm_levels(p_values), strict=True)
-    ]
+    said, cells = [], [cell_of(*pair) for pair in BELOW]
+    levels = holm_levels([1.0 if cell is None else cell.p for cell in cells])
+    for (arm, other), cell, level in zip(BELOW, cells, levels, strict=True):
+        word = "not run" if cell is None else verdict([cell], [gap], level)
+        said.append(Answer(f"{arm} below {other}", word, level, cell))
+    cell, word = cell_of(*EQUAL), "not run"
+    if cell is not None and np.isfinite(gap):
+        word = within(cell, NEGLIGIBLE * gap)
+    return [*said, Answer(f"{EQUAL[0]} equal to {EQUAL[1]}", word, 0.05, cell)]
 
 
-def answer_rows(said: Sequence[Answer]) -> Rows:
-    rows: Rows = [("hypothesis", "answer", "p", "level", "cells: mean difference ± half width of its interval")]
-    for answer in said:
-        cells = [
-            f"{name}: {cell.mean:+.4f} ± {cell.half_width(answer.level or 0.05):.4f}"
-            for name, cell in answer.cells.items()
-        ]
-        rows.append((answer.hypothesis, answer.word, f"{answer.p:.3f}", f"{answer.level:.4f}", "; ".join(cells)))
+def within(cell: Difference, margin: float) -> str:
+    """Whether the 95% interval lies within the margin around 0, outside it altogether, or neither."""
+    low, high = cell.mean - cell.half_width(), cell.mean + cell.half_width()
+    if -margin <= low and high <= margin:
+        return "yes"
+    return "no" if low > margin or high < -margin else "undecided"
+
+
+def answer_rows(measured: Measured) -> Rows:
+    rows: Rows = [("hypothesis", "answer", "seeds", "mean difference ± half width of the 95% interval", "p", "level")]
+    for said in answers(measured):
+        cells = ("-", "-", "-")
+        if said.cell is not None:
+            cells = (str(said.cell.freedom + 1), shown(said.cell), f"{said.cell.p:.3f}")
+        rows.append((said.hypothesis, f"**{said.word}**", *cells, f"{said.level:.4f}"))
     return rows
 
 
-def arm_rows(measured: Measured) -> Rows:
-    """A row an arm: the mean of each measure over references and seeds, and the differences to random and to equal."""
-    measures_shown = [key for key in MEASURES if not np.isnan([values[key] for values in measured.values()]).any()]
-    rows: Rows = [("arm", "seeds", *measures_shown, "to random", "to equal")]
-    for arm in _arms(measured):
-        runs = [run for run in measured if (run.arm, run.share) == (arm, P)]
-        cells = [f"{np.mean([measured[run][key] for run in runs]):.4f}" for key in measures_shown]
-        others = []
-        for other in ("random", "equal"):
-            places = references(measured) if ARMS[arm].by_reference else references(measured)[:1]
-            cell = ", ".join(_difference(paired(measured, arm, other, reference)) for reference in places)
-            others.append("-" if arm == other else cell)
-        rows.append((arm, str(len({run.seed for run in runs})), *cells, *others))
-    return rows
-
-
-def _arms(measured: Mapping[Run, object]) -> list[str]:
-    return [arm for arm in ARMS if any((run.arm, run.share) == (arm, P) for run in measured)]
-
-
-def _difference(cell: Difference) -> str:
+def shown(cell: Difference) -> str:
     return f"{cell.mean:+.4f} ± {cell.half_width():.4f}" if cell.freedom else f"{cell.mean:+.4f}"
 
 
-def share_rows(measured: Measured) -> Rows:
-    """A row a share of the records: the mean held-out loss of the arms that are compared at all of them."""
-    rows: Rows = [("% of the records", *AT_ALL_SHARES)]
-    for share in _shares(measured):
-        rows.append((f"{100 * share:.0f}", *(f"{mean_of(measured, arm, share):.4f}" for arm in AT_ALL_SHARES)))
+def arm_rows(measured: Measured) -> Rows:
+    """A row an arm: the mean of each measure over seeds, and the differences to random and to equal."""
+    kept = [key for key in MEASURES if not np.isnan([of_run[key] for of_run in measured.values()]).any()]
+    whole = mean_of(measured, "all")
+    rows: Rows = [("arm", "seeds", *kept, "% of all", "to random", "to equal")]
+    for arm in arms_of(measured):
+        cells = [f"{mean_of(measured, arm, key):.4f}" for key in kept]
+        relative = f"{100 * mean_of(measured, arm) / whole:.1f}" if np.isfinite(whole) else "-"
+        pairs = [[] if arm == other else paired(measured, arm, other) for other in ("random", "equal")]
+        to = [shown(difference(pair)) if pair else "-" for pair in pairs]
+        rows.append((arm, str(sum(run.arm == arm for run in measured)), *cells, relative, *to))
     return rows
 
 
-def _shares(measured: Measured) -> list[float]:
-    return sorted({run.share for run in measured if run.arm == "tive"})
+def arms_of(measured: Measured) -> list[str]:
+    """The arms in the order of the plan; the first experiment's as they stand in its file."""
+    there = list(dict.fromkeys(run.arm for run in measured))
+    return sorted(there, key=lambda arm: [BASE.arm, *ARMS, *there].index(arm))
 
 
-def task_rows(losses: Mapping[Run, Mapping[str, Mapping[str, float]]]) -> Rows:
-    """A row an arm: the mean held-out loss of each task, over references and seeds."""
-    tasks = list(losses[BASE])
-    rows: Rows = [("arm", *tasks)]
-    for arm in (BASE.arm, *_arms(losses)):
-        runs = [run for run in losses if run.arm == arm and (run.share == P or run == BASE)]
-        rows.append((arm, *(f"{np.mean([losses[run][task]['loss'] for run in runs]):.3f}" for task in tasks)))
+def task_rows(losses: Mapping[Run, Mapping[str, Mapping[str, float]]], key: str = "loss") -> Rows:
+    """A row an arm: the mean number of each task over seeds."""
+    rows: Rows = [("arm", *next(iter(losses.values())))]
+    for arm in arms_of({run: {} for run in losses}):
+        runs = [tasks for run, tasks in losses.items() if run.arm == arm]
+        rows.append((arm, *(f"{np.mean([tasks[task][key] for tasks in runs]):.3f}" for task in rows[0][1:])))
     return rows
 
 
-def mean_rows(means: Sequence[Mapping[str, str]]) -> Rows:
-    """A row an arm, of the arms' mean losses by task: these, and the measures that are linear in them."""
-    arms: dict[str, dict[str, dict[str, float]]] = {}
-    for row in means:
-        numbers = {"loss": float(row["loss"]), "mixture_records": float(row["mixture_records"]), "answers": 0.0}
-        arms.setdefault(row["arm"], {})[row["task"]] = numbers
-    linear = ("mean", "known", "new", "weighted")
-    rows: Rows = [("arm", *next(iter(arms.values())), *linear)]
-    for arm, tasks in arms.items():
-        values = measures(tasks)
-        losses = [f"{numbers['loss']:.3f}" for numbers in tasks.values()]
-        rows.append((arm, *losses, *(f"{values[key]:.3f}" for key in linear)))
-    return rows
-
-
-def step_rows(steps: Sequence[Mapping[str, str]]) -> Rows:
-    """A row a task: the rank correlation of influence with the fall of the loss by one step, with each reference."""
-    numbers = sorted({int(step["reference"]) for step in steps})
-    rows: Rows = [("task", "records", *(f"reference {number}" for number in numbers))]
-    for task in dict.fromkeys(step["task"] for step in steps):
-        cells, count = [], 0
-        for number in numbers:
-            mine = [step for step in steps if (step["task"], step["reference"]) == (task, str(number))]
-            pairs = np.array([(float(step["influence"]), float(step["fall_of_loss"])) for step in mine])
-            middle, low, high = rank_interval(*pairs.T.tolist())
-            count = len(mine)
-            cells.append(f"{middle:+.2f} ({low:+.2f} to {high:+.2f})" if np.isfinite(middle) else "-")
-        rows.append((task, str(count), *cells))
-    return rows
-
-
-def half_rows(halves: Sequence[Mapping[str, str]]) -> Rows:
-    """The linear datamodelling score, a row a reference: rank correlations over the halves, their mean and by task.
-
-    The score sets the sum of a half's influences against the mean of its two losses, positive where more influence is
-    less loss; "loss with itself" sets the first loss of a half against its second.
-    """
-    tasks = list(dict.fromkeys(half["task"] for half in halves))
-
-    def column(key: str, task: str, order: str) -> np.ndarray:
-        return np.array([float(half[key]) for half in halves if (half["task"], half["order"]) == (task, order)])
-
-    rows: Rows = [("reference", "score", "loss with itself", "by task")]
-    for key in (key for key in halves[0] if key.startswith("influence_")):
-        scores = {}
-        for task in tasks:
-            first, second = (column("loss", task, order) for order in "01")
-            predicted = spearmanr(column(key, task, "0"), -(first + second)).statistic
-            pair = predicted, spearmanr(first, second).statistic
-            if np.isfinite(pair).all():
-                scores[task] = pair
-        cells = [difference([pair[place] for pair in scores.values()]) for place in (0, 1)]
-        both = [f"{cell.mean:+.2f} ± {cell.half_width():.2f}" for cell in cells]
-        by_task = ", ".join(f"{task} {pair[0]:+.2f}" for task, pair in scores.items())
-        rows.append((key.removeprefix("influence_"), *both, by_task))
-    return rows
-
-
-def write_tables(results: Path) -> None:
-    """Read `losses.csv`, `halves.csv` and `steps.csv`; write `tables.md`, `results.json`, `arms.png`, `shares.png`."""
-    losses = read_losses(results / "losses.csv")
-    measured = measured_of(losses)
-    said = answers(measured)
-    print_table([row[:4] for row in answer_rows(said)])
-    text = ["# Results of the experiment", "", "Mean held-out loss unless another measure is named.", ""]
-    text += ["Intervals are over seeds, 95%, one for each reference."]
-    text += ["", "## Hypotheses", "", *_markdown(answer_rows(said))]
-    for variant, runs in measured.items():
-        text += ["", f"## {variant}", "", *_markdown(arm_rows(runs)), "", *_markdown(task_rows(losses[variant]))]
-        if len(_shares(runs)) > 1:
-            text += ["", *_markdown(share_rows(runs))]
-    halves = half_rows(read_csv(results / "halves.csv"))
-    print_table(halves)
-    text += ["", "## Linear datamodelling score", "", *_markdown(halves)]
-    steps = step_rows(read_csv(results / "steps.csv"))
-    text += ["", "## One small step along a record's gradient", "", *_markdown(steps)]
-    with whole_file(results / "tables.md") as file:
-        file.write(("\n".join(text) + "\n").encode())
-    write_json(results / "results.json", {answer.hypothesis: answer.word for answer in said})
-    figures = {"arms.png": arms_figure(measured)}
-    if any(len(_shares(runs)) > 1 for runs in measured.values()):
-        figures["shares.png"] = shares_figure(measured)
-    for name, figure in figures.items():
-        with whole_file(results / name) as file:
-            figure.savefig(file, format="png", dpi=150)
-    print(f"written: {results}/tables.md, results.json, {', '.join(figures)}")
-
-
-def measured_of(losses: Losses) -> dict[str, dict[Run, dict[str, float]]]:
-    """The measures of every run but the base."""
-    return {
-        variant: {run: measures(tasks) for run, tasks in runs.items() if run != BASE}
-        for variant, runs in losses.items()
-    }
-
-
-def arms_figure(measured: Mapping[str, Measured]) -> Figure:
-    """Every arm's mean held-out loss on each mixture, a point a run."""
-    arms = list(dict.fromkeys(arm for runs in measured.values() for arm in _arms(runs)))
-    figure = Figure(figsize=(3.4 * len(measured), 0.32 * len(arms) + 1.2), layout="constrained")
-    plots = np.atleast_1d(figure.subplots(1, len(measured), sharex=True, sharey=True))
-    for axes, (variant, runs) in zip(plots, measured.items(), strict=True):
-        for row, arm in enumerate(arms):
-            values = [result["mean"] for run, result in runs.items() if (run.arm, run.share) == (arm, P)]
-            if values:
-                axes.plot(values, [row] * len(values), "o", color="#4a78b5", alpha=0.5, markersize=4)
-                axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color="#1b2a41", linewidth=1.5)
-        axes.set_title(variant.replace("_", ", "), fontsize=9)
-        axes.set_xlabel("mean held-out loss", fontsize=8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(axis="x", alpha=0.3)
-    axes.set_yticks(range(len(arms)), arms, fontsize=8)
+def arms_figure(measured: Measured) -> Figure:
+    """Every arm's mean held-out loss against random's of the same seed: a point a seed, the mean, its 95% interval."""
+    arms = [arm for arm in arms_of(measured) if arm not in (BASE.arm, "random") and paired(measured, arm, "random")]
+    figure = Figure(figsize=(6.4, 0.36 * len(arms) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    for row, arm in enumerate(arms):
+        pairs = paired(measured, arm, "random")
+        cell = difference(pairs)
+        if cell.freedom:
+            axes.plot(
+                [cell.mean - cell.half_width(), cell.mean + cell.half_width()], [row, row], color="#1b2a41", lw=1.5
+            )
+        axes.plot(pairs, [row] * len(pairs), "o", color="#4a78b5", alpha=0.5, markersize=4)
+        axes.plot([cell.mean] * 2, [row - 0.25, row + 0.25], color="#1b2a41", lw=1.5)
+    axes.axvline(0, color="#999999", lw=1)
+    axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
+    axes.set_xlabel("mean held-out loss minus that of records drawn at random; left is better")
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
-def shares_figure(measured: Mapping[str, Measured]) -> Figure:
-    """Mean held-out loss of random, equal and tive over the share of the records."""
-    measured = {variant: runs for variant, runs in measured.items() if len(_shares(runs)) > 1}
-    figure = Figure(figsize=(3.4 * len(measured), 3), layout="constrained")
-    plots = np.atleast_1d(figure.subplots(1, len(measured), sharey=True))
-    for axes, (variant, runs) in zip(plots, measured.items(), strict=True):
-        for arm, style in zip(AT_ALL_SHARES, ("o--", "s:", "^-"), strict=True):
-            shares = _shares(runs)
-            means = [mean_of(runs, arm, share) for share in shares]
-            axes.plot([100 * share for share in shares], means, style, label=arm, markersize=4)
-        axes.set_title(variant.replace("_", ", "), fontsize=9)
-        axes.set_xlabel("% of the records", fontsize=8)
-    plots[0].set_ylabel("mean held-out loss", fontsize=8)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def _markdown(rows: Rows) -> list[str]:
+def markdown(rows: Rows) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
-    if path.is_dir():
-        write_tables(path / "results")
-        return
-    means = read_csv(path)
-    for variant in dict.fromkeys(row["variant"] for row in means):
-        rows = mean_rows([row for row in means if row["variant"] == variant])
-        print("\n".join([f"**{variant.replace('_', ', ')}**", "", *_markdown(rows), ""]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", type=Path, help="losses of runs by task")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the arms")
+    arguments = parser.parse_args()
+    losses = read_losses(arguments.csv)
+    if not losses:
+        raise UserError(f"{arguments.csv} holds no run; name a CSV file of docs/results")
+    for variant, runs in losses.items():
+        measured = {run: measures(tasks) for run, tasks in runs.items()}
+        tables = [arm_rows(measured), task_rows(runs)]
+        if any(run.arm == BELOW[0][0] for run in runs):
+            tables.insert(0, answer_rows(measured))
+        print("\n\n".join([f"**{variant.replace('_', ', ')}**", *map(markdown, tables)]), end="\n\n")
+    if arguments.plot:
+        with whole_file(arguments.plot) as file:
+            arms_figure(measured).savefig(file, format="png", dpi=150)
 
 
 if __name__ == "__main__":
