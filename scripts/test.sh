@@ -5,7 +5,7 @@
 #   bash scripts/test.sh                                 everything, in .venv and in .venv-native
 #   bash scripts/test.sh native                          in one of them: llava or native
 #   bash scripts/test.sh llava tests/training -k resume  further arguments go to pytest
-#   bash scripts/test.sh llava -m slow                   the small experiment from end to end, which takes minutes
+#   bash scripts/test.sh native -m slow                  the small experiment from end to end, which takes minutes
 #   PYTHON=$(which python) bash scripts/test.sh          in an environment of your own
 set -euo pipefail
 # shellcheck source=scripts/shell/help.sh

@@ -37,6 +37,7 @@ WHEEL = "scikit-learn==1.7.2"
 SIDE = 60
 # Groups of emojibase whose things a question can be asked of: animals, food, places, objects.
 _THINGS = (3, 4, 5, 7)
+_SHOWN = "What does this picture show?"
 
 Example = tuple[Image.Image | None, str, str]  # picture, question, answer
 Answering = Callable[[Sequence[str]], list[str | None]]
@@ -109,7 +110,7 @@ def _on_white(path: Path) -> Image.Image:
 
 
 def _name(emoji: dict[str, Any]) -> Example:
-    return _on_white(emoji["picture"]), "What does this picture show?", emoji["label"]
+    return _on_white(emoji["picture"]), _SHOWN, emoji["label"]
 
 
 def _stories(packages: Path, emoji: Sequence[dict[str, Any]]) -> Sequence[Example]:
@@ -239,12 +240,12 @@ def make_mixture(folder: Path, sizes: Sizes, answer: Answering) -> None:
         "fact": _facts(packages, sizes.of("fact") + sizes.held_out),
         "country": _about_countries(packages),
     }
-    named = [_name(one) for one in emoji[2 * smallest :]]
-    named += [(picture, named[0][1], name) for name, _, picture in icons[smallest:]]
-    random.Random("captions").shuffle(named)
     short = [task for task, examples in tasks.items() if len(examples) < sizes.of(task) + sizes.held_out]
     if short:
         raise UserError(f"too few examples of {', '.join(short)}; ask for fewer records")
+    named = [_name(one) for one in emoji[2 * smallest :]]
+    named += [(picture, _SHOWN, name) for name, _, picture in icons[smallest:]]
+    random.Random("captions").shuffle(named)
 
     def records(task: str, examples: Sequence[Example], name: str) -> list[dict[str, Any]]:
         made = []

@@ -1,26 +1,26 @@
-"""The experiment's data, plan, statistics and words are those of its protocol."""
+"""The experiments' plan, mixture, statistics, words and tables are those of their protocols."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts.experiment import plan, statistics, tables
-from scripts.experiment.commands import trainer_arguments
-from scripts.experiment.data import make_data, with_wrong_answers
-from scripts.experiment.datamodel import half_of
+from scripts.experiment import mixture, plan, statistics, tables
 from scripts.experiment.plan import FULL, SMALL, Run, runs
 from scripts.experiment.results import measures
 from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
+from tests.helpers.packages import write_packages
+from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
 
 
 # Tables of Student's t, two-sided.
@@ -71,77 +71,85 @@ def test_a_hypothesis_that_holms_procedure_does_not_reach_is_not_answered_with_y
     assert verdict([BELOW, BELOW], [2.0, 2.0], 0.0) == "undecided"
 
 
-def test_every_task_has_what_the_protocol_asks_for():
-    assert set(FULL.records) == {*plan.KNOWN, *plan.NEW} and min(FULL.records.values()) >= 400
-    cells = {(task in plan.KNOWN, task in plan.LONG) for task in FULL.records}
-    assert len(cells) == 4
-    assert FULL.references == 2
-    names = [run.name for run in runs(FULL, "varied_clean")]
-    assert len(names) == len(set(names))
-    compared = {arm for pair in plan.HYPOTHESES for arm in pair}
-    assert {FULL.clean[arm] for arm in compared} == {8} and compared <= set(SMALL.clean)
-    assert set(FULL.clean) == set(plan.ARMS)
+@pytest.mark.parametrize(
+    ("pairs", "word"),
+    [
+        ([0.01, -0.02, 0.015], "yes"),
+        ([1.0, 1.1, 0.9], "no"),
+        ([-1.0, -1.1, -0.9], "no"),
+        ([-0.3, 0.3, 0.01], "undecided"),
+    ],
+)
+def test_two_arms_are_equal_only_where_the_whole_interval_lies_within_the_margin(pairs, word):
+    assert tables.within(difference(pairs), 0.2) == word
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder, SMALL)
-    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+def test_every_compared_arm_has_the_seeds_that_an_answer_needs():
+    counted = Counter(run.arm for run in runs(FULL))
+    compared = {arm for pair in (*plan.BELOW, plan.EQUAL) for arm in pair}
+    assert all(counted[arm] >= 4 > plan.FEWEST_SEEDS for arm in compared) and counted["all"] > 0
+    assert set(counted) == set(plan.ARMS) and max(Counter(runs(FULL)).values()) == 1
+    assert [run.seed for run in runs(FULL)[: len(plan.MAIN)]] == [0] * len(plan.MAIN)  # seed by seed
 
 
-def test_mixtures_have_the_plans_records_and_none_is_held_out(data):
-    def scenes(name):
-        return {record["image"] for record in data[name] if "image" in record}
+def test_a_mixture_has_the_plans_records_and_of_no_task_a_held_out_picture_or_question(tmp_path):
+    write_packages(tmp_path / "packages")
+    mixture.make_mixture(tmp_path, SMALL.sizes, lambda questions: [f"About {text}" for text in questions])
+    made = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("captions", "mixture", "held_out")}
+    counted = Counter(record["dataset"] for record in made["mixture"])
+    assert counted == {task: SMALL.sizes.of(task) for task in counted} and len(counted) == 8
+    assert set(Counter(record["dataset"] for record in made["held_out"]).values()) == {SMALL.sizes.held_out}
+    assert len(made["captions"]) == SMALL.sizes.captions and set(plan.SHORT) < set(counted)
 
-    for mixture in plan.MIXTURES:
-        tasks = [record["dataset"] for record in data[f"{mixture}_clean"]]
-        assert {task: tasks.count(task) for task in SMALL.records} == SMALL.records
-        assert scenes(f"{mixture}_clean").isdisjoint(scenes("held_out") | scenes("base"))
-        assert len({record["id"] for record in data[f"{mixture}_clean"]}) == len(tasks)
-    distinct = {name: len({json.dumps(r["conversations"]) for r in data[f"{name}_clean"]}) for name in plan.MIXTURES}
-    assert distinct["redundant"] < distinct["varied"] / 2
+    def seen(name, key):
+        return {key(record) for record in made[name]}
+
+    def picture(record):
+        return (tmp_path / "images" / record["image"]).read_bytes() if "image" in record else None
+
+    def question(record):
+        return (picture(record), record["conversations"][0]["value"])
+
+    assert seen("mixture", question).isdisjoint(seen("held_out", question))
+    assert (seen("mixture", picture) | seen("held_out", picture)).isdisjoint(seen("captions", picture))
 
 
-def said(record, role):
-    return [turn["value"] for turn in record["conversations"] if turn["from"] == role]
-
-
-def test_a_noisy_mixture_is_the_clean_one_with_answers_of_other_records_of_the_task(data):
-    clean, noisy = data["varied_clean"], data["varied_noisy"]
-    changed = [row for row, record in enumerate(noisy) if record != clean[row]]
-    assert changed == [row for row, record in enumerate(noisy) if "wrong_answers" in record]
-    assert 0.05 < len(changed) / len(clean) <= 0.2
-    for row in changed:
-        assert said(clean[row], "human") == said(noisy[row], "human")
-        assert said(clean[row], "gpt") != said(noisy[row], "gpt")
-    assert with_wrong_answers(clean, "varied") == noisy
+def test_a_task_with_too_few_examples_is_named(tmp_path):
+    write_packages(tmp_path / "packages")
+    with pytest.raises(UserError, match="country"):
+        mixture.make_mixture(tmp_path, plan.Sizes(40, {}, 2, 4), lambda questions: [None for _ in questions])
+    assert not (tmp_path / "mixture.json").exists()
 
 
 def test_measures_are_the_means_that_they_are_named_for():
-    losses = {task: float(number + 1) for number, task in enumerate(FULL.records)}
-    records = FULL.records
+    losses = {"fact": 1.0, "chat": 2.0, "digit": 3.0, "boxes": 6.0}
+    records = {"fact": 100, "chat": 100, "digit": 200, "boxes": 600}
     measured = measures(
-        {task: {"loss": x, "answers": 2, "exact": 1, "mixture_records": records[task]} for task, x in losses.items()}
+        {task: {"loss": x, "answers": 4, "exact": x, "mixture_records": records[task]} for task, x in losses.items()}
     )
-    weighted = sum(losses[task] * records[task] for task in losses) / sum(records.values())
-    assert measured["weighted"] == pytest.approx(weighted)
-    assert measured["mean"] == 4.0 and measured["worst"] == 7.0
-    assert measured["geometric"] == pytest.approx(math.exp(sum(map(math.log, losses.values())) / 7))
-    assert measured["known"] == pytest.approx(2.0) and measured["new"] == pytest.approx(5.5)
-    assert measured["exact"] == 0.5
+    assert measured["weighted"] == pytest.approx((100 + 200 + 600 + 3600) / 1000)
+    assert measured["mean"] == 3.0 and measured["worst"] == 6.0
+    assert measured["known"] == 1.5 and measured["new"] == 4.5
+    assert measured["exact"] == pytest.approx((1 / 4 + 3 / 4) / 2)  # of the tasks with short answers
 
 
-def test_differences_are_paired_by_seed_and_an_arm_without_a_reference_stands_beside_each():
-    measured = {}
-    for run in runs(SMALL, "varied_clean"):
-        lower = {"tive": 0.5, "all_epochs": 2.0}.get(run.arm, 0.0)
-        measured[run] = {"mean": 5.0 + 10 * run.seed - lower}
-    cell = tables.paired(measured, "tive", "random", 0)
-    assert cell.mean == pytest.approx(-0.5) and cell.error == pytest.approx(0.0, abs=1e-9)
-    assert Run("random", plan.P, 0, None) in measured and Run("tive", plan.P, 0, 0) in measured
-    both = {f"{mixture}_clean": measured for mixture in plan.MIXTURES}
-    assert {answer.hypothesis: answer.word for answer in tables.answers(both)}["tive_q_half below tive"] != "yes"
+def measured_of(seeds, **means):
+    return {Run(arm, seed): {"mean": mean + 10 * seed} for arm, mean in means.items() for seed in range(seeds)}
+
+
+def test_differences_are_paired_by_seed_and_too_few_give_no_answer():
+    arms = {"random": 5.0, "equal": 5.0, "tive": 4.9, "tive_from_sample": 4.9, "difficulty_equal": 4.5}
+    measured = measured_of(4, **arms)
+    assert tables.paired(measured, "tive", "random") == pytest.approx([-0.1] * 4)
+    words = {said.hypothesis: said.word for said in tables.answers(measured | {Run("all", 0): {"mean": 3.0}})}
+    assert words == {
+        "difficulty_equal below random": "yes",
+        "difficulty_equal below equal": "yes",
+        "difficulty_equal below tive": "yes",
+        "tive_from_sample equal to tive": "yes",
+    }
+    assert {said.word for said in tables.answers(measured_of(2, **arms))} == {"not run"}
+    assert tables.answers(measured)[-1].word == "not run"  # without all records there is no gap to measure by
 
 
 def test_the_difference_of_equal_runs_is_no_difference():
@@ -153,45 +161,35 @@ def test_of_a_single_pair_no_error_is_known():
     assert cell.mean == 0.5 and math.isnan(cell.error) and cell.freedom == 0
 
 
-def tables_of_page(page: str) -> dict[str, list[list[str]]]:
-    """The tables below each mixture's name, the header's cells first."""
-    parts = re.split(r"^\*\*(\w+, \w+)\*\*$", page, flags=re.M)
-    cells = {
+def tables_of(text: str) -> dict[str, list[list[str]]]:
+    """The tables below each mixture's name, a row a list of cells."""
+    parts = re.split(r"^\*\*(\w+(?:, \w+)?)\*\*$", text, flags=re.M)
+    rows = {
         name: re.findall(r"^\| (.*) \|$", body, flags=re.M) for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
-    return {name: [line.split(" | ") for line in lines] for name, lines in cells.items()}
+    return {name: [line.split(" | ") for line in lines] for name, lines in rows.items()}
+
+
+def made_of(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables", str(RESULTS / name)])
+    tables.main()
+    return capsys.readouterr().out
 
 
 def test_the_first_experiments_tables_are_made_again_from_its_data(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tables", str(ROOT / "docs" / "results" / "first_experiment.csv")])
-    tables.main()
-    made = tables_of_page(capsys.readouterr().out)
-    page = tables_of_page((ROOT / "docs" / "experiment.md").read_text())
+    made = tables_of(made_of("first_experiment.csv", capsys, monkeypatch))
+    page = tables_of((ROOT / "docs" / "experiment.md").read_text())
     assert made.keys() == page.keys() and len(made) == 4
-    for variant, (header, _, *rows) in made.items():
-        assert header[:1] + header[1:8] in page[variant]
-        for arm, *cells in rows:
-            assert [arm, *cells[:7]] in page[variant]
-            if arm != "base":
-                shown = next(row for row in page[variant] if row[0] == arm and len(row) == 10)
-                wanted = [float(shown[column]) for column in (2, 3, 4, 6)]  # mean, known, new, weighted
-                assert [float(cell) for cell in cells[7:]] == pytest.approx(wanted, abs=1.1e-3)
-
-
-@pytest.mark.parametrize("script", ["finetune.sh", "finetune_lora.sh"])
-def test_the_experiment_trains_with_what_the_scripts_start(script, tmp_path):
-    settings = {"GPUS": "none", "OUTPUT_DIR": tmp_path / "a b", "EPOCHS": 7}
-    module, *arguments = trainer_arguments(script, ("--seed", 3), settings)
-    assert importlib.util.find_spec(module) is not None and module.startswith("tive.training")
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    assert given["--output_dir"] == str(tmp_path / "a b") and given["--num_train_epochs"] == "7"
-    assert given["--seed"] == "3" and given["--use_cpu"] == "True"
-    assert ("--lora_enable" in given) == (script == "finetune_lora.sh")
-
-
-def test_a_half_has_half_of_every_tasks_records():
-    tasks = [task for task, count in SMALL.records.items() for _ in range(count)]
-    rows = half_of(SMALL, tasks, 3)
-    drawn = [tasks[row] for row in rows]
-    assert {task: drawn.count(task) for task in SMALL.records} == {t: n // 2 for t, n in SMALL.records.items()}
-    assert rows == half_of(SMALL, tasks, 3) != half_of(SMALL, tasks, 4) and len(set(rows)) == len(rows)
+    for variant, rows in made.items():
+        by_arm = {row[0]: row for row in page[variant] if len(row) == 10}
+        compared = 0
+        for row in rows:
+            if len(row) == 8:  # losses by task
+                assert row in page[variant]
+            elif row[0] in by_arm and row[0] not in ("arm", "---"):
+                shown, header = by_arm[row[0]], by_arm["arm"]
+                for key in ("mean", "known", "new", "weighted"):
+                    value = float(row[rows[0].index(key)])
+                    assert value == pytest.approx(float(shown[header.index(key)]), abs=1.1e-3)
+                    compared += 1
+        assert compared == 4 * len(by_arm.keys() - {"arm", "---"}) > 0
