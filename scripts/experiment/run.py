@@ -24,13 +24,14 @@ from scripts.experiment.mixture import make_mixture
 from scripts.experiment.plan import ARMS, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
 from scripts.experiment.results import BASE, read_csv, read_losses, write_csv
 from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers, train, with_lora, write_base
+from tive.features.store import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
 from tive.selection.reading import find_summary, read_selection
 from tive.selection.summary import SUMMARY_END
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
-from tive.util.files import read_json, take_lock
+from tive.util.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "docs" / "results" / "smollm2_experiment.csv"
@@ -203,13 +204,8 @@ def experiment(folder: Path, plan: Plan, csv: Path) -> None:
     trainer = trainer_of(folder, plan)
     if csv.exists():
         refuse_other_base(csv, trainer.row_for_each_task(BASE))
-    (folder / "locks").mkdir(exist_ok=True)
     for run in (BASE, *runs(plan)):
-        with open(folder / "locks" / run.name, "w") as lock:
-            try:
-                take_lock(lock)
-            except BlockingIOError:
-                continue  # another process is at it
+        with contextlib.suppress(Held), hold(folder / "locks" / run.name, "at this run"):
             if run in read_losses(csv).get(VARIANT, {}):
                 continue
             with timed(run.name):

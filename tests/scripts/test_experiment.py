@@ -184,9 +184,7 @@ def test_the_first_experiments_tables_are_made_again_from_its_data(capsys, monke
         by_arm = {row[0]: row for row in page[variant] if len(row) == 10}
         compared = 0
         for row in rows:
-            if len(row) == 8:  # losses by task
-                assert row in page[variant]
-            elif row[0] in by_arm and row[0] not in ("arm", "---"):
+            if len(row) == 10 and row[0] in by_arm and row[0] not in ("arm", "---"):
                 shown, header = by_arm[row[0]], by_arm["arm"]
                 for key in ("mean", "known", "new", "weighted"):
                     value = float(row[rows[0].index(key)])
