@@ -18,8 +18,15 @@ from tests.helpers.golden_model import Finished
 from tests.helpers.less import CHECKPOINTS, DEEPSPEED, load_less, run_less
 from tive.models import Reference
 from tive.models.common import target_modules
-from tive.models.optimizer_files import MOMENTS_FILE, AdamConstants, Moments, read_optimizer_state
-from tive.models.optimizer_state import find_optimizer_state, moments_of_matrices, read_trainer_state
+from tive.models.optimizer_state import (
+    MOMENTS_FILE,
+    AdamConstants,
+    Moments,
+    find_optimizer_state,
+    moments_of_matrices,
+    read_optimizer_state,
+    read_trainer_state,
+)
 from tive.util.errors import UserError
 
 STEP = 10
@@ -221,7 +228,7 @@ UNREADABLE: dict[str, tuple[Change, str]] = {
     "step": (of_every_state(lambda state: state.update(step=torch.tensor(9.0))), "step 10"),
     "numbers": (changed(lambda content: content["param_groups"][0]["params"].reverse()), "numbers"),
     "no trainer's state": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json"),
-    "trainer's state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "global_step"),
+    "trainer's state": (lambda folder: (folder / "trainer_state.json").write_text("{}"), "global_step"),
     "another moments file": (lambda folder: (folder / MOMENTS_FILE).write_bytes(b"half a file"), MOMENTS_FILE),
 }
 UNFITTING: dict[str, tuple[Change, str]] = {

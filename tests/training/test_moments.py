@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
+from tive.models.optimizer_state import MOMENTS_FILE, read_optimizer_state
 from tive.training.moments import save_moments
 
 

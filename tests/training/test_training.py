@@ -29,8 +29,7 @@ from tests.helpers.training import (
 from tive.models import ModelFiles
 from tive.models import llava as llava_family
 from tive.models.common import target_modules
-from tive.models.optimizer_files import MOMENTS_FILE, read_optimizer_state
-from tive.models.optimizer_state import find_optimizer_state, moments_of_matrices
+from tive.models.optimizer_state import MOMENTS_FILE, find_optimizer_state, moments_of_matrices, read_optimizer_state
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,13 @@ from tive.method.projection import Projector, make_projector
 from tive.method.value import visual_gain
 from tive.models import Collated, Encoded, Family, ModelFiles, RecordLosses, Reference
 from tive.models.common import target_modules
-from tive.models.optimizer_files import StoredState, read_optimizer_state
 from tive.models.optimizer_state import (
+    StoredState,
     TrainerState,
     find_optimizer_state,
     moments_of_matrices,
     optimizer_state_identity,
+    read_optimizer_state,
     read_trainer_state,
 )
 from tive.util.device import leave_a_core

@@ -45,7 +45,7 @@ from tive.models.native_encoding import record_problem as record_problem
 from tive.models.native_losses import collate as collate
 from tive.models.native_losses import proven as proven
 from tive.models.native_losses import record_losses as record_losses
-from tive.models.optimizer_files import MOMENTS_FILE
+from tive.models.optimizer_state import MOMENTS_FILE
 from tive.util.errors import UserError
 
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")

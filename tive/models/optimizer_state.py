@@ -1,156 +1,81 @@
-"""Adam's moments of a checkpoint, for the LoRA matrices whose gradients are taken."""
+"""Adam's moments of a checkpoint, for the LoRA matrices whose gradients are taken.
+
+`MOMENTS_FILE` holds them by name, as this project's trainers write it beside each checkpoint. Of other trainers
+`optimizer.pt` is read, whose numbers count through the trained parameters, FSDP's `optimizer.bin`, and the folder that
+DeepSpeed's own tool makes of a ZeRO checkpoint. Nothing in a file of state runs (`weights_only=True`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
+import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tive.models.adapter import adapter_file, read_tensors
-from tive.models.optimizer_files import MOMENTS_FILE, Moments, StoredState
+from tive.models.adapter import Names, adapter_file, canonical, read_tensors
+from tive.models.checkpoint import loading
 from tive.util.errors import UserError
-from tive.util.files import read_json, sha256_of
+from tive.util.files import read_object, sha256_of, whole_file
 
+MOMENTS_FILE = "adam_moments.safetensors"
+_PARTS = ("exp_avg", "exp_avg_sq", "weight")
 # Where DeepSpeed's tool is told to write, and where its result is looked for.
 _CONVERTED = "universal"
+# What the groups of torch's, transformers', DeepSpeed's, apex's and bitsandbytes' Adam say; other optimizers say more.
+_OPTIONS = {"params", "lr", "initial_lr", "weight_decay", "betas", "eps", "step", "foreach", "capturable"}
+_OPTIONS |= {"differentiable", "fused", "decoupled_weight_decay", "maximize", "t_alpha", "t_beta3"}
+# Each has one of these, which LAMB's and RAdam's lack, and with these values its step is plain Adam's.
+_PLAIN = {"amsgrad": False, "bias_correction": True, "correct_bias": True, "alpha": 0.0}
+_TRAIN_AGAIN = "train with optim adamw_torch"
+# DeepSpeed's classes in a state: nothing here needs them, and these stand-ins do nothing.
+_DEEPSPEED = [
+    (type(name, (), {}), f"deepspeed.runtime.fp16.loss_scaler.{name}") for name in ("LossScaler", "DynamicLossScaler")
+] + [(int, "deepspeed.runtime.zero.config.ZeroStageEnum")]
 # bfloat16 keeps 8 bits, and the adapter is saved in the training's precision: float32 weights are not rounded.
 _RELATIVE, _ABSOLUTE = 2.0**-8, 1e-7
-_DROPPED = {"base_model", "module", "model", "language_model", "text_model", "modules_to_save", "default"}
 
 
-def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
-    """Where the optimizer's state is.
+@dataclass(frozen=True)
+class Moments:
+    """Adam's moments of one parameter, and the weights that they belong to where the state holds them."""
 
-    Args:
-        given: the file, or a folder that holds it; without it the state is looked for beside the model.
+    m: Tensor
+    v: Tensor
+    weight: Tensor | None = None
 
-    Raises:
-        UserError: there is none, or only one that has to be converted first.
+
+@dataclass(frozen=True)
+class AdamConstants:
+    """What Adam's step needs beside the moments: steps taken, decay rates, epsilon."""
+
+    t: int
+    b1: float
+    b2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """An optimizer's state as it is on disk.
+
+    Attributes:
+        by_name: the moments by the trainer's names of the parameters, where the state has names.
+        in_order: else those of the first group, in the trainer's order; None for a parameter never stepped.
     """
-    place = Path(given or model_path)
-    if place.is_file() or (place / "zero").is_dir():
-        return place
-    if not place.is_dir():
-        raise UserError(f"the optimizer's state {place} is not there; name an optimizer.pt or a checkpoint's folder")
-    for name in (MOMENTS_FILE, "optimizer.pt", _CONVERTED, "optimizer.bin"):
-        if (place / name).exists():
-            return place / name
-    parts = sorted(place.glob("*_optim_states.pt")) or sorted(place.glob("global_step*/*_optim_states.pt"))
-    if parts:
-        source, target = (shlex.quote(str(path.resolve())) for path in (parts[-1].parent, place / _CONVERTED))
-        raise UserError(
-            f"{parts[-1].parent} is DeepSpeed's own form of the optimizer's state; convert it in the training's "
-            "environment, then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
-            f"--input_folder {source} --output_folder {target}`"
-        )
-    if any(place.glob("optimizer_*/.metadata")):
-        raise UserError(
-            f"{place} holds the optimizer's state in FSDP's shards, which are not read; train the reference model "
-            "without FSDP, or with fsdp_state_dict_type FULL_STATE_DICT"
-        )
-    raise UserError(
-        f"{place} holds no optimizer's state ({MOMENTS_FILE} or optimizer.pt): an output folder after training and a "
-        "checkpoint with save_only_model have none; take a checkpoint-N folder as the model (save_strategy epoch and "
-        "save_total_limit N keep them), or name the place of its state"
-    )
 
-
-def optimizer_state_identity(path: Path) -> str:
-    """SHA-256 of the file, or over the moments' files of a converted DeepSpeed state."""
-    if path.is_file():
-        return sha256_of(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("zero/*lora_*/exp_avg*.pt")):
-        digest.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def moments_of_matrices(
-    state: StoredState, model: nn.Module, matrices: Mapping[str, nn.Linear], model_path: str
-) -> dict[str, Moments]:
-    """The moments of `matrices` (canonical name -> LoRA matrix `[out, in]` of `model`), on the CPU, as they were kept.
-
-    Raises:
-        UserError: names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
-            below zero), or the state's weights are not the adapter's.
-    """
-    named = state.by_name or _named(state, model, Path(model_path))
-    stored = {plain_name(name): moments for name, moments in named.items()}
-    names = {id(weight): plain_name(name) for name, weight in model.named_parameters()}
-    checked = {}
-    for canonical, matrix in matrices.items():
-        moments, weight = stored.get(names[id(matrix.weight)]), matrix.weight.detach().float().cpu()
-        absent = "there are none: it is of another adapter, or the matrix was never stepped"
-        wrong = _problem_of(moments, weight) if moments else absent
-        if wrong or not moments:
-            raise UserError(
-                f"{state.path}, moments of {canonical}: {wrong}; name the state of the adapter in {model_path}"
-            )
-        checked[canonical] = Moments(moments.m.reshape(weight.shape), moments.v.reshape(weight.shape), moments.weight)
-    return checked
-
-
-def _problem_of(moments: Moments, weight: Tensor) -> str | None:
-    """Why moments cannot be those of a matrix, in a few words. DeepSpeed's tool flattens some."""
-    for part in (moments.m, moments.v, moments.weight):
-        if part is not None and part.shape not in (weight.shape, (weight.numel(),)):
-            return f"they have shape {list(part.shape)}, the matrix {list(weight.shape)}"
-    if not (torch.isfinite(moments.m).all() and torch.isfinite(moments.v).all()):
-        return "they are not finite: the training diverged or the file is damaged"
-    if (moments.v < 0).any():
-        return "second moments are below zero: the file is damaged"
-    if moments.m.any() and torch.equal(moments.m, moments.v):  # as FSDP writes them from a CPU
-        return "both moments are the same numbers: the file was written wrongly"
-    if moments.weight is not None:
-        kept = moments.weight.detach().float().reshape(weight.shape)
-        if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
-            return "the weights beside them are not the adapter's"
-    return None
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the parts that peft, DeepSpeed, and releases of transformers add or leave out."""
-    return ".".join(part for part in name.split(".") if part not in _DROPPED)
-
-
-def _named(state: StoredState, model: nn.Module, model_path: Path) -> dict[str, Moments]:
-    """The first group of an `optimizer.pt` with its parameters' names.
-
-    Trainers put the parameters with weight decay first, in the model's order; the adapter's matrices are among them.
-    LLaVA's projector is trained beside them, or in groups of its own that follow.
-    """
-    files = [adapter_file(model_path), model_path / "non_lora_trainables.bin"]
-    trained = {plain_name(name) for file in files if file and file.is_file() for name in read_tensors(file)}
-    decayed = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if plain_name(name) in trained and "bias" not in name and "norm" not in name
-    ]
-    for order in (decayed, [(name, parameter) for name, parameter in decayed if "mm_projector" not in name]):
-        if len(order) == len(state.in_order):
-            break
-    else:
-        raise UserError(
-            f"{state.path} begins with a group of {len(state.in_order)} parameters, and {len(decayed)} are trained "
-            f"with weight decay in {model_path}; name the state of this adapter, or train with this project's scripts, "
-            f"which keep the moments by name ({MOMENTS_FILE})"
-        )
-    named = {}
-    for (name, parameter), moments in zip(order, state.in_order, strict=True):
-        if moments is not None and moments.m.shape != parameter.shape:
-            raise UserError(
-                f"{state.path}: where {name} should be, the moments have shape {list(moments.m.shape)}, not "
-                f"{list(parameter.shape)}; name the state of this adapter"
-            )
-        if moments is not None:
-            named[name] = moments
-    return named
+    path: Path
+    constants: AdamConstants
+    by_name: dict[str, Moments]
+    in_order: list[Moments | None]
 
 
 @dataclass(frozen=True)
@@ -177,16 +102,270 @@ def read_trainer_state(model_path: str) -> TrainerState | None:
     path = Path(model_path) / "trainer_state.json"
     if not path.is_file():
         return None
-    content = read_json(path)
-    step = content.get("global_step") if isinstance(content, dict) else None
-    history = content.get("log_history", []) if isinstance(content, dict) else None
+    content = read_object(path)
+    step, history = content.get("global_step"), content.get("log_history", [])
     if type(step) is not int or step < 0 or not isinstance(history, list):
         raise UserError(f"{path} holds no step (global_step) or no log (log_history); copy the checkpoint again")
-    rates = []
-    for entry in history:
-        rate = entry.get("learning_rate") if isinstance(entry, dict) else None
-        if rate is not None and entry.get("step", 0) <= step:
-            if not isinstance(rate, (int, float)) or not (rate >= 0 and math.isfinite(rate)):
-                raise UserError(f"{path} holds the learning rate {rate!r}, which is none; copy the checkpoint again")
-            rates.append(float(rate))
+    with loading(path):
+        logged = [entry["learning_rate"] for entry in history if entry.get("step", 0) <= step and "learning_rate" in entry]
+        rates = [float(rate) for rate in logged if rate is not None]
+        if not all(rate >= 0 and math.isfinite(rate) for rate in rates):
+            raise ValueError("a learning rate in log_history is below zero or not finite")
     return TrainerState(step, len(rates), math.fsum(rates))
+
+
+# Files
+
+
+def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
+    """Where the optimizer's state is: the file or folder that was given, else beside the model.
+
+    Raises:
+        UserError: there is none, or only one that has to be converted first.
+    """
+    place = Path(given or model_path)
+    if place.is_file() or (place / "zero").is_dir():
+        return place
+    if not place.is_dir():
+        raise UserError(f"the optimizer's state {place} is not there; name an optimizer.pt or a checkpoint's folder")
+    for name in (MOMENTS_FILE, "optimizer.pt", _CONVERTED, "optimizer.bin"):
+        if (place / name).exists():
+            return place / name
+    parts = sorted(place.glob("*_optim_states.pt")) or sorted(place.glob("global_step*/*_optim_states.pt"))
+    if parts:
+        source, target = (shlex.quote(str(path.resolve())) for path in (parts[-1].parent, place / _CONVERTED))
+        raise UserError(
+            f"{source} is DeepSpeed's own form of the optimizer's state; convert it in the training's environment, "
+            "then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
+            f"--input_folder {source} --output_folder {target}`"
+        )
+    if any(place.glob("optimizer_*/.metadata")):
+        raise UserError(
+            f"{place} holds the optimizer's state in FSDP's shards, which are not read; train the reference model "
+            "without FSDP, or with fsdp_state_dict_type FULL_STATE_DICT"
+        )
+    raise UserError(
+        f"{place} holds no optimizer's state ({MOMENTS_FILE} or optimizer.pt): an output folder after training and a "
+        "checkpoint with save_only_model have none; take a checkpoint-N folder as the model (save_strategy epoch and "
+        "save_total_limit N keep them), or name the place of its state"
+    )
+
+
+def optimizer_state_identity(path: Path) -> str:
+    """SHA-256 of the file, or over the moments' files of a converted DeepSpeed state."""
+    if path.is_file():
+        return sha256_of(path)
+    parts = [f"{file.relative_to(path)} {sha256_of(file)}\n" for file in sorted(path.glob("zero/*lora_*/exp_avg*.pt"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def read_optimizer_state(path: Path, step: int) -> StoredState:
+    """The state at a path that `find_optimizer_state` gave, checked as far as it can be without the model.
+
+    Raises:
+        UserError: it is not Adam's, is damaged, or belongs to another step than the checkpoint.
+    """
+    with loading(path):
+        if path.is_dir():
+            return _read_converted(path)
+        if path.suffix == ".safetensors":
+            return _read_moments(path)
+        state = _read_optimizer_file(path)
+    if state.constants.t != step:  # a form that holds no weights has nothing else that tells whose it is
+        raise UserError(
+            f"{path} is the state after step {state.constants.t}, the checkpoint is of step {step}; name the state of "
+            "this checkpoint"
+        )
+    return state
+
+
+def write_moments(path: Path, moments: Mapping[str, Moments], constants: AdamConstants) -> None:
+    """Write moments by their parameters' names, with the weights that they belong to."""
+    from safetensors.torch import save
+
+    tensors = {
+        f"{name}.{part}": tensor.detach().cpu().contiguous()
+        for name, of in moments.items()
+        for part, tensor in zip(_PARTS, (of.m, of.v, of.weight), strict=True)
+        if tensor is not None
+    }
+    with whole_file(path) as file:
+        file.write(save(tensors, {"adam": json.dumps(vars(constants))}))
+
+
+def _read_moments(path: Path) -> StoredState:
+    from safetensors import safe_open
+
+    tensors = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        constants = AdamConstants(**json.loads(file.metadata()["adam"]))
+    names = [name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")]
+    by_name = {name: Moments(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
+    return StoredState(path, constants, by_name, [])
+
+
+def _read_optimizer_file(path: Path) -> StoredState:
+    """`optimizer.pt` (by number), or FSDP's `optimizer.bin` (by name)."""
+    content = _torch_file(path)
+    if not isinstance(content, dict) or not {"state", "param_groups"} <= content.keys():
+        raise UserError(f"{path} is not an optimizer's state (state and param_groups); name a trainer's optimizer.pt")
+    state = content["state"]
+    groups = [group for group in content["param_groups"] if group.get("params")]
+    keys = [key for group in groups for key in group["params"]]
+    by_name = any(isinstance(key, str) for key in keys)
+    if not state or not set(state) <= set(keys) or not (by_name or keys == list(range(len(keys)))):
+        raise UserError(f"{path}: the parameters' numbers do not count through the groups; copy the checkpoint again")
+    steps = (state[key].get("step", group.get("step")) for group in groups for key in group["params"] if key in state)
+    constants = adam_constants(str(path), groups, steps)
+    moments = {key: moments_of(str(path), of) for key, of in state.items()}
+    if by_name:
+        return StoredState(path, constants, moments, [])
+    return StoredState(path, constants, {}, [moments.get(key) for key in groups[0]["params"]])
+
+
+def _read_converted(path: Path) -> StoredState:
+    """A folder that DeepSpeed's `ds_to_universal` wrote: each parameter's moments and float32 weights in its folder."""
+    content = _torch_file(path / "zero" / "optimizer_state.pt", _DEEPSPEED)
+    by_name, steps = {}, []
+    for folder in sorted(path.glob("zero/*lora_*")):
+        parts = [_torch_file(folder / f"{name}.pt") for name in ("exp_avg", "exp_avg_sq", "fp32")]
+        by_name[folder.name] = Moments(*(part["param"] if isinstance(part, dict) else part for part in parts))
+        if (folder / "step.pt").is_file():
+            steps.append(_torch_file(folder / "step.pt"))
+    groups = content["param_groups"]
+    inner = content.get("optimizer_state_dict", {}).get("state", {})
+    steps = steps or [of["step"] for of in inner.values() if "step" in of] or [group.get("step") for group in groups]
+    return StoredState(path, adam_constants(str(path), groups, steps), by_name, [])
+
+
+def _torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """A torch file, memory-mapped; `allowed` is made of what it names beside plain values (`safe_globals`)."""
+    # LLaVA's own environment has torch 2.0, which reads a file into memory and lets nothing be allowed.
+    mapped = {"mmap": True} if "mmap" in inspect.signature(torch.load).parameters else {}
+    with loading(path), torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext():
+        return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
+
+
+# What an optimizer holds
+
+
+def moments_of(source: str, state: Mapping[str, Any], weight: Tensor | None = None) -> Moments:
+    """One parameter's moments from its state in the optimizer, under torch's names or bitsandbytes'.
+
+    Raises:
+        UserError: it has other keys than Adam's, or moments of 8 bits.
+    """
+    keys = set(state) - {"step"}
+    if keys == {"exp_avg", "exp_avg_sq"}:
+        return Moments(state["exp_avg"], state["exp_avg_sq"], weight)
+    if keys == {"state1", "state2"} and state["state1"].is_floating_point():
+        return Moments(state["state1"], state["state2"], weight)
+    kind = "an 8-bit optimizer" if "state1" in keys else "another optimizer than Adam"
+    raise UserError(f"{source} is the state of {kind} ({', '.join(sorted(keys))}); {_TRAIN_AGAIN}")
+
+
+def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[Any]) -> AdamConstants:
+    """What all groups of an optimizer share; groups and steps as torch's optimizers keep them.
+
+    Raises:
+        UserError: the optimizer is not plain Adam, or the groups disagree.
+    """
+    for group in groups:
+        keys = set(group)
+        if not {"betas", "eps"} <= keys or not keys & set(_PLAIN) or keys - _OPTIONS - set(_PLAIN):
+            raise UserError(f"{source} is not Adam's state (its groups have {', '.join(sorted(keys))}); {_TRAIN_AGAIN}")
+        for option, value in (_PLAIN | {"maximize": False}).items():
+            if group.get(option, value) != value:
+                raise UserError(
+                    f"{source} is of Adam with {option} {group[option]}, whose step is another one; {_TRAIN_AGAIN}"
+                )
+    try:
+        ((b1, b2, eps),) = {tuple(map(float, (*group["betas"], group["eps"]))) for group in groups}
+        (t,) = {float(step) for step in steps}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: the parameters do not share betas, eps and step, so it is not one step of Adam; {_TRAIN_AGAIN}"
+        ) from error
+    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps >= 0 and t >= 1):
+        raise UserError(f"{source}: betas {b1}, {b2}, eps {eps}, step {t} are not Adam's; {_TRAIN_AGAIN}")
+    return AdamConstants(int(t), b1, b2, eps)
+
+
+# Moments to matrices
+
+
+def moments_of_matrices(
+    state: StoredState, model: nn.Module, matrices: Mapping[str, nn.Linear], model_path: str
+) -> dict[str, Moments]:
+    """The moments of `matrices` (canonical name -> LoRA matrix `[out, in]` of `model`), on the CPU, as they were kept.
+
+    Raises:
+        UserError: names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
+            below zero), or the state's weights are not the adapter's.
+    """
+    stored = state.by_name or _named(state, model, Path(model_path))
+    places, names = Names(stored), {id(weight): name for name, weight in model.named_parameters()}
+    checked = {}
+    for matrix_name, matrix in matrices.items():
+        weight, kept = matrix.weight.detach().float().cpu(), places.of(names[id(matrix.weight)])
+        wrong = "there are none: it is of another adapter, or the matrix was never stepped"
+        if len(kept) == 1:
+            moments = stored[kept[0]]
+            wrong = _problem_of(moments, weight)
+        if wrong:
+            raise UserError(
+                f"{state.path}, moments of {matrix_name}: {wrong}; name the state of the adapter in {model_path}"
+            )
+        checked[matrix_name] = Moments(moments.m.reshape(weight.shape), moments.v.reshape(weight.shape), moments.weight)
+    return checked
+
+
+def _problem_of(moments: Moments, weight: Tensor) -> str:
+    """Why moments cannot be those of a matrix, in a few words, or nothing. DeepSpeed's tool flattens some."""
+    for part in (moments.m, moments.v, moments.weight):
+        if part is not None and part.shape not in (weight.shape, (weight.numel(),)):
+            return f"they have shape {list(part.shape)}, the matrix {list(weight.shape)}"
+    if not (torch.isfinite(moments.m).all() and torch.isfinite(moments.v).all()):
+        return "they are not finite: the training diverged or the file is damaged"
+    if (moments.v < 0).any():
+        return "second moments are below zero: the file is damaged"
+    if moments.m.any() and torch.equal(moments.m, moments.v):  # as FSDP writes them from a CPU
+        return "both moments are the same numbers: the file was written wrongly"
+    if moments.weight is not None:
+        kept = moments.weight.detach().float().reshape(weight.shape)
+        if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
+            return "the weights beside them are not the adapter's"
+    return ""
+
+
+def _named(state: StoredState, model: nn.Module, model_path: Path) -> dict[str, Moments]:
+    """The first group of an `optimizer.pt` with its parameters' names.
+
+    Trainers put the parameters with weight decay first, in the model's order; the adapter's matrices are among them.
+    LLaVA's projector is trained beside them, or in groups of its own that follow.
+    """
+    files = [adapter_file(model_path), model_path / "non_lora_trainables.bin"]
+    trained = {canonical(name) for file in files if file.is_file() for name in read_tensors(file)}
+    decayed = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if canonical(name) in trained and "bias" not in name and "norm" not in name
+    ]
+    apart = [(name, parameter) for name, parameter in decayed if "mm_projector" not in name]
+    order = decayed if len(decayed) == len(state.in_order) else apart
+    if len(order) != len(state.in_order):
+        raise UserError(
+            f"{state.path} begins with a group of {len(state.in_order)} parameters, and {len(decayed)} are trained "
+            f"with weight decay in {model_path}; name the state of this adapter, or train with this project's scripts, "
+            f"which keep the moments by name ({MOMENTS_FILE})"
+        )
+    named = {}
+    for (name, parameter), moments in zip(order, state.in_order, strict=True):
+        if moments is not None and moments.m.shape != parameter.shape:
+            raise UserError(
+                f"{state.path}: where {name} should be, the moments have shape {list(moments.m.shape)}, not "
+                f"{list(parameter.shape)}; name the state of this adapter"
+            )
+        if moments is not None:
+            named[name] = moments
+    return named

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tive.models.optimizer_files import (
+from tive.models.optimizer_state import (
     MOMENTS_FILE,
     AdamConstants,
     Moments,
