@@ -11,7 +11,7 @@ import torch
 
 from scripts import evaluate
 from tive.evaluation.results import Evaluation, read_stored
-from tive.models import ModelFiles, Reference, family_of, native, native_losses
+from tive.models import ModelFiles, Reference, family_of, native
 from tive.util.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "native"
@@ -41,7 +41,7 @@ def test_the_first_token_of_an_answer_is_the_most_probable_after_all_that_comes_
     tokenizer = reference.processor.library.tokenizer
     asked = 0
     for _, encoded in encoded_records(model, reference):
-        inputs = native_losses.collate(reference, [encoded]).inputs
+        inputs = native.collate(reference, [encoded]).inputs
         with torch.no_grad():
             best = reference.model(**inputs, use_cache=False).logits[0].argmax(dim=-1)
         answers = native.answers(reference.processor, encoded)

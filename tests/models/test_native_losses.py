@@ -22,21 +22,21 @@ from tests.helpers.golden_native import (
     records_of,
 )
 from tests.helpers.native_gradients import gradients_of, plain_loop
-from tive.models import Reference, native, native_losses
+from tive.models import Reference, native
 from tive.models.checkpoint import load_pretrained
 from tive.util.errors import UserError
 
 
 def test_a_model_whose_batch_differs_from_its_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that loses its padding's mask, or a key of the processor, is such a model."""
-    collate = native_losses.collate
+    collate = native.collate
 
     def leaking(reference: Reference, records: Any) -> Any:
         batch = collate(reference, records)
         batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(len(records) - 1, dims=0)
         return batch
 
-    monkeypatch.setattr(native_losses, "collate", leaking)
+    monkeypatch.setattr(native, "collate", leaking)
     with pytest.raises(UserError, match="a batch gives other losses than its records alone"):
         native.load(files_of("internvl"), CPU, torch.float32)
 
@@ -58,12 +58,12 @@ def test_what_a_model_does_to_its_logits_is_done(change: str, known: bool, monke
     if change == "cap":
         text = reference.model.config.get_text_config()
         monkeypatch.setattr(text, "final_logit_softcapping", cap, raising=False)
-    proven = native_losses.proven(reference)
+    proven = native.proven(reference)
     assert (proven.head is not None) is known
     with torch.no_grad():
         ours = native.record_losses(proven, records).losses
         for loss, record in zip(ours, records, strict=True):
-            logits = reference.model(**native_losses.collate(reference, [record]).inputs, use_cache=False).logits[0]
+            logits = reference.model(**native.collate(reference, [record]).inputs, use_cache=False).logits[0]
             targets = torch.from_numpy(record.inputs.labels)[1:]
             torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[:-1], targets))
 
@@ -72,11 +72,9 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = native.load(files_of("internvl"), CPU, torch.float32)
-    made_up, encode_turns, collate = [], native_losses.encode_turns, native_losses.collate
-    monkeypatch.setattr(
-        native_losses, "encode_turns", lambda *given: made_up.append(encode_turns(*given)) or made_up[-1]
-    )
-    native_losses.proven(reference)
+    made_up, encode_turns, collate = [], native.encode_turns, native.collate
+    monkeypatch.setattr(native, "encode_turns", lambda *given: made_up.append(encode_turns(*given)) or made_up[-1])
+    native.proven(reference)
     optimizer = torch.optim.Adam(reference.model.requires_grad_(True).parameters(), lr=3e-3)
     for _ in range(100):
         optimizer.zero_grad()
@@ -87,16 +85,16 @@ def test_the_small_losses_of_a_good_model_in_bfloat16_are_held_to_an_absolute_bo
         optimizer.step()
     assert losses.max() < 0.2
     reference = replace(reference, model=reference.model.requires_grad_(False).to(torch.bfloat16), dtype=torch.bfloat16)
-    native_losses.proven(reference)
+    native.proven(reference)
 
     def leaking(reference: Reference, records: Any) -> Any:
         batch = collate(reference, records)
         batch.inputs["input_ids"] = batch.inputs["input_ids"].roll(len(records) - 1, dims=0)
         return batch
 
-    monkeypatch.setattr(native_losses, "collate", leaking)
+    monkeypatch.setattr(native, "collate", leaking)
     with pytest.raises(UserError, match="than its records alone"):
-        native_losses.proven(reference)
+        native.proven(reference)
 
 
 # 4 bits, and where weights go.

@@ -97,9 +97,8 @@ def token_spans(
 def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[Span]:
     """Where spans of tokens stand once each image's placeholder has become the image's tokens.
 
-    Each span is searched behind the one before it, with as many of the tokens in front of it as are found there: all
-    of them, back to the last image. That includes the template's opening of an answer, so no other text is taken for
-    it.
+    Each span is searched behind the one before it, with as many of the tokens in front of it as are there: all of them,
+    back to the last image. That includes the template's opening of an answer, so no other text is taken for it.
 
     Args:
         ids: int64 `[t]`, with placeholders.
@@ -113,20 +112,14 @@ def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[
     for start, stop in spans:
         if start == stop:
             continue
-        low, high = behind, start  # the first token of the longest text that is found; any shorter one is found too
-        if _find(expanded, ids[low:stop], behind_expanded) < 0:
-            while low < high:
-                middle = (low + high) // 2
-                if _find(expanded, ids[middle:stop], behind_expanded) < 0:
-                    low = middle + 1
-                else:
-                    high = middle
-        position = _find(expanded, ids[low:stop], behind_expanded)
-        if position < 0 or (low == start and start > behind):
+        lows = range(behind, start) if start > behind else range(start, start + 1)
+        places = ((low, _find(expanded, ids[low:stop], behind_expanded)) for low in lows)
+        low, position = next((place for place in places if place[1] >= 0), (start, -1))
+        if position < 0:
             raise LeftOut("the processor changes the text around its images")
         position += start - low
-        aligned.append((position, position + stop - start))
         behind, behind_expanded = stop, position + stop - start
+        aligned.append((position, behind_expanded))
     tail = ids[behind:]
     if len(tail) and np.array_equal(expanded[-len(tail) :], tail) and len(expanded) - len(tail) != behind_expanded:
         raise LeftOut("the processor changes the text around its images")

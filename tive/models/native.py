@@ -11,15 +11,19 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
+from tive.data.media import IMAGE_TAG
 from tive.data.training_record import RECORD_FILE, read_record, versions_of
-from tive.models import Encoded, ModelFiles, Reference
+from tive.models import Collated, Encoded, ModelFiles, RecordLosses, Reference, native_encoding
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.checkpoint import (
     load_pretrained,
@@ -33,22 +37,20 @@ from tive.models.common import (
     base_of,
     decoder_layers,
     fingerprint,
+    first_line,
     freeze,
     greedy,
     refuse_options,
     until_end,
 )
-from tive.models.native_encoding import NativeProcessor, load_processor, processor_folder
-from tive.models.native_encoding import answers as answers
-from tive.models.native_encoding import encode as encode
-from tive.models.native_encoding import record_problem as record_problem
-from tive.models.native_losses import collate as collate
-from tive.models.native_losses import proven as proven
-from tive.models.native_losses import record_losses as record_losses
+from tive.models.losses import losses_at_supervised, losses_of_logits, supervised_tokens, unpacked
+from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.util.errors import UserError
 
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
+encode, answers, record_problem = native_encoding.encode, native_encoding.answers, native_encoding.record_problem
+
 OLDEST = (4, 57)
 _PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # Files beside an adapter that hold no weights of its training, or hold the frozen base once more (FSDP).
@@ -56,6 +58,8 @@ _NO_TRAINED_WEIGHTS = re.compile(
     r"adapter_model\.(safetensors|bin)|(training_args|optimizer|scheduler)(_\d+)?\.bin|pytorch_model_fsdp(_\d+)?\.bin"
     rf"|{re.escape(MOMENTS_FILE)}"
 )
+# Largest difference between a loss in a batch and alone: absolute, for the small losses of a good model, and relative.
+_BATCH_TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (5e-3, 2e-2), torch.bfloat16: (2e-2, 5e-2)}
 
 
 def check_files(files: ModelFiles) -> None:
@@ -85,8 +89,6 @@ def check_files(files: ModelFiles) -> None:
         refuse_other(folder, "base model", record.base, base)
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise UserError(f"{base}/config.json: {model_type!r} is no vision-language model of transformers")
-    if files.chat_template is not None and not Path(files.chat_template).is_file():
-        raise UserError(f"the chat template {files.chat_template} is not a file")
     load_processor(files)
 
 
@@ -132,7 +134,7 @@ def identity(files: ModelFiles) -> str:
 def load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """Load base and adapter, and prove that each tensor found its place and that batches do not mix records.
+    """Load base and adapter, and prove that each tensor has its place and that batches do not mix records.
 
     Raises:
         UserError: a part is missing or does not fit, or a batch gives other losses than its records alone.
@@ -156,7 +158,7 @@ def load(
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
     layers, processor = decoder_layers(model), replace(load_processor(files), dtype=dtype)
     if files.model_base is not None:
-        _print_training(files, processor)
+        _print_training(files, processor.library.chat_template)
         attach_adapter(model, Path(files.model_path), layers, dtype)
     if not files.load_in_4bit:  # those are there already
         model.to(device)  # not to(dtype): that would round the rotary frequencies
@@ -164,14 +166,14 @@ def load(
     return proven(Reference(model, layers, None, processor, device, dtype))
 
 
-def _print_training(files: ModelFiles, processor: NativeProcessor) -> None:
+def _print_training(files: ModelFiles, chat_template: str) -> None:
     """Print where the training, as far as it is recorded, did otherwise than what is computed now."""
     folder = Path(files.model_path)
     record = read_record(folder)
     if record is None:
         print_named_base(folder, base_of(files), files.load_in_4bit)
         return
-    if record.template != hashlib.sha256(processor.library.chat_template.encode()).hexdigest():
+    if record.template != hashlib.sha256(chat_template.encode()).hexdigest():
         print(f"{folder} was trained with another chat template than the one that is used now ({RECORD_FILE})")
     if record.settings.get("assistant_only_loss") is False:
         print(f"{folder} was trained on questions and answers alike ({RECORD_FILE}); here answers alone count")
@@ -184,6 +186,127 @@ def _turn_off_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
         elif hasattr(value, "to_dict"):
             _turn_off_dropout(value)
+
+
+@torch.no_grad()
+def proven(reference: Reference) -> Reference:
+    """The reference model with the head that gives its losses, and batches of made-up records that give theirs alone.
+
+    Raises:
+        UserError: they differ, or such records cannot be computed.
+    """
+    what = f"{type(reference.model).__name__} with {type(reference.processor.library).__name__}"
+    processor = replace(reference.processor, max_length=None, max_pixels=None)
+    numbers = np.random.default_rng(0)
+
+    def made_up(question: str, answer: str, *sizes: tuple[int, int]) -> Encoded:
+        images = [Image.fromarray(numbers.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+        turns = [{"from": "human", "value": IMAGE_TAG * len(sizes) + question}, {"from": "gpt", "value": answer}]
+        return encode_turns(processor, None, turns, images)
+
+    try:
+        seen = [made_up("What is it?", "Noise.", (64, 96)), made_up("Is this any better?", "No, also noise.", (90, 56))]
+        text = [made_up("Hello.", "Hello!"), made_up("Count to five, please.", "One, two, three, four, five.")]
+        reference = replace(reference, head=_head_of(reference, text))
+        absolute, relative = _BATCH_TOLERANCE[reference.dtype]
+        for records in (seen, text):
+            together = record_losses(reference, records).losses
+            alone = torch.cat([record_losses(reference, [record]).losses for record in records])
+            difference = (together - alone).abs()
+            if not (difference <= absolute + relative * alone.abs()).all():
+                raise UserError(
+                    f"{what}: a batch gives other losses than its records alone (by {float(difference.max()):.1g})"
+                )
+        return reference
+    except UserError:
+        raise
+    except Exception as error:  # processors and models raise many kinds
+        raise UserError(f"{what} is not supported: a made-up record cannot be computed: {first_line(error)}") from error
+
+
+def _head_of(reference: Reference, records: Sequence[Encoded]) -> Callable[[Tensor], Tensor] | None:
+    """The map from last hidden states to logits: the output embeddings, or these and a cap, if the model does no more.
+
+    Tried on states that give logits of 100, so that a cap or a factor shows.
+    """
+    output: Any = reference.model.get_output_embeddings()
+    states: list[Tensor] = []
+    cap: Any = getattr(reference.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def capped(hidden: Tensor) -> Tensor:
+        return torch.tanh(output(hidden) / cap) * cap
+
+    def enlarge(hidden: Tensor) -> Tensor:
+        if states:  # called for the line below
+            return hidden
+        states.append(hidden.flatten(0, 1))
+        states[0] = states[0] * (100 / output(states[0]).abs().max())
+        return states[0]
+
+    logits = _logits(reference, collate(reference, records), enlarge)
+    for head in (output, *([capped] if cap else [])):
+        if float((head(states[0]) - logits).abs().max()) <= 0.01 * float(logits.abs().max()):
+            return head
+    return None
+
+
+def _logits(reference: Reference, batch: Collated, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The whole model's logits, from what `change` makes of the states `[B, T, H]` before the output embeddings."""
+
+    def changed(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (change(arguments[0]), *arguments[1:])
+
+    hook = reference.model.get_output_embeddings().register_forward_pre_hook(changed)
+    try:
+        logits: Tensor = reference.model(**batch.to(reference.device).inputs, use_cache=False).logits
+        return logits
+    finally:
+        hook.remove()
+
+
+def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
+    """Mean cross-entropy of each record over its supervised tokens, logits at those positions alone.
+
+    Where it is not known what the model does to its logits, it makes all that are needed, at once.
+    """
+    batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
+    states: list[Tensor] = []
+
+    def at_supervised(hidden: Tensor) -> Tensor:
+        states.append(hidden)
+        flat = hidden.flatten(0, 1)
+        return flat[:1] if reference.head is not None else flat.index_select(0, batch.supervised.positions)
+
+    logits = _logits(reference, batch, at_supervised)
+    if reference.head is None:
+        return losses_of_logits(logits, batch.supervised, el2n)
+    return losses_at_supervised(states[0], reference.head, batch.supervised, el2n)
+
+
+def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
+    """The model's inputs by the processor's names, padded on the right.
+
+    What has the shape of the ids is padded; anything else (images, their sizes) is padded with zeros in its trailing
+    axes and concatenated. No key of the processor is dropped.
+    """
+    width = max(record.length for record in records)
+    by_name: dict[str, list[np.ndarray]] = {}
+    for record in records:
+        for name, array in record.inputs.arrays.items():
+            per_token = array.shape == (1, record.length)
+            by_name.setdefault(name, []).append(_padded(array, (width,)) if per_token else array)
+    inputs = {}
+    for name, arrays in by_name.items():
+        shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
+        joined = np.concatenate([_padded(array, shape) for array in arrays])
+        inputs[name] = unpacked(joined, reference.dtype)
+    return Collated(inputs, supervised_tokens([record.inputs.labels for record in records], width))
+
+
+def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array with zeros behind its entries, up to `shape` in all axes but the first."""
+    missing = [(0, size - have) for size, have in zip(shape, array.shape[1:], strict=True)]
+    return np.pad(array, [(0, 0), *missing]) if any(behind for _, behind in missing) else array
 
 
 @torch.no_grad()
