@@ -107,9 +107,7 @@ def read_trainer_state(model_path: str) -> TrainerState | None:
     if type(step) is not int or step < 0 or not isinstance(history, list):
         raise UserError(f"{path} holds no step (global_step) or no log (log_history); copy the checkpoint again")
     with loading(path):
-        logged = [
-            entry["learning_rate"] for entry in history if entry.get("step", 0) <= step and "learning_rate" in entry
-        ]
+        logged = [entry.get("learning_rate") for entry in history if entry.get("step", 0) <= step]
         rates = [float(rate) for rate in logged if rate is not None]
         if not all(rate >= 0 and math.isfinite(rate) for rate in rates):
             raise ValueError("a learning rate in log_history is below zero or not finite")
