@@ -133,7 +133,7 @@ def arms_figure(measured: Measured) -> Figure:
     axes.axvline(0, color="#999999", lw=1)
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
-    axes.set_xlabel("mean held-out loss minus that of records drawn at random; left is better")
+    axes.set_xlabel("mean held-out loss minus that of records drawn at random (left is better)", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     return figure
 
