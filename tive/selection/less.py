@@ -50,7 +50,7 @@ def open_checkpoints(
 
     Args:
         train, target: folders, each of one checkpoint; several of one checkpoint where each has a part of the records.
-        missing: a folder for records without features.
+        missing: gets the records without features, a folder for each checkpoint and side.
 
     Raises:
         UserError: a checkpoint has folders of one side alone, folders are of other data or of another gradient, or one
@@ -64,12 +64,11 @@ def open_checkpoints(
                 "of every checkpoint"
             )
     checkpoints = [CheckpointFeatures(features, of_target[model]) for model, features in of_records.items()]
-    for checkpoint in checkpoints:
+    for number, checkpoint in enumerate(checkpoints):
         _check_gradients(checkpoint, gradient)
         refuse_other_space(checkpoint.train, checkpoint.target)
-        name = checkpoint.train.folder.name
-        refuse_missing(checkpoint.train, mixture, missing / name / "records.json")
-        refuse_missing(checkpoint.target, target_data, missing / f"target_{name}" / "records.json")
+        refuse_missing(checkpoint.train, mixture, missing / f"train_{number}" / "records.json")
+        refuse_missing(checkpoint.target, target_data, missing / f"target_{number}" / "records.json")
     if len(kinds := {checkpoint.match.gradient: str(checkpoint.train.folder) for checkpoint in checkpoints}) > 1:
         listed = ", ".join(f"{folder} {kind}" for kind, folder in kinds.items())
         raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
@@ -114,26 +113,17 @@ def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float]
                 f"{len(given)} weights for {len(checkpoints)} checkpoints; give one for each, in their order"
             )
         return checkpoint_weights(np.array(given))
-    steps = []
-    for checkpoint in checkpoints:
-        logged = checkpoint.train.chunks[0].manifest.get("learning_rates")
-        if checkpoint.match.checkpoint is None or not isinstance(logged, dict) or not logged["logged"]:
-            raise UserError(
-                f"{checkpoint.train.folder}: the trainer logged no learning rate up to this checkpoint "
-                "(trainer_state.json beside the model); give the checkpoints' weights"
-            )
-        steps.append((checkpoint.match.checkpoint, logged["logged"], logged["sum"]))
-    order = sorted(range(len(steps)), key=lambda place: steps[place])
-    _, counts, sums = (np.array(column) for column in zip(*(steps[place] for place in order), strict=True))
-    if (np.diff(counts) <= 0).any() or (np.diff(sums, prepend=0.0) < 0).any():
+    logged = [checkpoint.train.chunks[0].manifest.get("learning_rates") or {} for checkpoint in checkpoints]
+    order = np.argsort([checkpoint.match.checkpoint or 0 for checkpoint in checkpoints], kind="stable")
+    counts, sums = (np.array([rates.get(key, 0) for rates in logged])[order] for key in ("logged", "sum"))
+    if (np.diff(counts, prepend=0) <= 0).any() or (np.diff(sums, prepend=0) < 0).any() or not sums.any():
         raise UserError(
-            "the checkpoints' logs do not continue each other, so they are of different trainings or were logged too "
-            "seldom; give their weights"
+            f"{', '.join(str(checkpoint.train.folder) for checkpoint in checkpoints)}: the learning rates that the "
+            "trainer logged up to these checkpoints (trainer_state.json) tell no weights: there are none, they are "
+            "zero, or of different trainings; give the checkpoints' weights"
         )
-    rates = np.empty(len(steps))
+    rates = np.empty(len(checkpoints))
     rates[order] = mean_rates_since(sums, counts)
-    if not rates.any():
-        raise UserError("the learning rates that the trainer logged are all zero; give the checkpoints' weights")
     return checkpoint_weights(rates)
 
 

@@ -29,8 +29,8 @@ class Task(Struct, frozen=True, rename={"name": "task"}):
     Attributes:
         records: of the data file; `counted` those that the method takes into account.
         value: `V_t`, its mean gradient norm.
-        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1; the mean of their shares
-            where there are several.
+        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1; None where several rules
+            share the total.
         budget: in records; `budget_before_rounding` is `p * N * basis / sum of basis`.
         selected: records written, a repeated one each time; `distinct` counts it once.
         budget_parts: where several rules share the total, what each gives this task, in records.
