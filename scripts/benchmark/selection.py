@@ -49,11 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[tuple[str, ...]] = [
         ("records", "two passes and draw", "records/s", "own memory", "clusters", "all pairs", "difference")
     ]
-    seconds_a_pair = 0.0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "features.f16"
         features = random_features(path, sizes[-1], arguments.proj_dim)
         tasks = np.random.default_rng(0).integers(0, arguments.tasks, sizes[-1])
+        few = min(sizes[0], 2000)  # what tells whether even the first size would take too long
+        start = time.perf_counter()
+        all_pairs_influence(features[:few], tasks[:few])
+        seconds_a_pair = (time.perf_counter() - start) / few**2
         for size in sizes:
             groups = tasks[:size]
             chunk = Chunk(path, 0, size, [features[:size]], {"norms": np.ones(size)})
