@@ -24,6 +24,8 @@ from tive.util.errors import UserError
 from tive.util.files import read_object
 
 CONFIG_FILE = "adapter_config.json"
+# What LLaVA and Bunny train beside the LoRA matrices: the projector, and the vision tower where it was tuned.
+TRAINED_FILE = "non_lora_trainables.bin"
 # Names that come and go between releases, trainers and DeepSpeed.
 _DROPPED = frozenset(("base_model", "module", "model", "language_model", "text_model", "vision_model"))
 _DROPPED |= {"modules_to_save", "default", "base_layer"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,8 @@ from tive.models.checkpoint import loading
 from tive.models.common import base_of, first_line
 from tive.models.losses import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
-from tive.util.files import read_json
+from tive.util.files import read_object
 
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -77,12 +78,11 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
         raise UserError(f"{source} holds no processor of text and images ({type(processor).__name__})")
     if not getattr(processor.tokenizer, "is_fast", False):
         raise UserError(f"{source}: a tokenizer without tokenizer.json is not supported; convert it with transformers")
+    given = _template_in(folder)
     if files.chat_template is not None:
-        processor.chat_template = Path(files.chat_template).read_text(encoding="utf-8")
-    elif template := _template_in(folder):
-        processor.chat_template = template
-    else:
-        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        with loading(files.chat_template):
+            given = Path(files.chat_template).read_text(encoding="utf-8")
+    processor.chat_template = given or processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(processor.chat_template, str):
         raise UserError(f"neither {folder} nor {base} holds one chat template; name a file as chat_template")
     tokens = image_tokens(processor)
@@ -92,7 +92,7 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
 
 
 def image_tokens(processor: Any) -> frozenset[str]:
-    """The tokens that the processor names, those apart that a conversation without images has: they end turns.
+    """The tokens that the processor names, without those of a conversation without images: they end turns.
 
     Raises:
         UserError: the chat template refuses a conversation of one question and one answer.
@@ -115,11 +115,10 @@ def processor_folder(files: ModelFiles) -> Path:
 
 def _template_in(folder: Path) -> str | None:
     """The chat template in a folder, in any of the three files that releases have written it to."""
-    jinja, in_json, tokenizer = (folder / name for name in (*_TEMPLATE_FILES, "tokenizer_config.json"))
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    for file in (in_json, tokenizer):
-        template = read_json(file).get("chat_template") if file.is_file() else None
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        template = read_object(file).get("chat_template") if file.is_file() else None
         if isinstance(template, str):
             return template
     return None
@@ -165,49 +164,47 @@ def encode(processor: NativeProcessor, record: dict[str, Any], image_folder: str
 def encode_turns(
     processor: NativeProcessor, system: str | None, turns: list[dict[str, str]], images: list[Image.Image]
 ) -> Encoded:
-    """`encode` for a conversation whose images are open.
-
-    Raises:
-        LeftOut: template or processor refuse it, or nothing in it is supervised.
-    """
+    """`encode` for a conversation whose images are open."""
     library, tokenizer = processor.library, processor.library.tokenizer
     messages = [] if system is None else [text_message("system", system)]
     messages += [_message(turn, bool(images)) for turn in turns]
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     if any(token in text for token in processor.image_tokens for text in texts):
         raise LeftOut("an image token in its text")
-    try:
+    with _refused("the chat template"):
         text, spans = answer_spans(lambda messages: library.apply_chat_template(messages, tokenize=False), messages)
-    except LeftOut:
-        raise
-    except Exception as error:  # a template raises what it likes
-        raise LeftOut(f"the chat template refuses it: {first_line(error)}") from error
-    # A template that prints the first token itself would get it twice.
     trained = [is_trained_on(turn) for turn in turns if turn["from"] == "gpt"]
     spans = [span for span, counts in zip(spans, trained, strict=True) if counts]
+    # A template that prints the first token itself would get it twice.
     add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
-    images = [_shrunk(image, processor.max_pixels) for image in images]
-    try:
-        outputs = library(
-            text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=add_first
-        )
-    except Exception as error:  # an image of a shape that it does not take, for example
-        raise LeftOut(f"the processor refuses it: {first_line(error)}") from error
+    shown = [[_shrunk(image, processor.max_pixels) for image in images]] if images else None
+    with _refused("the processor"):  # an image of a shape that it does not take, for example
+        outputs = library(text=[text], images=shown, return_tensors="pt", add_special_tokens=add_first)
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
     arrays |= {name: packed(a, processor.dtype) for name, a in arrays.items() if np.issubdtype(a.dtype, np.floating)}
-    ids = arrays["input_ids"][0]
+    ids, plain = arrays["input_ids"][0], tokens["input_ids"]
     if processor.max_length is not None and len(ids) > processor.max_length:
         raise LeftOut("longer than the maximum length")
-    plain = tokens["input_ids"]
-    answers = token_spans(text, tokens["offset_mapping"], plain, spans, processor.turn_ends)
     labels = np.full(len(ids), IGNORE)
+    answers = token_spans(text, tokens["offset_mapping"], plain, spans, processor.turn_ends)
     for start, stop in align(np.asarray(plain), ids, answers):
         labels[start:stop] = ids[start:stop]
     supervised = int((labels[1:] != IGNORE).sum())
     if not supervised:
         raise LeftOut("no supervised token")
     return Encoded(len(ids), supervised, "image" if images else "text", ProcessedRecord(arrays, labels))
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """A template and a processor raise what they like: each is a reason to leave the record out."""
+    try:
+        yield
+    except LeftOut:
+        raise
+    except Exception as error:
+        raise LeftOut(f"{what} refuses it: {first_line(error)}") from error
 
 
 def answers(processor: NativeProcessor, record: Encoded) -> list[Answer]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models.adapter import Names, adapter_file, canonical, read_tensors
+from tive.models.adapter import TRAINED_FILE, Names, adapter_file, canonical, read_tensors
 from tive.models.checkpoint import loading
 from tive.util.errors import UserError
 from tive.util.files import read_object, sha256_of, whole_file
@@ -344,7 +344,7 @@ def _named(state: StoredState, model: nn.Module, model_path: Path) -> dict[str, 
     Trainers put the parameters with weight decay first, in the model's order; the adapter's matrices are among them.
     LLaVA's projector is trained beside them, or in groups of its own that follow.
     """
-    files = [adapter_file(model_path), model_path / "non_lora_trainables.bin"]
+    files = [adapter_file(model_path), model_path / TRAINED_FILE]
     trained = {canonical(name) for file in files if file.is_file() for name in read_tensors(file)}
     decayed = [
         (name, parameter)

@@ -20,15 +20,21 @@ from tive.data.images import BadImage, read_image, resize_padded
 from tive.data.media import StoredImage
 from tive.data.training_record import model_folder
 from tive.models import Answer, Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter, place_tensors, read_tensors
+from tive.models.adapter import (
+    CONFIG_FILE,
+    TRAINED_FILE,
+    adapter_file,
+    attach_adapter,
+    check_adapter,
+    place_tensors,
+    read_tensors,
+)
 from tive.models.checkpoint import read_config, refuse_other_shape
 from tive.models.common import base_of, fingerprint, generate_ids, refuse_options
 from tive.models.losses import IGNORE, losses_at_supervised, packed, supervised_runs, supervised_tokens, unpacked
 from tive.util.errors import UserError
 
 IMAGE_ID = -200
-# What was trained beside the LoRA matrices: the projector, and the vision tower where it was tuned.
-TRAINED_FILE = "non_lora_trainables.bin"
 _READ_FILES = (
     *("config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),

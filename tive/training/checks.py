@@ -1,12 +1,16 @@
-"""Say what a training run will be trained on and where it goes, or what is missing, before anything is loaded.
+"""What a training run will be trained on and where it goes, or what is missing, before anything is loaded.
 
-`finetune_lora.sh` and `finetune.sh` call it with the arguments that LLaVA's trainer gets. A machine without the data's
-images or the base model learns so in seconds, not after the model is loaded or at the first missing image.
+`finetune_lora.sh` and `finetune.sh` call it with the arguments that LLaVA's trainer gets. LLaVA takes any word for a
+setting and computes something: an unknown template is `vicuna_v1`, an unknown aspect ratio `square`. Here every setting
+that decides whether the gradient step can follow is one of a list. No library is imported, so the answer comes at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,24 +19,173 @@ from tive.data.media import media_of
 from tive.data.problems import problem_of, refuse_bad_records
 from tive.data.records import JsonRecords, open_records
 from tive.data.scan import check_chunk, scan_records
-from tive.training.settings import (
-    base_config,
-    check_settings,
-    has_projector,
-    model_config,
-    projector_of,
-    read_settings,
-)
+from tive.data.training_record import ASPECT_RATIOS, TEMPLATES, lacks_tokenizer, model_folder
 from tive.util.errors import UserError, run
+from tive.util.files import read_object
 from tive.util.packages import check_llava
 from tive.util.text import command, shown
 
+PRETRAINED_PROJECTOR = "./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"
 # What LLaVA leaves in the folder of a run that has ended.
 TRAINED: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 TRAINED += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Names of --version that LLaVA's trainer knows and that are of use to whole models alone.
+_OTHER_TEMPLATES = ("v0", "v0.5", "default", "plain", "v0_plain", "mpt", "chatml_direct", "mistral_direct")
 # With these the system's words go before the first question, which must not be empty.
 _LLAMA_2 = ("llama_2", "llava_llama_2", "mistral_instruct")
 _LONGEST_NAME = 80
+_SWITCHES = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """An argument of LLaVA's trainer that is looked at.
+
+    Attributes:
+        default: LLaVA's own; of a switch True or False.
+        taken: the values that are taken, as one pattern; None for any.
+        with_lora: those that are taken for a LoRA, where they are fewer.
+        why: no other value is taken.
+    """
+
+    default: Any = None
+    taken: str | None = None
+    with_lora: str | None = None
+    why: str = ""
+
+
+_NEEDED = ("data_path", "output_dir", "model_name_or_path")
+_PARTS = ("image_folder", "cache_dir", "vision_tower", "pretrain_mm_mlp_adapter")
+_SETTINGS = {name: _Setting() for name in (*_NEEDED, *_PARTS)} | {
+    "lora_enable": _Setting(False),
+    "version": _Setting(
+        "v0",
+        "|".join((*TEMPLATES, *_OTHER_TEMPLATES)),
+        "|".join(TEMPLATES),
+        "LLaVA's trainer takes vicuna_v1 for an unknown template, and a reference model can have no other",
+    ),
+    "image_aspect_ratio": _Setting(
+        "square", "|".join(ASPECT_RATIOS), why="LLaVA 1.5 trains every other word as square"
+    ),
+    "mm_patch_merge_type": _Setting("flat", "flat", why="the others are for images of several tiles"),
+    "mm_projector_type": _Setting("linear", r"linear|mlp[1-9]\d*x_gelu", why="LLaVA-1.5's is mlp2x_gelu"),
+    "mm_vision_select_layer": _Setting("-1"),
+    "mm_vision_select_feature": _Setting("patch", "patch|cls_patch", why="LLaVA knows no other"),
+    "mm_use_im_start_end": _Setting(False, "False", why="LLaVA-1.5's projector has no such tokens"),
+    "mm_use_im_patch_token": _Setting(True, "False", why="LLaVA-1.5's projector has no such tokens"),
+    "bits": _Setting("16", "16", why="the gradient step reads the base as it is, not quantized"),
+    "lora_bias": _Setting("none", None, "none", "biases beside the adapter are not supported"),
+    "tune_mm_mlp_adapter": _Setting(
+        False, None, "False", "it freezes the LoRA adapter; the projector is trained with it anyway"
+    ),
+    "freeze_mm_mlp_adapter": _Setting(
+        False, None, "False", "no projector would be saved; --mm_projector_lr 0 keeps it as it is"
+    ),
+    "fsdp": _Setting("", None, "", "LLaVA saves only a part of the adapter under FSDP"),
+}
+
+
+def read_settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The settings that are looked at; of a repeated argument the last one counts, as for LLaVA.
+
+    Raises:
+        UserError: one that LLaVA's trainer would take for something else, or that the gradient step could not follow.
+    """
+    parser = argparse.ArgumentParser(prog="tive.training", allow_abbrev=False, add_help=False)
+    for name, setting in _SETTINGS.items():
+        parser.add_argument(f"--{name}", nargs="?", const="True", default=setting.default, required=name in _NEEDED)
+    settings, _ = parser.parse_known_args(arguments)
+    for name, setting in _SETTINGS.items():
+        value = getattr(settings, name)
+        if isinstance(setting.default, bool):  # what transformers' parser makes of a switch
+            if str(value).lower() not in _SWITCHES:
+                raise UserError(f"--{name} {value} is neither True nor False")
+            value = _SWITCHES[str(value).lower()]
+            setattr(settings, name, value)
+        taken = setting.taken if setting.with_lora is None or not settings.lora_enable else setting.with_lora
+        if taken is not None and not re.fullmatch(taken, str(value)):
+            remedy = f"write --{name} {taken.replace('|', ' or ')}" if taken else f"leave --{name} out"
+            raise UserError(f"--{name} {value}: {setting.why}; {remedy}")
+    return settings
+
+
+def model_config(name: str, what: str, variable: str, cache_dir: str | None = None) -> tuple[dict[str, Any], str]:
+    """A model's config.json, and where the model comes from: a folder, or the hub, which is asked for the file.
+
+    Args:
+        what, variable: the model's part in the training, and the variable that sets it, for messages.
+
+    Raises:
+        UserError: there is no such model, or it is an adapter.
+    """
+    folder, source = model_folder(name, cache_dir), "folder" if os.path.isdir(name) else "downloaded before"
+    if folder is None:
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(f"{what}: {name} is not there; set {variable} to a folder or to a name on huggingface.co")
+        from huggingface_hub import hf_hub_download
+
+        source = "to be downloaded from huggingface.co"
+        try:
+            folder = Path(hf_hub_download(name, "config.json", cache_dir=cache_dir)).parent
+        except (OSError, ValueError) as error:
+            raise UserError(f"{what}: {name} is no folder, and no model that can be had; set {variable}") from error
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{what}: {name} is a LoRA adapter, not a whole model; merge it into its base with LLaVA's "
+            f"merge_lora_weights.py, and set {variable} to the result"
+        )
+    return read_object(folder / "config.json"), source
+
+
+def base_config(settings: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The config.json of the base, which is whole and not quantized, and where it comes from.
+
+    A base that is a LLaVA model keeps its tower and projector, whatever the arguments say.
+
+    Raises:
+        UserError: it is another kind of model, or the arguments say something else than it.
+    """
+    name = settings.model_name_or_path
+    base, source = model_config(name, "base model", "MODEL", settings.cache_dir)
+    folder = Path(name)  # a hub's model has been downloaded in part at most
+    lacking = lacks_tokenizer(folder) if folder.is_dir() else None
+    if lacking:
+        raise UserError(f"base model: {lacking}")
+    if base.get("quantization_config"):
+        raise UserError(f"{name} is quantized; name the base that it was made from")
+    if has_projector(base):
+        tower, given = str(base["mm_vision_tower"]), settings.vision_tower
+        if not given or (tower != given and os.path.realpath(tower) != os.path.realpath(given)):
+            raise UserError(f"{name} is a LLaVA model, whose vision tower is trained with; set VISION_TOWER={tower}")
+        for key in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
+            if key in base and str(base[key]) != getattr(settings, key):
+                raise UserError(f"{name} is a LLaVA model with {key} {base[key]}; add --{key} {base[key]}")
+    return base, source
+
+
+def has_projector(base: dict[str, Any]) -> bool:
+    """Whether a base is a LLaVA model, which brings a projector."""
+    return "mm_vision_tower" in base
+
+
+def projector_of(settings: argparse.Namespace, base: dict[str, Any]) -> str | None:
+    """The file that the projector starts from; None where it starts as the base has it, or at random without one.
+
+    Raises:
+        UserError: an empty name where the base has no projector, or a file that is not there.
+    """
+    named = settings.pretrain_mm_mlp_adapter
+    if named == "auto":
+        named = None if has_projector(base) else PRETRAINED_PROJECTOR
+    if named == "" and not has_projector(base):
+        raise UserError(
+            f"{settings.model_name_or_path} has no projector of its own; set PROJECTOR to LLaVA's mm_projector.bin"
+        )
+    if named and not os.path.isfile(named):
+        raise UserError(
+            f"projector: {named} is not there; set PROJECTOR to LLaVA's mm_projector.bin (docs/training.md)"
+        )
+    return named or None
 
 
 def training_problem(record: Any, template: str = "v1") -> str | None:
@@ -126,7 +279,6 @@ def check_output(folder: str) -> str:
 
 def main() -> None:
     settings = read_settings()
-    check_settings(settings)
     llava, version = check_llava()
     output = check_output(settings.output_dir)
     listing = Path(f"{os.path.normpath(settings.output_dir)}_bad_records.json")

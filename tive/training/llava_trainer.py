@@ -36,21 +36,14 @@ from tive.data.training_record import (
     versions_of,
     write_record,
 )
+from tive.models.adapter import TRAINED_FILE, read_tensors
+from tive.training.checks import base_config, has_projector, model_config, projector_of, read_settings
 from tive.training.moments import save_moments
-from tive.training.settings import (
-    base_config,
-    check_settings,
-    has_projector,
-    model_config,
-    projector_of,
-    read_settings,
-)
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError, run
 from tive.util.files import sha256_of
 from tive.util.packages import check_llava
 
-PROJECTOR_FILE = "non_lora_trainables.bin"
 # What LLaVA's trainer warns of in every run, and nobody has to act on.
 _WARNED_IN_VAIN = (
     r"`do_sample` is set to `False`",  # Vicuna's generation config, which is put right
@@ -99,19 +92,14 @@ class CompleteTrainer(LLaVATrainer):
             # Under DeepSpeed `state_dict` holds the gathered weights, and the model only this process's share.
             weights = self.model.state_dict() if state_dict is None else state_dict
             beside = {name: weights[name].detach().cpu() for name in self._trained_beside_lora()}
-            torch.save(beside, folder / PROJECTOR_FILE)
+            torch.save(beside, folder / TRAINED_FILE)
             self.model.config.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.lora_enable:
-            path = Path(resume_from_checkpoint) / PROJECTOR_FILE
-            if not path.exists():
-                raise UserError(
-                    f"{path} is not there: the checkpoint lacks the trained projector; "
-                    f"remove {path.parent} to start anew"
-                )
-            beside = torch.load(path, map_location="cpu", weights_only=True)
+            path = Path(resume_from_checkpoint) / TRAINED_FILE
+            beside = read_tensors(path)
             missing = set(self._trained_beside_lora()) - set(beside)
             if missing or (model or self.model).load_state_dict(beside, strict=False).unexpected_keys:
                 raise UserError(f"{path} is of another model; remove {path.parent} to start anew")
@@ -197,10 +185,7 @@ def _is_valid(config: GenerationConfig) -> bool:
 
 def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any]) -> None:
     """Fail before the base is loaded when the projector belongs to another base or another vision tower."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many kinds
-        raise UserError(f"{path} cannot be read as a projector; download LLaVA's mm_projector.bin again") from error
+    weights = read_tensors(Path(path))
     matrices = [tensor for name, tensor in weights.items() if "mm_projector" in name and tensor.ndim == 2]
     if not matrices:
         raise UserError(f"{path} holds no mm_projector weights; name LLaVA's mm_projector.bin")
@@ -219,11 +204,8 @@ def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any
 
 def llava_arguments(arguments: list[str], settings: argparse.Namespace, projector: str | None) -> list[str]:
     """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold from any folder."""
-    parts = {
-        "model_name_or_path": settings.model_name_or_path,
-        "vision_tower": settings.vision_tower,
-        "pretrain_mm_mlp_adapter": projector,
-    }
+    parts = {"model_name_or_path": settings.model_name_or_path, "vision_tower": settings.vision_tower}
+    parts["pretrain_mm_mlp_adapter"] = projector
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in parts:
         parser.add_argument(f"--{name}")
@@ -242,7 +224,6 @@ def main() -> None:
             f"LLaVA's trainer has no argument {unknown[0]}; `python -m llava.train.train --help` lists those it has"
         )
     settings = read_settings()
-    check_settings(settings)
     base, _ = base_config(settings)
     projector = projector_of(settings, base)
     if projector is not None and settings.vision_tower:
