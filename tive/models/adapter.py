@@ -44,11 +44,7 @@ _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapter_file(folder: Path) -> Path:
-    """The file with the adapter's tensors.
-
-    Raises:
-        UserError: the folder lacks it, or the adapter's configuration.
-    """
+    """The file with the adapter's tensors; a `UserError` where it or the adapter's configuration is not there."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file() and (folder / CONFIG_FILE).is_file():
             return folder / name
@@ -59,11 +55,7 @@ def adapter_file(folder: Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file that is allowed to hold nothing else.
-
-    Raises:
-        UserError: the file is damaged, or holds anything else.
-    """
+    """The tensors of a safetensors file, or of a torch file; a `UserError` where it holds anything else."""
     with loading(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -87,11 +79,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, of LoRA on the base as it is, with no key that would be passed over in silence.
-
-    Raises:
-        UserError: a file is missing or damaged, or names or holds what is not supported.
-    """
+    """The adapter's configuration, of LoRA on the base as it is; a `UserError` names what is anything else."""
     path, weights = folder / CONFIG_FILE, adapter_file(folder)
     config, shapes = read_object(path), tensor_shapes(weights)
     if config.get("peft_type") != "LORA":

@@ -51,11 +51,7 @@ def _vision_of(tower: Any) -> Any:
 
 
 def check_files(files: ModelFiles) -> None:
-    """What can be known about the model without loading it, and would not show when it is loaded.
-
-    Raises:
-        UserError: a file is missing or cannot serve, or adapter, base and tower do not fit together.
-    """
+    """What would not show at loading: files that do not fit each other, settings that are not computed."""
     folder, base = Path(files.model_path), base_of(files)
     if files.model_base is None:
         raise UserError(f"{folder}: a whole Bunny model cannot be read, only an adapter; name its base with it")
@@ -96,11 +92,7 @@ def tower_folder(files: ModelFiles) -> Path:
 
 
 def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> spliced.SplicedProcessor:
-    """Template and pixels as the files of the reference model, its base and its tower set them.
-
-    Raises:
-        UserError: a file is missing, or says what is not computed here.
-    """
+    """Template and pixels as the files of the reference model, its base and its tower set them."""
     import transformers
 
     folder, tower = Path(files.model_path), tower_folder(files)
@@ -137,11 +129,7 @@ def identity(files: ModelFiles) -> str:
 def load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """Base, adapter, tower and projector, proven to be what is on disk.
-
-    Raises:
-        UserError: a part is missing or does not fit the others; the file is named.
-    """
+    """Base, adapter, tower and projector, proven to be what is on disk."""
     check_files(files)
     from transformers import AutoModelForCausalLM, SiglipVisionModel
 

@@ -26,11 +26,7 @@ _QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hq
 
 @contextlib.contextmanager
 def loading(place: str | Path) -> Iterator[None]:
-    """Turns whatever a library raises while it loads a model's file or folder into one line that names it.
-
-    Raises:
-        UserError: it could not be loaded.
-    """
+    """Turns whatever a library raises while it reads a file or folder into a `UserError` of one line that names it."""
     try:
         yield
     except UserError:
@@ -100,11 +96,7 @@ def _quantized_weight(folder: Path) -> str | None:
 
 
 def refuse_other_shape(folder: Path, base: Path) -> None:
-    """Compare the sizes that the config beside an adapter names with those of the base.
-
-    Raises:
-        UserError: one differs.
-    """
+    """Raise a `UserError` where the config beside an adapter names other sizes than the base's."""
     config, of_base = read_config(folder), read_config(base)
     for key in config.keys() & of_base.keys() & _SHAPE_KEYS:
         if of_base[key] != config[key]:
@@ -115,11 +107,7 @@ def refuse_other_shape(folder: Path, base: Path) -> None:
 
 
 def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, present: Path | None) -> None:
-    """Compare a model with the one that the training of `folder` recorded.
-
-    Raises:
-        UserError: it is another one.
-    """
+    """Raise a `UserError` where a model is another one than the training of `folder` recorded."""
     differs = difference(recorded, present) if recorded and present else None
     if recorded and differs:
         raise UserError(

@@ -55,11 +55,7 @@ def first_line(error: BaseException) -> str:
 
 
 def base_folder(model_base: str) -> str:
-    """The folder of a base model that is a folder, or a name on huggingface.co that was downloaded before.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The folder of a base model, a folder or a name on huggingface.co that was downloaded; else a `UserError`."""
     folder = model_folder(model_base)
     if folder is None:
         raise UserError(
@@ -75,11 +71,7 @@ def base_of(files: ModelFiles) -> Path:
 
 
 def refuse_options(files: ModelFiles, *names: str) -> None:
-    """Refuse options that the family would not look at.
-
-    Raises:
-        UserError: one is set.
-    """
+    """Raise a `UserError` where an option is set that the family would not look at."""
     for name in names:
         if getattr(files, name):
             raise UserError(
@@ -88,11 +80,7 @@ def refuse_options(files: ModelFiles, *names: str) -> None:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The language model's layers: they stand beside its input embeddings.
-
-    Raises:
-        UserError: this model keeps them elsewhere.
-    """
+    """The language model's layers: they stand beside its input embeddings, else a `UserError` says so."""
     embedding = model.get_input_embeddings()
     for module in model.modules():
         if any(child is embedding for child in module.children()):

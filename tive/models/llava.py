@@ -68,11 +68,7 @@ class LlavaTemplate:
         return (self.tokenizer.eos_token_id,)
 
     def encode(self, turns: list[dict[str, Any]], has_image: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels as LLaVA's trainer makes them.
-
-        Raises:
-            LeftOut: the template does not take the conversation, or LLaVA masks it all as a mismatch.
-        """
+        """Ids and labels as LLaVA's trainer makes them; `LeftOut` where it takes or keeps nothing of the record."""
         from llava import conversation
         from llava.train.train import preprocess, preprocess_multimodal
 
@@ -106,11 +102,7 @@ class LlavaTemplate:
 
 
 def check_files(files: ModelFiles) -> None:
-    """What can be known about the model without loading it, and would not show when it is loaded.
-
-    Raises:
-        UserError: a file is missing, says what is not computed here, or does not fit the others.
-    """
+    """What would not show at loading: files that do not fit each other, settings that are not computed."""
     check_llava()
     folder, base = Path(files.model_path), base_of(files)
     config = spliced.check_parts(
@@ -168,11 +160,7 @@ def identity(files: ModelFiles) -> str:
 def load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """The model in LLaVA's own class, proven to be what is on disk.
-
-    Raises:
-        UserError: a part is missing or does not fit the others; the file is named.
-    """
+    """The model in LLaVA's own class, proven to be what is on disk."""
     check_files(files)
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel

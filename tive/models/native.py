@@ -63,11 +63,7 @@ _BATCH_TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (5e-3, 2e-2), to
 
 
 def check_files(files: ModelFiles) -> None:
-    """What can be known of the model without loading it.
-
-    Raises:
-        UserError: a file is missing, not supported, or does not fit the others.
-    """
+    """What can be known of the model without loading it: that its files are there, supported, and fit each other."""
     _check_library(files.load_in_4bit)
     refuse_options(files, "vision_tower")
     folder, base = Path(files.model_path), base_of(files)
@@ -134,11 +130,7 @@ def identity(files: ModelFiles) -> str:
 def load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
 ) -> Reference:
-    """Load base and adapter, and prove that each tensor has its place and that batches do not mix records.
-
-    Raises:
-        UserError: a part is missing or does not fit, or a batch gives other losses than its records alone.
-    """
+    """Base and adapter, proven: each tensor has its place, and a batch gives the losses of its records alone."""
     check_files(files)
     from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -190,11 +182,7 @@ def _turn_off_dropout(config: Any) -> None:
 
 @torch.no_grad()
 def proven(reference: Reference) -> Reference:
-    """The reference model with the head that gives its losses, and batches of made-up records that give theirs alone.
-
-    Raises:
-        UserError: they differ, or such records cannot be computed.
-    """
+    """The model with the head that gives its losses, where batches of made-up records give what each gives alone."""
     what = f"{type(reference.model).__name__} with {type(reference.processor.library).__name__}"
     processor = replace(reference.processor, max_length=None, max_pixels=None)
     numbers = np.random.default_rng(0)

@@ -63,11 +63,7 @@ class ProcessedRecord:
 
 @functools.lru_cache(maxsize=1)
 def load_processor(files: ModelFiles) -> NativeProcessor:
-    """The processor of `model_path` where its files are there, else of the base; the template likewise.
-
-    Raises:
-        UserError: it cannot be loaded, or has no tokenizer, image processor or template.
-    """
+    """The processor of `model_path` where its files are there, else of the base; the template likewise."""
     from transformers import AutoProcessor
 
     folder, base = Path(files.model_path), base_of(files)
@@ -92,11 +88,7 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
 
 
 def image_tokens(processor: Any) -> frozenset[str]:
-    """The tokens that the processor names, without those of a conversation without images: they end turns.
-
-    Raises:
-        UserError: the chat template refuses a conversation of one question and one answer.
-    """
+    """The tokens that the processor names, without those of a conversation without images: they end turns."""
     turns = [text_message("user", "Hello."), text_message("assistant", "Hello!")]
     try:
         plain = processor.apply_chat_template(turns, tokenize=False)
@@ -148,11 +140,7 @@ def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str | Sto
 
 
 def encode(processor: NativeProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
-    """Encode one record with its processor and chat template; answers and the ends of their turns are supervised.
-
-    Raises:
-        LeftOut: an image cannot be used, template or processor refuse the record, or nothing in it is supervised.
-    """
+    """One record by processor and chat template; answers and the ends of their turns are supervised."""
     try:
         system, turns, paths = _read(record)
         images = [read_image(image_folder, path, upright=True) for path in paths]

@@ -94,11 +94,7 @@ class TrainerState:
 
 
 def read_trainer_state(model_path: str) -> TrainerState | None:
-    """The trainer's state in a model's folder, or None where no trainer left one.
-
-    Raises:
-        UserError: the file is not what a trainer writes.
-    """
+    """The trainer's state in a model's folder; None where there is none, a `UserError` where it is not a trainer's."""
     path = Path(model_path) / "trainer_state.json"
     if not path.is_file():
         return None
@@ -118,11 +114,7 @@ def read_trainer_state(model_path: str) -> TrainerState | None:
 
 
 def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
-    """Where the optimizer's state is: the file or folder that was given, else beside the model.
-
-    Raises:
-        UserError: there is none, or only one that has to be converted first.
-    """
+    """Where the optimizer's state is, given or beside the model; a `UserError` where it has to be converted first."""
     place = Path(given or model_path)
     if place.is_file() or (place / "zero").is_dir():
         return place
@@ -160,11 +152,7 @@ def optimizer_state_identity(path: Path) -> str:
 
 
 def read_optimizer_state(path: Path, step: int) -> StoredState:
-    """The state at a path that `find_optimizer_state` gave, checked as far as it can be without the model.
-
-    Raises:
-        UserError: it is not Adam's, is damaged, or belongs to another step than the checkpoint.
-    """
+    """The state at a path, of Adam after `step` steps; a `UserError` where it is damaged or another."""
     with loading(path):
         if path.is_dir():
             return _read_converted(path)
@@ -250,11 +238,7 @@ def _torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def moments_of(source: str, state: Mapping[str, Any], weight: Tensor | None = None) -> Moments:
-    """One parameter's moments from its state in the optimizer, under torch's names or bitsandbytes'.
-
-    Raises:
-        UserError: it has other keys than Adam's, or moments of 8 bits.
-    """
+    """One parameter's moments from its state in the optimizer, under torch's names or bitsandbytes'."""
     keys = set(state) - {"step"}
     if keys == {"exp_avg", "exp_avg_sq"}:
         return Moments(state["exp_avg"], state["exp_avg_sq"], weight)
@@ -265,11 +249,7 @@ def moments_of(source: str, state: Mapping[str, Any], weight: Tensor | None = No
 
 
 def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[Any]) -> AdamConstants:
-    """What all groups of an optimizer share; groups and steps as torch's optimizers keep them.
-
-    Raises:
-        UserError: the optimizer is not plain Adam, or the groups disagree.
-    """
+    """What the groups of an optimizer share; a `UserError` where it is not plain Adam, or they disagree."""
     for group in groups:
         keys = set(group)
         if not {"betas", "eps"} <= keys or not keys & set(_PLAIN) or keys - _OPTIONS - set(_PLAIN):

@@ -160,11 +160,7 @@ def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
 
 
 def encode(processor: SplicedProcessor, record: dict[str, Any], image_folder: str) -> Encoded:
-    """Encode one record as the trainer does: the training's template, answers supervised.
-
-    Raises:
-        LeftOut: the record's image cannot be used, or nothing in it is supervised.
-    """
+    """One record as the trainer encodes it: the training's template, answers supervised."""
     image = image_of(record)
     pixels = None if image is None else _pixels(processor, image_folder, image)
     ids, labels = processor.template.encode(record["conversations"], image is not None)
@@ -174,11 +170,7 @@ def encode(processor: SplicedProcessor, record: dict[str, Any], image_folder: st
 def spliced_record(
     ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray | None, features: int, maximum: int
 ) -> Encoded:
-    """A record as the language model sees it: an image's id once for each of its features, then the cut.
-
-    Raises:
-        LeftOut: nothing in it is supervised.
-    """
+    """A record as the language model sees it: an image's id once for each of its features, then the cut."""
     repeats = np.where(ids == IMAGE_ID, features, 1)
     ids, labels = (np.repeat(each, repeats)[:maximum] for each in (ids, labels))
     supervised = int(np.count_nonzero(labels[1:] != IGNORE))
@@ -246,11 +238,7 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
 
 
 def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
-    """The losses of a batch, records with an image and without.
-
-    They are padded on the right and attention is causal, so no position of a record sees the padding and no mask is
-    needed.
-    """
+    """The losses of a batch, without a mask: attention is causal, so no position of a record sees what pads it."""
     batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
     embeddings = embed(reference, batch.inputs)
     hidden = language_model_of(reference).model(inputs_embeds=embeddings, use_cache=False).last_hidden_state

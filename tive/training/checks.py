@@ -86,11 +86,7 @@ _SETTINGS = {name: _Setting() for name in (*_NEEDED, *_PARTS)} | {
 
 
 def read_settings(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The settings that are looked at; of a repeated argument the last one counts, as for LLaVA.
-
-    Raises:
-        UserError: one that LLaVA's trainer would take for something else, or that the gradient step could not follow.
-    """
+    """The settings that are looked at, each of its list; of a repeated argument the last one counts, as for LLaVA."""
     parser = argparse.ArgumentParser(prog="tive.training", allow_abbrev=False, add_help=False)
     for name, setting in _SETTINGS.items():
         parser.add_argument(f"--{name}", nargs="?", const="True", default=setting.default, required=name in _NEEDED)
@@ -114,9 +110,6 @@ def model_config(name: str, what: str, variable: str, cache_dir: str | None = No
 
     Args:
         what, variable: the model's part in the training, and the variable that sets it, for messages.
-
-    Raises:
-        UserError: there is no such model, or it is an adapter.
     """
     folder, source = model_folder(name, cache_dir), "folder" if os.path.isdir(name) else "downloaded before"
     if folder is None:
@@ -140,10 +133,7 @@ def model_config(name: str, what: str, variable: str, cache_dir: str | None = No
 def base_config(settings: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The config.json of the base, which is whole and not quantized, and where it comes from.
 
-    A base that is a LLaVA model keeps its tower and projector, whatever the arguments say.
-
-    Raises:
-        UserError: it is another kind of model, or the arguments say something else than it.
+    A base that is a LLaVA model keeps its tower and projector: arguments that say something else are refused.
     """
     name = settings.model_name_or_path
     base, source = model_config(name, "base model", "MODEL", settings.cache_dir)
@@ -169,11 +159,7 @@ def has_projector(base: dict[str, Any]) -> bool:
 
 
 def projector_of(settings: argparse.Namespace, base: dict[str, Any]) -> str | None:
-    """The file that the projector starts from; None where it starts as the base has it, or at random without one.
-
-    Raises:
-        UserError: an empty name where the base has no projector, or a file that is not there.
-    """
+    """The file that the projector starts from; None where it starts as the base has it, or at random without one."""
     named = settings.pretrain_mm_mlp_adapter
     if named == "auto":
         named = None if has_projector(base) else PRETRAINED_PROJECTOR

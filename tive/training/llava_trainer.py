@@ -131,11 +131,7 @@ def record_of(settings: argparse.Namespace, projector: str | None, model: Any) -
 
 
 def refuse_other_training(checkpoint: Path, record: TrainingRecord) -> None:
-    """A checkpoint is gone on from with what it was begun with; one without a record is not known.
-
-    Raises:
-        UserError: something differs.
-    """
+    """Raise a `UserError` where a checkpoint was begun with something else; one without a record is not known."""
     before = read_record(checkpoint)
     if before is None:
         return
