@@ -98,7 +98,7 @@ def test_the_trainer_sees_the_picture_that_step_3_sees(tmp_path: Path, monkeypat
     assert of_step_3.size == (84, 140) and np.array_equal(np.asarray(of_the_trainer), np.asarray(of_step_3))
 
 
-def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(tmp_path: Path) -> None:
+def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(trained: Path, tmp_path: Path) -> None:
     """A small data set of FineVision's schema, written by `datasets` as the hub's are."""
     import datasets
 
@@ -128,8 +128,7 @@ def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(tmp_path:
     seen = opened(DataArguments(str(subset)))
     assert len(seen) == 4 and np.array_equal(np.asarray(seen[0]["images"][0]), np.asarray(pictures[rows[0]]))
     options = "--max_steps 1 --use_cpu --bf16 false --report_to none --use_peft --lora_target_modules all-linear"
-    script("quickstart/native_model.py", "--folder", tmp_path / "model")
-    paths = ["--model_name_or_path", tmp_path / "model", "--data_path", subset, "--output_dir", tmp_path / "trained"]
+    paths = ["--model_name_or_path", trained.parent / "model", "--data_path", subset, "--output_dir", tmp_path / "trained"]
     script("train_trl.py", *paths, "--max_length", 2048, "--per_device_train_batch_size", 2, *options.split())
     assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
 
