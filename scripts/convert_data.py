@@ -116,8 +116,6 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
             continue
         name = name_of(arguments.source_path, row, record)
         try:
-            if not isinstance(records, JsonRecords):
-                record = without_nulls(record)
             llava = unpacked(to_llava(record), arguments.image_folder)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
         except (ValueError, RecursionError) as error:
@@ -187,13 +185,6 @@ def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
         raise ValueError("has an image in its row; name a folder for such files (--image_folder)")
     paths = [image if isinstance(image, str) else store_image(folder, image) for image in images]
     return record | {"image": paths[0] if len(paths) == 1 else paths}
-
-
-def without_nulls(value: Any) -> Any:
-    """A table's value without the keys that it fills with null because other rows have them."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def text_of(record: dict[str, Any]) -> bytes:

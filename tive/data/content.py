@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tive.data.conversations import ROLES, image_paths, to_llava
-from tive.data.media import Image, is_empty, media_of, plain_path
+from tive.data.conversations import image_paths, to_llava
+from tive.data.media import Image, is_empty
 from tive.data.records import Records
+from tive.data.trained import plain_images
 
 HASH_BYTES = 16
 _encode = msgspec.json.Encoder(order="sorted").encode
@@ -26,7 +27,8 @@ def record_hash(record: Any) -> bytes:
     hashed whole.
     """
     try:
-        content = _plain_content(record) or _content(to_llava(record))
+        images = plain_images(record)
+        content = _content(to_llava(record)) if images is None else [record["conversations"], "", images]
     except ValueError:
         content = ["unknown form", record]
     try:
@@ -63,13 +65,8 @@ def rows_with(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _content(conversation: dict[str, Any]) -> list[Any]:
     """What counts of a record as `to_llava` returns it. A system prompt that is null or empty is none."""
-    images = [_image(image) for image in image_paths(conversation)]
-    return [conversation["conversations"], _system(conversation), images]
-
-
-def _system(record: dict[str, Any]) -> Any:
-    system = record.get("system")
-    return "" if is_empty(system) else system
+    system, images = conversation.get("system"), [_image(image) for image in image_paths(conversation)]
+    return [conversation["conversations"], "" if is_empty(system) else system, images]
 
 
 def _image(image: Image) -> str | list[str]:
@@ -78,19 +75,3 @@ def _image(image: Image) -> str | list[str]:
     if image.content is None:
         return ["name", image.name]
     return ["bytes", hashlib.blake2b(image.content, digest_size=HASH_BYTES).hexdigest()]
-
-
-def _plain_content(record: Any) -> list[Any] | None:
-    """`_content` of a record that is in LLaVA's form already, in half of the time; None where that takes `to_llava`."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns or "messages" in record or "texts" in record:
-        return None
-    for turn in turns:
-        if not isinstance(turn, dict) or len(turn) != 2 or turn.get("from") not in ROLES:
-            return None
-        if not isinstance(turn.get("value"), str):
-            return None
-    media = media_of(record)
-    if media.problem:
-        return None
-    return [turns, _system(record), [_image(plain_path(image)) for image in media.images]]

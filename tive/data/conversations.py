@@ -47,8 +47,6 @@ def to_llava(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("is not an object")
     images = images_in(record)
-    if _is_llavas(record):
-        return record
     keys = _keys_of_turns(record)
     paths: list[Image] = []
     indices: list[int] = []
@@ -133,26 +131,6 @@ _OTHER_TAG = re.compile(
     re.IGNORECASE,
 )
 _LISTS = ("conversations", "messages")
-# Keys that a conversion to LLaVA's form takes away.
-_REWRITTEN = ("messages", "images", "system")
-
-
-def _is_llavas(record: dict[str, Any]) -> bool:
-    """Whether there is nothing to convert, as in nearly every record of nearly every file."""
-    turns = record.get("conversations")
-    image = record.get("image", "an image")
-    return (
-        bool(turns)
-        and type(turns) is list
-        and type(image) is str
-        and bool(image)
-        and record.keys().isdisjoint(_REWRITTEN)
-        and False
-        not in [
-            type(turn) is dict and len(turn) == 2 and turn.get("from") in ROLES and type(turn.get("value")) is str
-            for turn in turns
-        ]
-    )
 
 
 def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:

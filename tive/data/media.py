@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tive.util.text import shown
@@ -66,7 +67,11 @@ class Media(NamedTuple):
 
 def media_of(record: dict[str, Any]) -> Media:
     """The media of a record, whatever key they stand under, in capitals too. A null or empty value is no medium."""
-    named = [key for key in record if key.lower() in _MEDIA_KEYS and not _is_none(record[key])]
+    keys = _media_keys(tuple(record))
+    image = record["image"] if keys == ("image",) else None
+    if type(image) is str and image and _path_problem(image) is None:  # nearly every record's
+        return Media((image,))
+    named = [key for key in keys if not _is_none(record[key])]
     found = []
     for key in named:
         if key.lower() in OTHER_MEDIA_KEYS:
@@ -87,6 +92,11 @@ def media_of(record: dict[str, Any]) -> Media:
             told = "which is not read; give an image's path under `image`, or remove the key"
             return Media((), f"names a media file under `{shown(key, 40)}`, {told}")
     return Media(())
+
+
+@lru_cache(maxsize=4096)
+def _media_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key.lower() in _MEDIA_KEYS)
 
 
 def _is_none(value: Any) -> bool:

@@ -9,9 +9,9 @@ gone through.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,9 @@ from tive.util.errors import UserError
 from tive.util.files import sha256_of
 from tive.util.text import listed
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 256
+# Keys of turns with few values, each of which is made once for many rows.
+_FEW_VALUES = ("from", "role")
 _GROUP_BYTES = 100 << 20
 _DATA_SUFFIXES = (".json", ".jsonl")
 
@@ -58,8 +60,9 @@ class TableRecords:
     def __getitem__(self, row: int) -> Any:
         row = range(self.count)[row]
         file, group, first = self._place(row)
-        (values,) = _group(self.files[file], group).slice(row - first, 1).to_pylist()
-        return self._record(values, file, row)
+        (batch,) = _group(self.files[file], group).slice(row - first, 1).to_batches()
+        (values,) = _as_objects(batch.to_struct_array())
+        return self._record(values, file, row, with_bytes=True)
 
     def __iter__(self) -> Iterator[Any]:
         """Every record in turn, read once from front to back, without the bytes of images."""
@@ -67,35 +70,41 @@ class TableRecords:
         with tqdm(total=self.count, desc=f"Reading {self.path.name}", unit=" records", delay=2) as bar:
             for file, path in enumerate(self.files):
                 for batch in _batches(path, self.image_columns):
-                    for values in _as_objects(batch.to_struct_array()):
-                        yield self._record(values, file, row)
-                        row += 1
+                    objects = _as_objects(batch.to_struct_array())
+                    if not self.image_columns and not self.folders[file]:  # nothing to put in
+                        yield from objects
+                    else:
+                        for index, values in enumerate(objects):
+                            yield self._record(values, file, row + index, with_bytes=False)
+                    row += batch.num_rows
                     bar.update(batch.num_rows)
 
     def _place(self, row: int) -> tuple[int, int, int]:
         file, group, first = self.groups[np.searchsorted(self.groups[:, 2], row, side="right") - 1].tolist()
         return file, group, first
 
-    def _record(self, values: dict[str, Any], file: int, row: int) -> dict[str, Any]:
+    def _record(self, values: dict[str, Any], file: int, row: int, with_bytes: bool) -> dict[str, Any]:
         for column in self.image_columns:
+            if column not in values:
+                continue
             entries = values[column] if isinstance(values[column], list) else [values[column]]
             where = f"{self.files[file].name}, record {row}, image"
-            values[column] = [_image(entry, f"{where} {number}") for number, entry in enumerate(entries)]
+            values[column] = [_image(entry, f"{where} {index}", with_bytes) for index, entry in enumerate(entries)]
         if self.folders[file]:
             values.setdefault("folder", self.folders[file])
         return values
 
 
-def _image(entry: Any, where: str) -> Any:
+def _image(entry: Any, where: str, with_bytes: bool) -> Any:
+    """An image of a row: a struct that is there is one, also where its bytes are null or were not read."""
     if entry is None or isinstance(entry, str):
         return entry
     if isinstance(entry, bytes):
         return StoredImage(where, entry)
-    path = entry.get("path")
-    if "bytes" not in entry:
-        return StoredImage(path or where, None)
-    # Where the bytes are not read a struct is an image; here too, so an empty one is a broken image.
-    return path if path and not entry["bytes"] else StoredImage(path or where, entry["bytes"] or b"")
+    path, content = entry.get("path"), entry.get("bytes")
+    if with_bytes and path and not content:
+        return path
+    return StoredImage(path or where, content or b"" if with_bytes else None)
 
 
 def is_table(path: Path) -> bool:
@@ -257,7 +266,8 @@ def _batches(file: Path, image_columns: frozenset[str]) -> Iterator[Any]:
         bytes_of = {
             f"{column}{inner}.bytes" for column in image_columns for inner in ("", ".list.element", ".list.item")
         }
-        yield from source.iter_batches(_BATCH_ROWS, columns=[leaf for leaf in leaves if leaf not in bytes_of])
+        needed = [leaf for leaf in leaves if leaf not in bytes_of]
+        yield from source.iter_batches(_BATCH_ROWS, columns=needed, use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read; it was cut or changed: download it again") from error
 
@@ -280,22 +290,34 @@ def _paths_alone(column: Any) -> Any:
 
 
 def _as_objects(array: Any) -> list[Any]:
-    """`array.to_pylist()`, in a third of the time for texts: a column at a time, and not a value."""
+    """`array.to_pylist()`, a column at a time and not a value, in a third of the time for texts.
+
+    A key that is null is left out of its object: a table gives every row the keys of all rows.
+    """
     import pyarrow.types as types
 
     values: list[Any]
     if types.is_struct(array.type) and array.type.num_fields:
-        names = [array.type.field(index).name for index in range(array.type.num_fields)]
-        columns = [_as_objects(column) for column in array.flatten()]
+        # One text for each key, which the code's own are compared to at once.
+        names = [sys.intern(array.type.field(index).name) for index in range(array.type.num_fields)]
+        columns = array.flatten()
+        objects = [
+            (_few_texts if name in _FEW_VALUES else _as_objects)(column)
+            for name, column in zip(names, columns, strict=True)
+        ]
         if len(names) == 2:  # turns and images, the most by far
             first, second = names
-            values = [{first: one, second: other} for one, other in zip(*columns, strict=True)]
+            values = [{first: one, second: other} for one, other in zip(*objects, strict=False)]
         else:
-            values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            values = [dict(zip(names, row, strict=False)) for row in zip(*objects, strict=False)]
+        for name, column in zip(names, columns, strict=True):
+            if column.null_count:
+                for index in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist():
+                    del values[index][name]
     elif types.is_list(array.type) or types.is_large_list(array.type):
-        flat = iter(_as_objects(array.flatten()))
-        lengths = array.value_lengths().fill_null(0).to_pylist()
-        values = [list(itertools.islice(flat, length)) for length in lengths]
+        flat = _as_objects(array.flatten())
+        ends = np.cumsum(array.value_lengths().fill_null(0).to_numpy()).tolist()
+        values = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     elif types.is_string(array.type) or types.is_large_string(array.type):
         return array.to_numpy(zero_copy_only=False).tolist()
     else:
@@ -303,6 +325,17 @@ def _as_objects(array: Any) -> list[Any]:
     if array.null_count:
         values = [value if valid else None for value, valid in zip(values, array.is_valid().to_pylist(), strict=True)]
     return values
+
+
+def _few_texts(array: Any) -> list[Any]:
+    """`_as_objects` of a column with few values: one text for all rows that hold it."""
+    import pyarrow.types as types
+
+    if not types.is_string(array.type):
+        return _as_objects(array)
+    encoded = array.dictionary_encode()
+    texts = np.array([*map(sys.intern, encoded.dictionary.to_pylist()), None], object)
+    return texts[encoded.indices.fill_null(-1).to_numpy()].tolist()
 
 
 def write_table(

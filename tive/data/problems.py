@@ -11,10 +11,10 @@ from typing import Any
 from tive.data.conversations import OTHER_ROLE_NAMES, ROLES, images_of, to_llava
 from tive.data.media import IMAGE_TAG, is_empty, media_of, name_of_image
 from tive.data.records import Records, TableRecords, name_of, suffix_of
-from tive.data.trained import TRAINED_KEYS, acted_on_problem, conversation_of, is_unicode
+from tive.data.trained import TRAINED_KEYS, acted_on_problem, conversation_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
-from tive.util.text import command, listed, shown, shown_value
+from tive.util.text import command, is_unicode, listed, shown, shown_value
 
 SHOWN = 10
 
@@ -53,7 +53,7 @@ def _llava_problem(record: Any) -> str | None:
             return _other_form(record) if is_other else f"has a turn {index} without a text `value`"
         if turn.get("from") not in ROLES:
             return _unknown_role(turn.get("from"), index)
-        if not text.isascii() and not is_unicode(text):
+        if not is_unicode(text):
             return f"has text in turn {index} that is not valid Unicode"
     first = 1 if turns[0]["from"] == "gpt" else 0
     if first == len(turns):

@@ -153,13 +153,13 @@ def _after(pattern: re.Pattern[bytes], content: mmap.mmap, position: int) -> int
 def _read_through(content: mmap.mmap) -> tuple[str, bool]:
     """The SHA-256 of a file, and whether it is UTF-8."""
     digest, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
-    view = memoryview(content)
-    for start in range(0, len(view), _BLOCK):
-        block = view[start : start + _BLOCK]
+    for start in range(0, len(content), _BLOCK):
+        block = content[start : start + _BLOCK]
         digest.update(block)
         try:
-            if is_text:
-                decoder.decode(block, start + _BLOCK >= len(view))
+            # A block of ASCII needs no look, unless a letter of the block before goes on in it.
+            if is_text and not (block.isascii() and not decoder.getstate()[0]):
+                decoder.decode(block, start + _BLOCK >= len(content))
         except UnicodeDecodeError:
             is_text = False
     return digest.hexdigest(), is_text

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from tive.data.containers import open_data_file
 from tive.data.conversations import image_paths, images_of, placeholder_in, to_llava
 from tive.data.images import BadImage, look_for
-from tive.data.media import IMAGE_TAG, Image, is_empty
+from tive.data.media import IMAGE_TAG, is_empty
 from tive.data.parquet import TableRecords
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records, suffix_of
 from tive.data.tasks import no_task, task_or_problem
+from tive.data.trained import plain_images
 from tive.util.errors import UserError
 from tive.util.text import command, listed
 
@@ -55,37 +56,41 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
     """Go through the records once.
 
     Args:
-        record_problem: what keeps a record from being used, if anything does: `form_problem`, or a family's.
+        record_problem: what keeps a record from being used, if anything does: `form_problem`, or a family's. A plain
+            record (`plain_images`) has no problem.
         task_key: where a record names its task, as `task_of` takes it; a record that names none has a problem. None:
             tasks are not asked for.
     """
     scan = Scan(records, [], [], [], [], {}, [], [], [])
     names: dict[str, str] = {}
     for row, record in enumerate(records):
-        problem = record_problem(record)
-        task, without_task = None, ""
+        task, problem = None, ""
         if task_key and isinstance(record, dict):
-            task, without_task = task_or_problem(record, task_key)
+            task, problem = task_or_problem(record, task_key)
         scan.ids.append(_id_of(record))
         scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
-        images: tuple[Image, ...] = ()
-        answers = 0
-        problem = problem or without_task
-        try:
-            conversation = {} if problem else to_llava(record)
-        except ValueError as error:  # a key that its own trainer passes over
-            problem = str(error)
+        images, answers = plain_images(record), 0
+        if images is not None:
+            answers = len(record["conversations"]) // 2
+        else:
+            images, problem = (), record_problem(record) or problem
+            try:
+                conversation = {} if problem else to_llava(record)
+            except ValueError as error:  # a key that its own trainer passes over
+                problem = str(error)
+            if not problem:
+                turns, paths = conversation["conversations"], image_paths(conversation)
+                answers = [turn["from"] for turn in turns[1:]].count("gpt")
+                images = tuple([image for image in paths if isinstance(image, str)])
+                has_tag = any(IMAGE_TAG in turn["value"] for turn in turns)
+                if has_tag != bool(paths):
+                    (scan.tags_alone if has_tag else scan.images_alone).append(row)
+                if turns and turns[-1]["from"] == "human":
+                    scan.unanswered.append(row)
         if problem:
             scan.problems[row] = problem
-        else:
-            turns, images = conversation["conversations"], image_paths(conversation)
-            answers = [turn["from"] for turn in turns[1:]].count("gpt")
-            has_tag = IMAGE_TAG in "\n".join([turn["value"] for turn in turns])
-            if has_tag != bool(images):
-                (scan.tags_alone if has_tag else scan.images_alone).append(row)
-            if turns and turns[-1]["from"] == "human":
-                scan.unanswered.append(row)
-        scan.images.append(tuple([image for image in images if isinstance(image, str)]))
+            images, answers = (), 0
+        scan.images.append(images)
         scan.answers.append(answers)
     return scan
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from tive.data.conversations import image_of
 from tive.data.media import IMAGE_KEYS, name_of_image
-from tive.data.trained import is_unicode
 from tive.util.errors import UserError
+from tive.util.text import is_unicode
 
 
 def value_at(record: dict[str, Any], key: str) -> Any:
@@ -53,7 +53,7 @@ def task_or_problem(record: dict[str, Any], task_key: str = "dataset") -> tuple[
         kind = "a list" if isinstance(value, list) else "an object"
         return None, f"has {kind} under `{task_key}`, and a task is a text, a number, true or false"
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
-    if not text.isascii() and not is_unicode(text):
+    if not is_unicode(text):
         return None, f"names a task under `{task_key}` that is not valid Unicode"
     if colon:
         before, found, _ = text.partition(separator)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from typing import Any
 
-from tive.data.conversations import NOTES, to_llava
-from tive.data.media import is_empty
-from tive.util.text import shown, shown_value
+from tive.data.conversations import NOTES, ROLES, to_llava
+from tive.data.media import IMAGE_TAG, is_empty, media_of
+from tive.util.text import is_unicode, shown, shown_value
 
 # Whether a turn is trained on: ms-swift and LLaMA-Factory, OpenAI, axolotl (both).
 TRAINED_KEYS = ("loss", "weight", "train", "training")
 # Keys of a record that trainers act on and that nothing here follows: preference pairs, tools, options of a template.
 _ACTED_ON = {"chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag"}
 _ACTED_ON |= {"positive_messages", "negative_messages", "tools", "functions", "chat_template_kwargs"}
+_LOOKED_AT = {"messages", "texts", "images", "system", "objects", *_ACTED_ON}
 # ms-swift puts the entries of `objects` in their place before it trains.
 _PLACEHOLDERS = ("<bbox>", "<ref-object>")
 
@@ -33,6 +36,40 @@ def conversation_of(record: Any) -> dict[str, Any]:
     for index, turn in enumerate(turns):
         is_trained_on(turn, index)
     return converted
+
+
+def plain_images(record: Any) -> tuple[str, ...] | None:
+    """The path of a plain record's image, none where it has no image; None where the record is not plain.
+
+    A plain record is in LLaVA's form: questions and answers in turn, one image at most, its tag once and in the first
+    question, and no other key that is looked at. Nearly every record of nearly every file is plain, every trainer
+    takes it, and a pass through all records need not look further.
+    """
+    if not isinstance(record, dict) or not _are_plain(tuple(record)):
+        return None
+    turns, image = record["conversations"], record.get("image")
+    try:
+        roles, texts = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
+        text, keys = "\n".join(texts), sum(map(len, turns))
+    except (KeyError, TypeError):
+        return None
+    if type(turns) is not list or len(turns) % 2 or roles != _ROLES_IN_TURN[: len(turns)] or keys != 2 * len(turns):
+        return None
+    media = media_of(record)
+    tags = [IMAGE_TAG in texts[0], text.count(IMAGE_TAG)] if turns else []
+    if media.problem or not is_unicode(text) or (type(image) is not str if media.images else "image" in record):
+        return None
+    if tags != ([True, 1] if media.images else [False, 0]):
+        return None
+    return (os.path.normpath(str(image)),) if media.images else ()
+
+
+_ROLES_IN_TURN = [*ROLES] * 128
+
+
+@lru_cache(maxsize=4096)
+def _are_plain(keys: tuple[str, ...]) -> bool:
+    return "conversations" in keys and _LOOKED_AT.isdisjoint(keys)
 
 
 def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
@@ -64,15 +101,6 @@ def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
             )
         trained = trained and bool(value)
     return trained
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def text_problem(turns: list[dict[str, Any]]) -> str | None:

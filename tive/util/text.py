@@ -30,6 +30,14 @@ def shown(text: str, limit: int) -> str:
     return _without_middle("".join(escaped), limit)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _without_middle(text: str, limit: int) -> str:
     tail = limit // 4
     return text if len(text) <= limit else text[: limit - tail - 3] + "..." + text[len(text) - tail :]
