@@ -54,7 +54,7 @@ def choose(
         task: int `[N]`, index into `task_names` of each record's task.
         scores: float `[N]` each: those that the options name (`TiveOptions.columns`) and any others. A record without
             any, in a selection from a sample, counts in no mean.
-        reasons: why records cannot be drawn, by row: they count in nothing but N.
+        reasons: why records cannot be drawn, by row: of all numbers they count in N alone.
         points: int8 `[N, m]`, of `whitened_points`, for sampling by clusters.
 
     Returns:

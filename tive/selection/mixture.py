@@ -206,7 +206,7 @@ def reasons_of_features(lengths: np.ndarray, groups: np.ndarray) -> dict[int, st
 
 
 def counted_groups(task: np.ndarray, excluded: np.ndarray, reasons: Collection[int]) -> np.ndarray:
-    """The task of each record for the passes over the features, int `[N]`; -1 where it counts in nothing.
+    """The task of each record for the passes over the features, int `[N]`; -1 for a record in no mean.
 
     Args:
         task: int `[N]`, index of each record's task.
@@ -227,7 +227,7 @@ def whitened_points(features: Features, lengths: np.ndarray, folder: str | os.Pa
     """The records' features, whitened over the mixture, int8 `[N, m]` in a file of `folder` that goes with the array.
 
     Args:
-        lengths: float64 `[N]`, `||f_s||`; NaN for a record that counts in nothing.
+        lengths: float64 `[N]`, `||f_s||`; NaN for a record in no mean.
     """
     spans = features.spans()
     with bar("Second moments", len(lengths)) as done:
