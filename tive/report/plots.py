@@ -94,7 +94,7 @@ def boxes(
 
 
 @matplotlib.rc_context(_STYLE)
-def choice_curve(qs: np.ndarray, shares: np.ndarray, all_tasks: np.ndarray, q: float) -> Figure:
+def choice_curve(qs: np.ndarray, shares: np.ndarray, all_tasks: np.ndarray, q: float, drawn: float) -> Figure:
     """Effective sample size by task size over q: a thin line a task, a thick one for all; the selection's q is marked.
 
     Args:
@@ -105,6 +105,7 @@ def choice_curve(qs: np.ndarray, shares: np.ndarray, all_tasks: np.ndarray, q: f
     axes.plot(qs, shares.T, color=GREY, linewidth=0.8, alpha=0.8 if len(shares) < 40 else 0.35)
     axes.plot([], [], color=GREY, label="each task")
     axes.plot(qs, all_tasks, color=BLUE, linewidth=2.2, label="all tasks")
+    axes.axhline(drawn, color=QUIET, linewidth=1, linestyle=":", label="share drawn")
     if q > 0:
         axes.axvline(q, color=ORANGE, linewidth=1.4, linestyle="--", label=f"q = {q:g}")
     axes.set_xscale("log")

@@ -223,20 +223,22 @@ def choice(selection: Selection) -> Section:
     if not indices:
         return Section("choice", title, ["No record has a score, so there are no weights."])
     tasks = [selection.tasks[index] for index in indices]
-    shares = [(task.effective_sample_size or 0) / task.counted for task in tasks]
+    shares = [(task.effective_sample_size or math.nan) / task.counted for task in tasks]
     columns = {
-        "records": _whole(sizes),
-        "drawn": _whole(task.distinct for task in tasks),
-        f"effective size at q = {q:g}": [f"{task.effective_sample_size or 0:,.1f}" for task in tasks],
+        f"effective size at q = {q:g}": [short(task.effective_sample_size) for task in tasks],
         "q for half": [short(q_where(curve, 0.5)) for curve in curves],
     }
     numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
-    figure = plots.choice_curve(Q_GRID, curves, sizes @ curves / sizes.sum(), q)
+    everyone, drawn_share = sizes @ curves / sizes.sum(), sum(task.distinct for task in tasks) / sizes.sum()
+    figure = plots.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
     caption = "This selection does not draw with weights; the curve shows what doing so would change."
     arguments = selection.summary.arguments
-    if arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted":
+    weighted = arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted"
+    if weighted and np.isfinite(shares).all():
         caption = f"At q = {q:g} the effective size is at least {percent(min(shares))} of a task's records"
         caption += ": the draw is all but uniform." if min(shares) > 0.99 else "."
+    half, narrow = (short(q_where(everyone, share)) for share in (0.5, drawn_share))
+    caption += f" Over all tasks it falls to half at q = {half}, and to the share that is drawn at q = {narrow}."
     return Section("choice", title, [Plot("choice", figure, numbers, caption)])
 
 
