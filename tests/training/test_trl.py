@@ -128,7 +128,14 @@ def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(trained: 
     seen = opened(DataArguments(str(subset)))
     assert len(seen) == 4 and np.array_equal(np.asarray(seen[0]["images"][0]), np.asarray(pictures[rows[0]]))
     options = "--max_steps 1 --use_cpu --bf16 false --report_to none --use_peft --lora_target_modules all-linear"
-    paths = ["--model_name_or_path", trained.parent / "model", "--data_path", subset, "--output_dir", tmp_path / "trained"]
+    paths = [
+        "--model_name_or_path",
+        trained.parent / "model",
+        "--data_path",
+        subset,
+        "--output_dir",
+        tmp_path / "trained",
+    ]
     script("train_trl.py", *paths, "--max_length", 2048, "--per_device_train_batch_size", 2, *options.split())
     assert (tmp_path / "trained" / "adapter_model.safetensors").is_file()
 

@@ -19,7 +19,7 @@ from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
 from tive.features.lookup import Features
 from tive.method.clusters import grid_points, second_moments, whitening
-from tive.selection.options import TiveOptions
+from tive.selection.options import SCORE_COLUMNS, TiveOptions
 from tive.util.errors import UserError
 from tive.util.text import command, shown_value
 
@@ -92,9 +92,10 @@ def record_scores(features: Features, needed: Collection[str] = ()) -> dict[str,
     if lacking := sorted(set(needed) - scores.keys() - ({"influence"} if has_gradients(features) else set())):
         with_it = [f"with {column}" for column in lacking if column in ("el2n", "visual_gain")]
         how = " ".join(with_it) or "in another folder (gradient sgd)"
+        there = [name for name, column in SCORE_COLUMNS.items() if column in scores]
         raise UserError(
             f"{features.folder} holds no {' and no '.join(lacking)}; take the gradients again {how}, or choose by what "
-            f"it holds ({', '.join(scores)}; a task_budget size or equal and an instance_score random need none)"
+            f"it holds (instance_score {', '.join([*there, 'random'])}; task_budget size or equal)"
         )
     return scores
 
