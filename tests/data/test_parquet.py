@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import select_warm_up_data
-from tests.helpers.feature_files import call
+from tests.helpers.feature_files import call, refusal
 from tests.helpers.records import record_with, write
 from tive.data.conversations import image_of, images_of
 from tive.data.images import BadImage, open_image, read_image
@@ -305,3 +305,83 @@ def test_a_file_that_was_cut_since_it_was_opened_is_named(fine):
         records[0]
     with pytest.raises(UserError, match=r"0\.parquet"):
         list(records)
+
+
+def rows_of(folder, change, name="0.parquet"):
+    """One more file in the folder, of two rows that are changed."""
+    rows = finevision(range(1, 3))
+    for row in rows:
+        change(row)
+    (folder / "c").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "c" / name)
+
+
+def zeros_in_the_middle(folder):
+    file = folder / "a" / "0.parquet"
+    content = bytearray(file.read_bytes())
+    metadata = parquet.read_metadata(file).row_group(0)
+    start = metadata.column(3).dictionary_page_offset or metadata.column(3).data_page_offset
+    content[start : start + 40] = bytes(40)
+    file.write_bytes(content)
+
+
+def second_column(folder):
+    table = pyarrow.Table.from_pylist(onevision(range(2)), ONEVISION)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    other = pyarrow.Table.from_pylist(onevision(range(2, 4)), ONEVISION)["image"]
+    table = table.append_column("images", other).append_column("source", table["data_source"])
+    parquet.write_table(table, folder / "0.parquet")
+
+
+# What is wrong with a folder -> what the line names: the file or the row, and words of the remedy.
+BAD_INPUT = {
+    "cut": (cut, ["0.parquet", "download"]),
+    "damaged inside": (zeros_in_the_middle, ["0.parquet", "download"]),
+    "another schema": (other_columns, ["c.parquet", "keep one kind"]),
+    "an image of another type": (
+        lambda folder: rows_of(folder, lambda row: row.update(images=7)),
+        ["record 12", "--drop"],
+    ),
+    "a struct of something else": (
+        lambda folder: rows_of(folder, lambda row: row.update(images=[{"height": 3}])),
+        ["record 12", "--drop"],
+    ),
+    "texts that are no list": (
+        lambda folder: rows_of(folder, lambda row: row.update(texts="x")),
+        ["record 12", "--drop"],
+    ),
+    "texts of something else": (
+        lambda folder: rows_of(folder, lambda row: row.update(texts=[{"q": "x"}])),
+        ["record 12", "--drop"],
+    ),
+    "null texts": (lambda folder: rows_of(folder, lambda row: row.update(texts=None)), ["record 12", "--drop"]),
+    "two columns of images": (second_column, ["record 1", "keep one of the two keys"]),
+    "JSON beside Parquet": (json_beside, ["more.jsonl", "one kind"]),
+    "an empty folder": (nothing, ["fine", "name a data file"]),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_ends_step_1_in_one_line_with_file_or_row_and_remedy_and_nothing_is_written(
+    fine, tmp_path, capsys, damage, named
+):
+    damage(fine)
+    target = tmp_path / "out" / "warm_up.parquet"
+    options = ["--source_path", fine, "--target_path", target, "--task_key", "source", "--sample_ratio", 0.5]
+    line = refusal(capsys, select_warm_up_data.main, *options)
+    assert all(words in line for words in named), line
+    assert {path.name for path in tmp_path.glob("out/*")} <= {"warm_up_bad_records.json"}
+
+
+def test_a_row_whose_images_are_null_has_none(fine):
+    rows_of(fine, lambda row: row.update(images=[None]))
+    records = open_records(fine)
+    assert images_of(records[12]) == () and not scan_records(records, form_problem).problems
+
+
+def test_files_whose_columns_differ_in_type_are_told_when_rows_of_both_are_written(fine, tmp_path):
+    rows_of(fine, lambda row: row.update(relevance_ratings="high"))
+    with pytest.raises(UserError, match=r"c/0\.parquet"):
+        write_records(tmp_path / "a.parquet", open_records(fine), [0, 13])
+    assert not (tmp_path / "a.parquet").exists()

@@ -88,7 +88,7 @@ class TableRecords:
             if column not in values:
                 continue
             entries = values[column] if isinstance(values[column], list) else [values[column]]
-            where = f"{self.files[file].name}, record {row}, image"
+            where = f"{self.files[file].name}, record {row}, {column}"
             values[column] = [_image(entry, f"{where} {index}", with_bytes) for index, entry in enumerate(entries)]
         if self.folders[file]:
             values.setdefault("folder", self.folders[file])
@@ -97,10 +97,11 @@ class TableRecords:
 
 def _image(entry: Any, where: str, with_bytes: bool) -> Any:
     """An image of a row: a struct that is there is one, also where its bytes are null or were not read."""
-    if entry is None or isinstance(entry, str):
-        return entry
     if isinstance(entry, bytes):
         return StoredImage(where, entry)
+    # In another file of the folder the column may be of another type.
+    if not isinstance(entry, dict) or (entry and entry.keys().isdisjoint(("bytes", "path"))):
+        return entry
     path, content = entry.get("path"), entry.get("bytes")
     if with_bytes and path and not content:
         return path
@@ -367,7 +368,14 @@ def write_table(
         for (number, group, first), taken in _by_group(records, rows):
             table = _group(records.files[number], group).take([row - first for row in taken])
             if table.schema != source:
-                table = table.select(source.names).cast(source)
+                try:
+                    table = table.select(source.names).cast(source)
+                except pyarrow.ArrowException as error:
+                    what = str(error).splitlines()[0]
+                    raise UserError(
+                        f"{records.files[number]} has columns of other types than {records.files[0]} ({what}); select "
+                        "from each by itself"
+                    ) from error
             values = {name: table.column(name) for name in source.names}
             values |= {name: texts[written : written + len(taken)] for name, texts in columns.items()}
             waiting.append(pyarrow.Table.from_pydict(values, schema))
