@@ -70,10 +70,3 @@ def verdict(cells: Sequence[Difference], gaps: Sequence[float], level: float) ->
     if all(abs(cell.mean) + width <= NEGLIGIBLE * gap for cell, width, gap in zip(cells, widths, gaps, strict=True)):
         return "no"
     return "undecided"
-
-
-def rank_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Spearman's rank correlation of four or more pairs, and the ends of its 95% interval (Fisher's transformation)."""
-    correlation = float(stats.spearmanr(first, second).statistic)
-    middle, width = math.atanh(min(max(correlation, -0.999999), 0.999999)), 1.96 / math.sqrt(len(first) - 3)
-    return correlation, math.tanh(middle - width), math.tanh(middle + width)
