@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Made:
+def own(made: Made, tmp_path: Path) -> Made:
     """The same, for a test that changes it."""
-    (tmp_path / "made").mkdir()
-    return make(tmp_path / "made")
+    return replace(made, folder=Path(shutil.copytree(made.folder, tmp_path / "made")))
 
 
 def unit(features: np.ndarray) -> np.ndarray:
