@@ -114,7 +114,7 @@ def write_selection(
 
     Args:
         arguments: of the script.
-        features: that it selected by; of several folders, the last.
+        features: that the method selected by; of several checkpoints, those of the last.
 
     Raises:
         UserError: a file cannot be written.
@@ -133,28 +133,28 @@ def write_selection(
             subset_file.flush()
         _write_scores(scores_file, mixture, chosen)
         summary = Summary(
-            dict(arguments),
-            {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-            selected_from(mixture.records, features),
-            list(chosen.tasks),
-            [
+            method=chosen.method,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            arguments=dict(arguments),
+            versions={"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+            inputs=selected_from(mixture.records, features),
+            tasks=list(chosen.tasks),
+            left_out=[
                 UncountedRecord(row, reason, mixture.ids[row], mixture.task_names[mixture.task[row]])
                 for row, reason in sorted(chosen.reasons.items())
             ],
-            Subset(
-                (files.subset or files.rows).name,
-                len(rows),
-                sha256_of((subset_file or rows_file).name),
-                int(np.count_nonzero(chosen.times_selected)),
+            subset=Subset(
+                file=(files.subset or files.rows).name,
+                records=len(rows),
+                sha256=sha256_of((subset_file or rows_file).name),
+                distinct=int(np.count_nonzero(chosen.times_selected)),
             ),
             # Python writes and reads NaN, which is not JSON.
-            json.loads(
+            gradient_pass=json.loads(
                 json.dumps([chunk.manifest for chunk in features.chunks if chunk.manifest]),
                 parse_constant=lambda _: None,
             ),
-            chosen.method,
-            datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            dict(chosen.details),
+            details=dict(chosen.details),
         )
         summary_file.write(encode_summary(summary))
         for file in filter(None, (subset_file, rows_file, scores_file, summary_file)):
