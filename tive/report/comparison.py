@@ -62,7 +62,7 @@ def budgets(selections: Mapping[str, Selection]) -> Section:
         number: [counts[name] / max(1, sum(counts.values())) for name in names] for number, counts in taken.items()
     }
     figure = plots.bars(names, shares, "share of the selection", percent=True)
-    return Section("budgets", "Budgets", [Plot("budgets", figure, numbers)])
+    return Section("budgets", "Budgets", [Plot("budgets", numbers.title, figure, numbers)])
 
 
 def overlap(selections: Mapping[str, Selection]) -> Section:

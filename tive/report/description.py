@@ -200,7 +200,8 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
     table = Table("Each task", header, [[name(task), *cells] for task, *cells in lines])
     tasks = sorted(description.tasks.items(), key=lambda item: -len(item[1]))
     figure = plots.bars([task for task, _ in tasks], {"records": [len(rows) for _, rows in tasks]}, "records")
-    sections = [Section("tasks", "Tasks", [Plot("tasks", figure, table), *sentences(description, looks)])]
+    plot = Plot("tasks", "Records of each task", figure)
+    sections = [Section("tasks", "Tasks", [plot, *sentences(description, looks), table])]
 
     lengths = {task: description.lengths_of(rows) for task, rows in tasks}
     if lengths := {task: values for task, values in lengths.items() if len(values)}:
@@ -210,7 +211,7 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
         }
         table = by_name("Characters of an answer", "task", lengths, columns)
         figure = plots.boxes([*lengths], {"answers": [*lengths.values()]}, "characters of an answer", logarithmic=True)
-        sections.append(Section("answers", "Lengths of answers", [Plot("answers", figure, table)]))
+        sections.append(Section("answers", "Lengths of answers", [Plot("answers", table.title, figure, table)]))
 
     if broken := sorted((description.problems | (looks.broken if looks else {})).items()):
         counts = Counter(kind_of(reason) for _, reason in broken)

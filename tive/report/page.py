@@ -34,12 +34,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its numbers; `key` names its PNG file, and the caption says what the figure does not show."""
+    """A figure with its numbers, where no table beside it has them; the caption says what neither shows.
+
+    Attributes:
+        key: the name of its PNG file.
+        title: what it shows, for those who cannot see it.
+    """
 
     kind: ClassVar[str] = "plot"
     key: str
+    title: str
     figure: Figure
-    numbers: Table
+    numbers: Table | None = None
     caption: str = ""
 
 

@@ -113,7 +113,7 @@ def tasks_of(selection: Selection) -> Section:
         "share before": map(percent, shares["all records"]),
         "value": [short(task.value) for task in tasks],
         "its standard error": [short(task.value_error) for task in tasks],
-        "records counted": _whole(task.counted if task.sampled is None else task.sampled for task in tasks),
+        "records counted": _whole(task.sampled or (task.counted if task.value is not None else None) for task in tasks),
     }
     for part in dict.fromkeys(rule for task in tasks for rule in task.budget_parts or {}):
         columns[f"by {part}"] = [short((task.budget_parts or {}).get(part)) for task in tasks]
@@ -130,14 +130,15 @@ def tasks_of(selection: Selection) -> Section:
     mixture = plots.bars(names, shares, "share of the records, share of the subset", percent=True)
     distinct, selected = sum(task.distinct for task in tasks), sum(task.selected for task in tasks)
     caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
-    blocks: list[Block] = [Plot("mixture", mixture, numbers, caption if distinct < selected else "")]
+    title = "Share of each task in the records and in the subset"
+    blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
     if values := {task.name: task.value for task in tasks if task.value is not None}:
         names = sorted(values, key=lambda name: -values[name])
         figure = plots.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
-        how = f"the mean of its shares by {rule}" if "+" in rule else f"its share by {rule}"
-        caption = f"A task's budget is {how}, whatever its value." if rule != "difficulty" else ""
-        blocks.append(Plot("task_values", figure, numbers, caption))
-    return Section("mixture", "The mixture, before and after", blocks)
+        how = f"the mean of its shares by {rule.replace('+', ' and ')}" if "+" in rule else f"its share by {rule}"
+        caption = f"A task's budget is {how}." if rule != "difficulty" else ""
+        blocks.append(Plot("task_values", "The value of each task", figure, caption=caption))
+    return Section("mixture", "The mixture, before and after", [*blocks, numbers])
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
@@ -156,7 +157,7 @@ def distributions(selection: Selection, column: str, labels: tuple[str, str, boo
     groups = groups_of_tasks(selection, column)
     numbers, values = _spread(selection, f"{title} in each task", groups, {})
     figure = plots.boxes([group.name for group in groups], values, label, logarithmic)
-    return Section(column, title, [Plot(column, figure, numbers, caption)])
+    return Section(column, title, [Plot(column, numbers.title, figure, numbers, caption)])
 
 
 def _spread(
@@ -231,15 +232,15 @@ def choice(selection: Selection) -> Section:
     numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
     everyone, drawn_share = sizes @ curves / sizes.sum(), sum(task.distinct for task in tasks) / sizes.sum()
     figure = plots.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
-    caption = "This selection does not draw with weights; the curve shows what doing so would change."
+    caption = "This selection does not draw with weights; the curve is the effective size if it did."
     arguments = selection.summary.arguments
     weighted = arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted"
     if weighted and np.isfinite(shares).all():
         caption = f"At q = {q:g} the effective size is at least {percent(min(shares))} of a task's records"
         caption += ": the draw is all but uniform." if min(shares) > 0.99 else "."
     half, narrow = (short(q_where(everyone, share)) for share in (0.5, drawn_share))
-    caption += f" Over all tasks it falls to half at q = {half}, and to the share that is drawn at q = {narrow}."
-    return Section("choice", title, [Plot("choice", figure, numbers, caption)])
+    caption += f" Over all tasks it falls to half of the records at q = {half}, and to the share drawn at q = {narrow}."
+    return Section("choice", title, [Plot("choice", numbers.title, figure, numbers, caption)])
 
 
 def less_sections(selection: Selection, samples: Samples) -> list[Section]:
@@ -266,7 +267,7 @@ def subtasks(selection: Selection, targets: Sequence[Subtask], groups: Sequence[
         "chosen that serve it best": _whole(subtask.selected for subtask in targets),
     }
     numbers, values = _spread(selection, "Scores of all records for each subtask", groups, columns)
-    plot = Plot("subtasks", plots.boxes(names, values, "score for the subtask: a cosine"), numbers)
+    plot = Plot("subtasks", numbers.title, plots.boxes(names, values, "score for the subtask: a cosine"), numbers)
     drawn = np.flatnonzero(selection.drawn)
     best = np.array([selection.column(group.column)[drawn] for group in groups]).argmax(axis=0)
     counts = np.zeros((len(groups), len(selection.tasks)), int)
