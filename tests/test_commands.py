@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import here
+from tests.helpers import hub_sets
 from tests.helpers.mixture import mixture
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NATIVE = ("native.md",)
+NATIVE = ("hub_sets.md", "native.md")
 COMMANDS = (
     "python",
     "bash ",
@@ -158,6 +159,9 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
     """What lies in the folder in which a page's commands are run: name -> what it is linked to, or what makes it."""
     if page in NATIVE:
         folder = quickstart("QUICKSTART_NATIVE", "quickstart_native.sh")
+        if page == "hub_sets.md":
+            sets = {"FineVision": hub_sets.fine_vision, "the_cauldron": hub_sets.cauldron}
+            return {"BASE": folder / "model", **sets, "LLaVA-OneVision-Data": hub_sets.one_vision}
         names: dict[str, Path | Callable[[Path], None]] = {name: folder / name for name in ("data.json", "images")}
         names |= {"warm_up.json": folder / "warm_up.json", "BASE": folder / "model"}
         return names | {"subset.json": folder / "selected" / "Tive_q_0.001_p_0.15.json"}
