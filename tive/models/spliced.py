@@ -189,8 +189,9 @@ def _pixels(processor: SplicedProcessor, folder: str, image: str | StoredImage) 
     if height in (1, 3):
         raise LeftOut(f"unreadable image: {height} pixels high, which the trainer takes for channels")
     images = processor.image_processor
-    if processor.pad:  # then the processor has nothing to resize, and the square is never built
+    if processor.pad:  # then the processor has nothing to resize, and no large square is built
         side = images.size.get("height") or images.size["shortest_edge"]
+        side = side if images.do_resize else max(picture.size)
         red, green, blue = (int(part * 255) for part in images.image_mean)
         picture = resize_padded(picture, (red, green, blue), side, images.resample)
     return packed(np.asarray(images(picture, return_tensors="np")["pixel_values"][0]), processor.dtype)
