@@ -41,9 +41,9 @@ def conversation_of(record: Any) -> dict[str, Any]:
 def plain_images(record: Any) -> tuple[str, ...] | None:
     """The path of a plain record's image, none where it has no image; None where the record is not plain.
 
-    A plain record is in LLaVA's form: questions and answers in turn, one image at most, its tag once and in the first
-    question, and no other key that is looked at. Nearly every record of nearly every file is plain, every trainer
-    takes it, and a pass through all records need not look further.
+    A plain record is in LLaVA's form: questions and answers in turn, none of them empty, one image at most, its tag
+    once and in the first question, and no other key that is looked at. Nearly every record of nearly every file is
+    plain, every trainer takes it, and a pass through all records need not look further.
     """
     if not isinstance(record, dict) or not _are_plain(tuple(record)):
         return None
@@ -59,7 +59,7 @@ def plain_images(record: Any) -> tuple[str, ...] | None:
     tags = [IMAGE_TAG in texts[0], text.count(IMAGE_TAG)] if turns else []
     if media.problem or not is_unicode(text) or (type(image) is not str if media.images else "image" in record):
         return None
-    if tags != ([True, 1] if media.images else [False, 0]):
+    if tags != ([True, 1] if media.images else [False, 0]) or not all(texts) or text.isspace():
         return None
     return (os.path.normpath(str(image)),) if media.images else ()
 
