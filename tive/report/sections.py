@@ -126,7 +126,7 @@ def tasks_of(selection: Selection) -> Section:
     }
     title = "The tasks. A value is the mean gradient norm of the records counted"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
-    names = [f"{task.name} (excluded)" if task.excluded else task.name for task in tasks]
+    names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
     mixture = plots.bars(names, shares, "share of the records, share of the subset", percent=True)
     distinct, selected = sum(task.distinct for task in tasks), sum(task.selected for task in tasks)
     caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
@@ -182,12 +182,13 @@ def _spread(
 def _norms_and_lengths(selection: Selection) -> str:
     """How gradient norms go with the length of what is supervised, within the tasks."""
     pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
-    of_tasks = [pairs[:, (selection.task == task) & np.isfinite(pairs).all(0)] for task in range(len(selection.tasks))]
+    finite = np.isfinite(pairs).all(axis=0)
+    of_tasks = [pairs[:, finite & (selection.task == task)] for task in range(len(selection.tasks))]
     inside = [float(spearmanr(*known).statistic) for known in of_tasks if known.size and np.ptp(known, axis=1).all()]
     if not inside:
         return ""
     return (
-        "Long answers tend to have small gradients, which are means over their tokens: within a task the rank "
+        "A gradient is a mean over the answer's tokens, so long answers tend to have small ones: within a task the rank "
         f"correlation of norm and supervised tokens is {np.median(inside):.2f} "
         f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
     )
