@@ -188,7 +188,7 @@ def _norms_and_lengths(selection: Selection) -> str:
     if not inside:
         return ""
     return (
-        "A gradient is a mean over the answer's tokens, so long answers tend to have small ones: within a task the rank "
+        "A gradient is a mean over the answer's tokens, so long answers tend to have small ones: in a task the rank "
         f"correlation of norm and supervised tokens is {np.median(inside):.2f} "
         f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
     )
