@@ -129,6 +129,7 @@ def test_an_archive_of_images_is_no_data_file_and_becomes_a_folder(tmp_path, kin
 FILES = {
     "InternVL's": {"sharegpt": {"root": "coco/", "annotation": "sharegpt.jsonl", "repeat_time": 1}},
     "LLaMA-Factory's": {"demo": {"file_name": "demo.json", "formatting": "sharegpt"}, "other": {"hf_hub_url": "a/b"}},
+    "LLaVA-NeXT's": [{"json_path": "a.json", "sampling_strategy": "all"}],
 }
 
 

@@ -208,6 +208,10 @@ REFUSED = {
     "a number": (3, "is not an object"),
     "neither form": ({"id": 1}, "no `conversations` or `messages`"),
     "both forms": ({"conversations": ["x"], "messages": ["x"]}, "both `conversations` and `messages`"),
+    "turns and texts": (
+        {"conversations": [{"from": "human", "value": "x"}], "texts": [{"user": "a", "assistant": "b"}]},
+        "both `conversations` and `texts`",
+    ),
     "both images": (
         {"conversations": [], "image": "a", "images": ["b"]},
         "different images under `image` and `images`",

@@ -121,3 +121,10 @@ def test_any_record_has_paths_or_a_problem_in_one_short_line_or_nothing_that_cou
     elif not media.images:
         others = (value for key, value in record.items() if key not in ("id", "dataset"))
         assert all(not value or not any(value if isinstance(value, list) else [value]) for value in others)
+
+
+def test_an_image_that_is_an_object_is_read_by_its_path():
+    assert media_of({"image": {"path": "a.jpg", "width": 3}}).images == ("a.jpg",)
+    assert media_of({"images": [{"path": "a.jpg", "bytes": None}]}).images == ("a.jpg",)
+    assert media_of({"image": {"path": "a.jpg", "bytes": "AA"}}).problem
+    assert media_of({"image": {"width": 3}}).problem

@@ -37,8 +37,10 @@ _KINDS = {
 }
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
 _LISTS_OF_TURNS = ("conversations", "messages", "texts")
-# A list of data files has these in its entries: InternVL's, LLaMA-Factory's.
+# A list of data files has these in its entries: InternVL's, LLaMA-Factory's; LLaVA-NeXT's is a list.
 _FILE_KEYS = ("annotation", "file_name", "load_from", "hf_hub_url", "ms_hub_url", "script_url")
+_LIST_OF_SOURCES = re.compile(rb'\[\s*\{\s*"json_path"')
+_FILES = "is a list of data files, not of records: give the scripts the files that it names"
 _RECORDS_OF_SAMPLES = (
     'import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); files = sorted(folder.rglob("*.*")); '
     'images = {file.with_suffix(""): str(file.relative_to(folder)) for file in files if file.suffix != ".json"}; '
@@ -98,6 +100,8 @@ def container_of(head: bytes, path: Path) -> str | None:
     if zeros in (2, 3):
         encoding = f"UTF-{16 if zeros == 2 else 32}" + ("LE" if head[0] else "BE")
         return _KINDS[codecs.BOM_UTF16_LE].format(**quoted).replace("UTF-16", encoding)
+    if _LIST_OF_SOURCES.match(text):
+        return _FILES
     return _object(codecs.utf_8_decode(text, "ignore")[0], quoted) if text.startswith(b"{") else None
 
 
@@ -155,7 +159,7 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
         isinstance(value, dict) and not is_list and any(name in value for name in _FILE_KEYS)
         for _, value, is_list in entries
     ):
-        return "is a list of data files, not of records: give the scripts the files that it names"
+        return _FILES
     if not what:
         return None
     code = f'import json, sys; data = json.load(open(sys.argv[1])); json.dump({records}, open(sys.argv[2], "w"))'

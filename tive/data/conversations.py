@@ -138,6 +138,9 @@ def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:
     filled = [key for key in _LISTS if key in record and not is_empty(record[key])]
     if len(filled) == 2:
         raise ValueError("has both `conversations` and `messages`; remove one of them")
+    texts = record.get("texts")
+    if filled and isinstance(texts, list) and any(isinstance(one, dict) and "assistant" in one for one in texts):
+        raise ValueError(f"has both `{filled[0]}` and `texts`; remove one of them")
     if filled:
         return (filled[0],)
     for keys in (("texts",), ("prompt", "completion"), *_PAIRS):

@@ -113,8 +113,10 @@ def is_empty(value: Any) -> bool:
 
 
 def path_in(value: Any) -> Any:
-    """The path of an image as a table's export writes it, `{"bytes": null, "path": ...}`; any other value as it is."""
-    if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and is_empty(value.get("bytes")):
+    """The path of an image that is an object, `{"bytes": null, "path": ...}` or `{"path": ..., "width": ...}`, without
+    its bytes; any other value as it is."""
+    is_image = isinstance(value, dict) and ("path" in value or value.keys() <= {"bytes"})
+    if is_image and is_empty(value.get("bytes")):
         return value.get("path")
     return value
 
