@@ -385,6 +385,8 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
     assert done.code == 0
     for part in ("records/s", "waiting for data", "net cost", "forward", "peak memory", "GB for the features"):
         assert part in done.out
+    plans = re.findall(r"N = (\d+): (\d+) records, .* at most ([\d.]+)%", done.out)
+    assert ("100", "48", "0.0") in plans and float(min(plans, key=lambda plan: int(plan[1]))[2]) <= 2
     assert not (tmp_path / "out").exists()
 
 

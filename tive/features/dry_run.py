@@ -6,23 +6,29 @@ import contextlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from tive.data.records import Records
 from tive.data.scan import Scan, check_chunk
+from tive.data.tasks import task_of
 from tive.features.batches import batches_for
 from tive.features.chunk import Match
 from tive.features.gradient_pass import PassOptions, loader_of
 from tive.features.left_out import list_file, report_bad_records
 from tive.features.step import GradientStep
 from tive.method.projection import is_gpu, make_projector, project
+from tive.method.value import budget_errors, records_for_error
 from tive.models import Encoded
 from tive.util.device import peak_memory
 from tive.util.errors import UserError
 from tive.util.text import duration
 
+# What is a good error of a budget (docs/selection.md).
+_PLANNED_ERROR = 0.02
 # The release's: the share of the records that the reference model is trained on, and the share that is selected.
 _WARM_UP, _SELECTED = 0.08, 0.15
 
@@ -57,8 +63,7 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
         step(step.ready([first[1]]))  # pays for what is done once: signs, kernels, memory
         wait_for(step.reference.device)
         begin = time.perf_counter()
-        for _ in batches.compute(step, read(), step.ready, in_thread=loader.num_workers > 0):
-            pass
+        computed = list(batches.compute(step, read(), step.ready, in_thread=loader.num_workers > 0))
         wait_for(step.reference.device)
         seconds = time.perf_counter() - begin
     waited, timed = batches.waited, max(1, len(records) - 1)
@@ -86,6 +91,9 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
         f"  host memory: at most {most} records at a time, {most * batches.largest / 2**30:.2f} GiB if all are as "
         "large as the largest of these"
     )
+    if step.projector is not None:
+        norms = {row: n for batch, made in computed for (row, _), n in zip(batch, made["norms"].tolist(), strict=True)}
+        print_plan(checked.records, norms, rate)
     disk, folder = len(checked.rows) * match.proj_dim * 2, options.folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")
@@ -106,6 +114,37 @@ def print_net_cost(gradient: float, forward: float) -> None:
         f"  net cost of a selection of {_SELECTED:.0%}: {sum(parts.values()):.0%} of one epoch of full training on "
         f"the same device ({listed}; an estimate from the forward pass)"
     )
+
+
+def print_plan(records: Records, norms: Mapping[int, float], rate: float) -> None:
+    """Print what the gradients of a sample of every task would cost, and how well they would tell the budgets.
+
+    Args:
+        norms: of some records, by row; the spread within tasks is taken from them, the same for all tasks.
+        rate: records a second.
+    """
+    tasks = [task_of(record) if isinstance(record, dict) else None for record in records]
+    names, sizes = np.unique([task for task in tasks if task is not None], return_counts=True)
+    by_task = [np.array([norm for row, norm in norms.items() if tasks[row] == name]) for name in names]
+    spreads = [part.var(ddof=1) / part.mean() ** 2 for part in by_task if len(part) > 1]
+    if not spreads:
+        print("  no plan for a sample: no two of these records name the same task under `dataset`")
+        return
+    usual = np.mean(list(norms.values()))
+    means = np.array([[part.mean() if len(part) else usual for part in by_task]])
+    covariances = (np.mean(spreads) * means[0] ** 2)[:, None, None]
+    enough = records_for_error(means, covariances, sizes, _PLANNED_ERROR)
+    print(
+        "  budgets from a sample of N records of every task (select_warm_up_data.py --per_task N) instead of from all:"
+    )
+    for number in sorted({100, 1000, enough}):
+        counts = np.minimum(sizes, number)
+        errors, _ = budget_errors(means, covariances, counts, sizes, 1.0)
+        error = (errors / (means[0] / means.sum())).max()
+        print(
+            f"    N = {number}: {counts.sum()} records, {duration(counts.sum() / rate)}, standard error of a budget at "
+            f"most {error:.1%}"
+        )
 
 
 def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> None:
