@@ -32,4 +32,4 @@ if [[ -n $wheels ]]; then
     export PYTHONPATH=$site
 fi
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-"$PYTHON" "$ROOT/scripts/gpu_check.py" ${arguments[@]+"${arguments[@]}"}
+"$PYTHON" "$ROOT/scripts/gpu_check/main.py" ${arguments[@]+"${arguments[@]}"}

@@ -1,32 +1,41 @@
-"""What holds on a GPU, by the checks of scripts/gpu_check.py; and on a CPU, that each of them runs and can fail."""
+"""What holds on a GPU, by the checks of scripts/gpu_check; and on a CPU, that they run, and can fail."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from scripts import gpu_check
-from tests.helpers.golden_model import ROOT
+from scripts.gpu_check import main as gpu_check
+from scripts.gpu_check.results import NotHere, run_check, within
 
-CHECKS = dict(gpu_check.checks_of(argparse.Namespace(llava_7b=False), torch.device("cuda")))
+ROOT = Path(__file__).resolve().parents[1]
+CHECKS = dict(gpu_check.checks_of(with_llava_7b=True))
+# On a CPU these are small and take seconds; the others are tests of their own rooms.
+SMALL = [name for name in CHECKS if name.startswith(("speed", "sparse")) or "4 bits" in name]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("speed")])
 def test_on_a_gpu(name):
-    result = gpu_check.run_check(name, CHECKS[name], torch.device("cuda"))
+    result = run_check(name, CHECKS[name], torch.device("cuda"))
     if result.outcome == "left out":
         pytest.skip(result.why)
     assert result.outcome == "passed", result
 
 
-def test_the_command_runs_every_check_and_writes_one_file(tmp_path):
-    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--seconds", "5"]
+@pytest.mark.parametrize("name", SMALL)
+def test_on_a_cpu_the_check_passes_or_says_what_is_not_here(name):
+    result = run_check(name, CHECKS[name], torch.device("cpu"))
+    assert result.outcome == "passed" or (result.outcome == "left out" and result.why), result
+
+
+def test_the_command_goes_through_every_check_and_writes_one_file(tmp_path):
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--seconds", "1", "--llava_7b"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "check.json")], capture_output=True, text=True, check=False
     )
@@ -40,11 +49,11 @@ def test_the_command_runs_every_check_and_writes_one_file(tmp_path):
 def test_a_failure_ends_in_1_and_nothing_that_ran_in_2(tmp_path, monkeypatch, outcome, code):
     def check(device):
         if outcome == "left out":
-            raise gpu_check.LeftOut("its library is not here")
-        return gpu_check.within({"error": 1.0}, error=2.0 if outcome == "passed" else 0.5)
+            raise NotHere("its library is not here")
+        return within({"error": 1.0}, error=2.0 if outcome == "passed" else 0.5)
 
-    monkeypatch.setattr(gpu_check, "checks_of", lambda *_: iter([("one", check)]))
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--output", str(tmp_path / "check.json")])
+    monkeypatch.setattr(gpu_check, "checks_of", lambda with_llava_7b: iter([("one", check)]))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--output", str(tmp_path / "check.json")])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
     assert end.value.code == code
@@ -56,5 +65,5 @@ def test_what_a_check_raises_is_its_failure_alone():
     def broken(device):
         raise RuntimeError("of its own\nand more")
 
-    result = gpu_check.run_check("broken", broken, torch.device("cpu"))
+    result = run_check("broken", broken, torch.device("cpu"))
     assert (result.outcome, result.why) == ("failed", "RuntimeError: of its own and more")

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tive.features.step import GradientStep
 from tive.method.adam import adam_step, release_step
 from tive.method.gradients import gradient_features
 from tive.method.projection import Projector, make_projector
@@ -145,6 +146,16 @@ def forward_and_backward(case: Case, proj_dim: int) -> Callable[[list[int]], Non
     return compute
 
 
+def losses_alone(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+    """The step with `--gradient none`: losses and EL2N."""
+    step = GradientStep(case.family, case.reference, {}, None, el2n=True)
+
+    def compute(batch: list[int]) -> None:
+        step(step.ready([case.records[number] for number in batch]))
+
+    return compute
+
+
 class NoProjection:
     """In the place of a projector, to measure what the projection costs."""
 
@@ -266,6 +277,7 @@ def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
 
 METHODS: dict[str, Method] = {
     "forward": forward,
+    "none": losses_alone,
     "forward_and_backward": forward_and_backward,
     "no_projection": ours(lambda proj_dim, device: NoProjection()),
     "sparse": with_projector("sparse"),

@@ -1,0 +1,1 @@
+"""`bash scripts/gpu_check.sh`: does everything hold on this GPU?"""
