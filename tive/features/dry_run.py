@@ -134,9 +134,7 @@ def print_plan(records: Records, norms: Mapping[int, float], rate: float) -> Non
     means = np.array([[part.mean() if len(part) else usual for part in by_task]])
     covariances = (np.mean(spreads) * means[0] ** 2)[:, None, None]
     enough = records_for_error(means, covariances, sizes, _PLANNED_ERROR)
-    print(
-        "  budgets from a sample of N records of every task (select_warm_up_data.py --per_task N) instead of from all:"
-    )
+    print("  budgets from a sample of N records of every task (step 1 with per_task N) instead of from all:")
     for number in sorted({100, 1000, enough}):
         counts = np.minimum(sizes, number)
         errors, _ = budget_errors(means, covariances, counts, sizes, 1.0)
