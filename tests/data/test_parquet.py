@@ -20,10 +20,11 @@ from PIL import Image
 import select_warm_up_data
 from tests.helpers.feature_files import call, refusal
 from tests.helpers.records import record_with, write
+from tive.data.arrow import _decoded_group
 from tive.data.conversations import image_of, images_of
 from tive.data.images import BadImage, open_image, read_image
 from tive.data.media import StoredImage
-from tive.data.parquet import TableRecords, _row_group
+from tive.data.parquet import TableRecords
 from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
 from tive.data.scan import check_chunk, refuse_problems, scan_records
@@ -123,10 +124,10 @@ def test_all_records_are_gone_through_without_the_bytes_of_images(fine):
 
 def test_a_row_group_is_decoded_once_for_neighbouring_rows(fine):
     records = open_records(fine)
-    _row_group.cache_clear()
+    _decoded_group.cache_clear()
     for row in range(12):
         records[row]
-    assert _row_group.cache_info().misses == 5
+    assert _decoded_group.cache_info().misses == 5
 
 
 def test_images_of_every_kind_of_column_are_opened_from_the_row(tmp_path):
@@ -299,7 +300,7 @@ def test_a_folder_that_cannot_be_read_is_told_in_one_line_by_the_file(fine, dama
 def test_a_file_that_was_cut_since_it_was_opened_is_named(fine):
     records = open_records(fine)
     assert isinstance(records, TableRecords)
-    _row_group.cache_clear()
+    _decoded_group.cache_clear()
     cut(fine)
     with pytest.raises(UserError, match=r"0\.parquet"):
         records[0]
