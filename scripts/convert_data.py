@@ -20,21 +20,25 @@ becomes the first turn again in messages and parts.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.images import format_and_size, store_image
-from tive.data.parquet import is_table
 from tive.data.problems import check_listed, form_problem, listed_records, listing_beside, refuse_bad_records
-from tive.data.records import JsonRecords, Records, name_of, open_records, write_raw, write_records
+from tive.data.records import (
+    Records,
+    TableRecords,
+    name_of,
+    open_records,
+    whole_records,
+    write_raw,
+    write_records,
+)
 from tive.data.scan import check_chunk, scan_records
 from tive.data.shards import schema_of, write_shards
 from tive.util.errors import UserError, run
@@ -80,41 +84,38 @@ def parse_arguments() -> argparse.Namespace:
 class Found:
     """What the pass found."""
 
-    records: int = 0
-    dropped: int = 0
     with_system: int = 0
     uneven_tags: int = 0
     first_uneven: str = ""
 
 
-def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
-    """Yield the text of every record in its new form, counting on the way.
+def kept_rows(records: Records, listings: list[str]) -> list[int]:
+    """The rows that lists of bad records do not name.
+
+    Raises:
+        UserError: a record that is listed is not there, or is another one.
+    """
+    to_drop = listed_records(listings)
+    for row, entry in to_drop.items():
+        if row >= len(records):
+            raise UserError(
+                f"record {row} is listed in {listed(listings)}, and {records.path} ends before it; the list is of other "
+                "data"
+            )
+        record = records[row]
+        check_listed(name_of(records.path, row, record), entry, record)
+    return [row for row in range(len(records)) if row not in to_drop]
+
+
+def converted(arguments: argparse.Namespace, records: Records, rows: list[int], found: Found) -> Iterator[bytes]:
+    """Yield the text of each of the rows in its new form, counting on the way.
 
     Raises:
         UserError: records are of no known form, or hold what the new one has no place for (all are listed beside the
-            target); or a record that is to be dropped is not there, or is another one.
+            target).
     """
     problems: dict[int, str] = {}
-    to_drop = listed_records(arguments.drop)
-    records = open_records(arguments.source_path)
-    if not isinstance(records, JsonRecords) and records.image_columns and arguments.image_folder is None:
-        raise UserError(f"{arguments.source_path} has images in its rows; name a folder for them with --image_folder")
-    texts: Iterator[bytes] = itertools.repeat(b"")
-    rows = iter(records)
-    if isinstance(records, JsonRecords):
-        texts = map(bytes, records.texts())
-    else:  # one by one, with the bytes of their images
-        rows = map(records.__getitem__, tqdm(range(len(records)), "Unpacking", unit=" records", delay=2))
-    for row, (raw, record) in enumerate(zip(texts, rows, strict=False)):
-        if row in to_drop:
-            check_listed(name_of(arguments.source_path, row, record), to_drop.pop(row), record)
-            found.dropped += 1
-            continue
-        found.records += 1
-        if arguments.to is None:
-            yield raw
-            continue
-        name = name_of(arguments.source_path, row, record)
+    for row, record in zip(rows, whole_records(records, rows if arguments.drop else None), strict=True):
         try:
             llava = unpacked(to_llava(record), arguments.image_folder)
             yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
@@ -125,51 +126,23 @@ def converted(arguments: argparse.Namespace, found: Found) -> Iterator[bytes]:
         tags, images = count_tags(llava)
         if tags != images:
             found.uneven_tags += 1
-            found.first_uneven = found.first_uneven or name
-    if to_drop:
-        raise UserError(
-            f"record {min(to_drop)} is listed in {listed(arguments.drop)}, and {arguments.source_path} ends before it; "
-            "the list is of another data file"
-        )
-    if problems:
-        refuse_bad_records(records, problems, listing_beside(arguments.target_path))
+            found.first_uneven = found.first_uneven or name_of(records.path, row, record)
+    refuse_bad_records(records, problems, listing_beside(arguments.target_path))
 
 
-def write_parquet(arguments: argparse.Namespace, found: Found) -> None:
+def write_parquet(target: Path, records: Records, image_folder: str) -> None:
     """Write all records and their images into a new folder of Parquet files.
 
     Raises:
         UserError: the folder is there, or records have no such form or images that cannot be used (all are listed).
     """
-    target = Path(arguments.target_path)
     if target.exists():
         raise UserError(f"--target_path {target} is there already; name another folder, or remove it")
-    folder = arguments.image_folder or ""
-    records = open_records(arguments.source_path)
-    scan = scan_records(records, form_problem)
-    checked = check_chunk(scan, range(len(records)), folder, format_and_size)
+    checked = check_chunk(scan_records(records, form_problem), range(len(records)), image_folder, format_and_size)
     schema, problems = schema_of(records)
     refuse_bad_records(records, problems | checked.reasons, listing_beside(target))
-    found.records = len(records)
-    files = write_shards(target, records, schema, folder)
+    files = write_shards(target, records, schema, image_folder)
     print(f"{files:,} files, which datasets.load_dataset and scripts/train_trl.py read as they are")
-
-
-def write_rows_kept(arguments: argparse.Namespace, records: Records, found: Found) -> None:
-    """Write a table without the records that are to be dropped, its rows as they are.
-
-    Raises:
-        UserError: a record that is to be dropped is not there, or is another one.
-    """
-    to_drop = listed_records(arguments.drop)
-    for row, entry in to_drop.items():
-        name = f"{arguments.source_path}: record {row}"
-        if row >= len(records):
-            raise UserError(f"{name} is listed in {listed(arguments.drop)}, and the data ends before it")
-        check_listed(name, entry, records[row])
-    kept = [row for row in range(len(records)) if row not in to_drop]
-    write_records(arguments.target_path, records, kept)
-    found.records, found.dropped = len(kept), len(to_drop)
 
 
 def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
@@ -204,22 +177,31 @@ def text_of(record: dict[str, Any]) -> bytes:
 
 def main() -> None:
     arguments = parse_arguments()
-    target = arguments.target_path
+    target = Path(arguments.target_path)
     refuse_same_file(arguments.source_path, target)
     if arguments.image == "list" and arguments.to != "llava":
         raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
-    found = Found()
     if arguments.to == "parquet" and arguments.drop:
         raise UserError("--drop goes without --to parquet; write the data without them first, then convert that")
+    records = open_records(arguments.source_path)
+    has_images = isinstance(records, TableRecords) and records.image_columns
+    if has_images and arguments.to in FORMS and arguments.image_folder is None:
+        raise UserError(f"{records.path} has images in its rows; name a folder for them with --image_folder")
+    rows = kept_rows(records, arguments.drop)
+    found = Found()
     if arguments.to == "parquet":
-        write_parquet(arguments, found)
-    elif arguments.to is None and is_table(Path(arguments.source_path)):
-        write_rows_kept(arguments, open_records(arguments.source_path), found)
+        write_parquet(target, records, arguments.image_folder or "")
+    elif arguments.to is not None:
+        write_raw(target, converted(arguments, records, rows, found), lines=target.suffix == ".jsonl")
+    elif isinstance(records, TableRecords):
+        write_records(target, records, rows)
     else:
-        write_raw(target, converted(arguments, found), lines=Path(target).suffix == ".jsonl")
-    print(f"Wrote {found.records:,} records to {target}.")
+        kept = set(rows)
+        texts = (bytes(text) for row, text in enumerate(records.texts()) if row in kept)
+        write_raw(target, texts, lines=target.suffix == ".jsonl")
+    print(f"Wrote {len(rows):,} records to {target}.")
     if arguments.drop:
-        print(f"{found.dropped:,} records are left out, those listed in {listed(arguments.drop)}.")
+        print(f"{len(records) - len(rows):,} records are left out, those listed in {listed(arguments.drop)}.")
     if found.with_system and arguments.to == "llava":
         print(f"{found.with_system:,} have a system prompt under `system`: LLaVA does not train on it.")
     if found.uneven_tags and arguments.to != "llava":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ import numpy as np
 
 from tive.data.conversations import image_paths, to_llava
 from tive.data.media import Image, is_empty
-from tive.data.records import Records
+from tive.data.records import Records, whole_records
 from tive.data.trained import plain_images
 
 HASH_BYTES = 16
@@ -40,11 +39,7 @@ def record_hash(record: Any) -> bytes:
 
 def record_hashes(records: Records, rows: range | None = None) -> np.ndarray:
     """The hashes of some records or of all, uint8 `[n, HASH_BYTES]`; the bytes of images in the rows are read."""
-    if rows is None and not getattr(records, "image_columns", None):
-        each: Iterable[Any] = records  # read from front to back
-    else:
-        each = (records[row] for row in (range(len(records)) if rows is None else rows))
-    digests = bytearray().join(map(record_hash, each))
+    digests = bytearray().join(map(record_hash, whole_records(records, rows)))
     return np.frombuffer(digests, np.uint8).reshape(-1, HASH_BYTES)
 
 

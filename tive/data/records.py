@@ -232,6 +232,14 @@ def _length_slowly(path: Path, content: mmap.mmap, position: int, row: int, size
         size *= 2
 
 
+def whole_records(records: Records, rows: Sequence[int] | None = None) -> Iterator[Any]:
+    """Some records in turn, or all, with the bytes of the images in their rows."""
+    if rows is None and not (isinstance(records, TableRecords) and records.image_columns):
+        return iter(records)  # read from front to back
+    rows = range(len(records)) if rows is None else rows
+    return (records[row] for row in tqdm(rows, f"Reading {records.path.name}", unit=" records", delay=2))
+
+
 def suffix_of(path: str | os.PathLike[str]) -> str:
     """How the name of a file ends that `write_records` writes from the records at a path."""
     return ".parquet" if is_table(Path(path)) else ".json"
