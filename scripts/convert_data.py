@@ -99,8 +99,8 @@ def kept_rows(records: Records, listings: list[str]) -> list[int]:
     for row, entry in to_drop.items():
         if row >= len(records):
             raise UserError(
-                f"record {row} is listed in {listed(listings)}, and {records.path} ends before it; the list is of other "
-                "data"
+                f"record {row} is listed in {listed(listings)}, and {records.path} ends before it; the list is of "
+                "other data"
             )
         record = records[row]
         check_listed(name_of(records.path, row, record), entry, record)
