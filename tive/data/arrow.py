@@ -16,7 +16,7 @@ from tive.data.media import IMAGE_KEYS
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 128
 # Keys of turns with few values, each of which is made once for many rows.
 _FEW_VALUES = ("from", "role")
 
