@@ -126,8 +126,13 @@ def main() -> None:
     place = place_of(a.num_chunks, a.chunk_idx, os.environ)
     device = device_of(a.device, place.local_rank)
     files = ModelFiles(
-        **{"model_path": a.model_path, "model_base": base_folder(a.model_base), "vision_tower": a.vision_tower},
-        **{name: getattr(a, name) for name in ("chat_template", "max_length", "max_pixels", "load_in_4bit")},
+        model_path=a.model_path,
+        model_base=base_folder(a.model_base),
+        vision_tower=a.vision_tower,
+        chat_template=a.chat_template,
+        max_length=a.max_length,
+        max_pixels=a.max_pixels,
+        load_in_4bit=a.load_in_4bit,
     )
     family = family_of(files)
     family.check_files(files)
