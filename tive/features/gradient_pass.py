@@ -107,9 +107,9 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         about = {"projector_about": step.projector.about} if step.projector else {}
         content = record_hashes(scan.records, match.rows)
         chunk.finish(about | device | cost | dict(options.inputs), content)
-    what = "features" if step.projector else "records without features"
+    what, beside = ("features", "norms and manifest") if step.projector else ("records without features", "manifest")
     print(
-        f"written: {chunk.path('output_{}.pt')}, norms and manifest beside it\n"
+        f"written: {chunk.path('output_{}.pt')}, {beside} beside it\n"
         f"{name} done: {len(match.rows) - len(left_out)} {what}, {count_reasons(left_out)}, "
         f"{cost['records_per_second']:.2f} records/s, padding efficiency {cost['padding_efficiency']:.2f}, "
         f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB, records in host memory at most "
