@@ -154,7 +154,10 @@ class Family(Protocol):
         """The reference model, proven to be what is on disk; else a `UserError` names the file."""
 
     def record_problem(self, record: Any) -> str | None:
-        """What keeps the family from reading a record, in a few words; None when nothing does."""
+        """What keeps the family from reading a record, in a few words; None when nothing does.
+
+        It is not asked about a plain record (`tive.data.trained.plain_images`), which every family reads.
+        """
 
     def pads_images(self, files: ModelFiles) -> bool:
         """Whether images are padded to a square, so that one long side alone can make them too large."""
