@@ -48,7 +48,6 @@ class TableRecords:
     groups: np.ndarray
     count: int
     image_columns: frozenset[str]
-    is_lines: bool = False
 
     def __len__(self) -> int:
         return self.count

@@ -206,7 +206,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
             printed.
     """
     records = open_records(path)
-    if records.is_lines or not isinstance(records, JsonRecords):
+    if not isinstance(records, JsonRecords) or records.is_lines:
         source = Path(path)
         options: dict[str, str | Path] = {"source_path": source, "target_path": source.with_suffix(".json")}
         if not isinstance(records, JsonRecords):
