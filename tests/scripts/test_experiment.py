@@ -191,3 +191,10 @@ def test_the_first_experiments_tables_are_made_again_from_its_data(capsys, monke
                     assert value == pytest.approx(float(shown[header.index(key)]), abs=1.1e-3)
                     compared += 1
         assert compared == 4 * len(by_arm.keys() - {"arm", "---"}) > 0
+
+
+def test_the_second_experiments_tables_are_made_again_from_its_data(capsys, monkeypatch):
+    made = tables_of(made_of("smollm2_experiment.csv", capsys, monkeypatch))
+    assert made == tables_of((ROOT / "docs" / "experiment_smollm2.md").read_text())
+    first = [row[0] for row in made["smollm2"]]
+    assert {f"{arm} below {other}" for arm, other in plan.BELOW} < set(first) and first.count("random") == 2
