@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from tive.data.records import open_records
 from tive.features.loader import Loader
@@ -48,8 +47,7 @@ def loader_of(folder: Path, num_workers: int = 0, count: int = COUNT, **asked: d
             records[row][key] = value
     (folder / "data.json").write_text(json.dumps(records))
     records_file = open_records(folder / "data.json")
-    reference = SimpleNamespace(processor=folder, dtype=torch.float32)
-    return Loader(SimpleNamespace(encode=encode), reference, records_file, "", num_workers)
+    return Loader(partial(encode, folder), records_file, "", num_workers)
 
 
 ROWS = list(range(COUNT))
@@ -135,7 +133,7 @@ import os, signal, sys, time
 from pathlib import Path
 from tests.features import test_loader
 folder = Path(sys.argv[1])
-def stuck(processor, record, image_folder):
+def stuck(record, image_folder):
     time.sleep(0 if record["id"] in ("r0", "r1") else 1000)
     return test_loader.Encoded(1, 1, "text", b"")
 loader = test_loader.loader_of(folder, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from tive.models.common import target_modules
 def visual_gains(family: ModuleType, reference: Reference, folder: Path, count: int) -> tuple[list[float], list[float]]:
     """Of the first records of `folder`: the step's gains in one batch, and the differences of losses taken alone."""
     records, images = open_records(str(folder / "data.json")), str(folder / "images")
-    loader = Loader(family, reference, records, images, text_alone=True)
+    loader = Loader(partial(family.encode, reference.processor), records, images, text_alone=True)
     projector = Sparse(0, 8, torch.device("cpu"))
     step = GradientStep(family, reference, target_modules(reference, "self_attn"), projector, visual_gain=True)
 

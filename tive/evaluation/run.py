@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def evaluate(
     """
     windows = store.missing(options.window)
     readable = [row for rows in windows for row in rows if row not in checked.reasons]
-    loader = Loader(family, reference, scan.records, options.image_folder, options.num_workers)
+    encode = partial(family.encode, reference.processor)
+    loader = Loader(encode, scan.records, options.image_folder, options.num_workers)
     batches = Batches(options.batch_size, options.max_batch_tokens)
     total = len(scan.records)
     bar = tqdm(total=total, initial=total - sum(map(len, windows)), desc="Evaluating", unit=" records")

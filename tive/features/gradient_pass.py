@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -178,8 +179,9 @@ def compute_windows(
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
     """What reads and encodes a chunk's records for a step."""
     workers = workers_beside(step.reference.device, options.num_workers)
-    place = (step.reference, checked.records, options.image_folder)
-    return Loader(step.family, *place, workers, text_alone=step.visual_gain)
+    # A function and not its module, which could not be sent to a process that is not forked.
+    encode = partial(step.family.encode, step.reference.processor)
+    return Loader(encode, checked.records, options.image_folder, workers, text_alone=step.visual_gain)
 
 
 def fill(columns: Mapping[str, np.ndarray], rows: range, computed: Computed) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tive.data.conversations import images_of, without_images
 from tive.data.problems import images_named
 from tive.data.records import Records, name_of
-from tive.models import UNSUPERVISED, Encoded, Family, LeftOut, Reference
+from tive.models import UNSUPERVISED, Encoded, LeftOut
 from tive.util.errors import UserError
 
 # Records that the workers together are ahead.
@@ -39,21 +39,20 @@ class Loader(Dataset):
     memory for it.
 
     Args:
+        encode: a family's `encode` with its processor: a record and the image folder to what is computed.
         text_alone: encode records with images a second time, without them.
     """
 
     def __init__(
         self,
-        family: Family,
-        reference: Reference,
+        encode: Callable[[Any, str], Encoded],
         records: Records,
         image_folder: str,
         num_workers: int = 0,
         text_alone: bool = False,
     ) -> None:
-        # The function and not its module, which could not be sent to a process that is not forked.
-        self.encode, self.records, self.image_folder = family.encode, records, image_folder
-        self.processor, self.num_workers, self.text_alone = reference.processor, num_workers, text_alone
+        self.encode, self.records, self.image_folder = encode, records, image_folder
+        self.num_workers, self.text_alone = num_workers, text_alone
         # Records that the workers are ahead, together.
         self.ahead = num_workers * max(2, _AHEAD // max(1, num_workers))
         # Of each worker: its process, and the row that it is reading, for when it is killed.
@@ -72,7 +71,7 @@ class Loader(Dataset):
     def _encoded(self, row: int) -> Encoded | str | MemoryError:
         try:
             record = self.records[row]
-            encoded = self.encode(self.processor, record, self.image_folder)
+            encoded = self.encode(record, self.image_folder)
             if self.text_alone and images_of(record):
                 encoded = replace(encoded, text_alone=self._text_alone(record))
             return encoded
@@ -85,7 +84,7 @@ class Loader(Dataset):
 
     def _text_alone(self, record: Any) -> Encoded | None:
         try:
-            return self.encode(self.processor, without_images(record), self.image_folder)
+            return self.encode(without_images(record), self.image_folder)
         except LeftOut:
             return None
 
