@@ -31,5 +31,9 @@ if [[ -n $wheels ]]; then
         fail "the wheels in $wheels do not fit $PYTHON"
     export PYTHONPATH=$site
 fi
+lacking=$("$PYTHON" -c 'import importlib.util as util
+needed = ("torch", "transformers", "peft", "numpy", "msgspec", "tqdm", "PIL")
+print(*(name for name in needed if util.find_spec(name) is None), sep=", ")')
+[[ -z $lacking ]] || fail "$PYTHON has no $lacking; install it, or give wheels of it in a folder (--wheels DIR)"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 "$PYTHON" "$ROOT/scripts/gpu_check/main.py" ${arguments[@]+"${arguments[@]}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,13 @@ def test_what_a_check_raises_is_its_failure_alone():
 
     result = run_check("broken", broken, torch.device("cpu"))
     assert (result.outcome, result.why) == ("failed", "RuntimeError: of its own and more")
+
+
+def test_a_python_without_the_libraries_is_told_which_it_lacks(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh")]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": str(bare)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "msgspec" in done.stderr and "--wheels" in done.stderr
