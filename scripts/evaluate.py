@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
+    from tive.data.content import record_hashes
     from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
@@ -84,12 +85,13 @@ def main() -> None:
         Evaluation,
         ModelResult,
         differing,
+        known_results,
         read_stored,
         tables,
         task_results,
         write_result,
     )
-    from tive.evaluation.run import EvaluationOptions, evaluate, report_left_out, store_of
+    from tive.evaluation.run import EvaluationOptions, evaluate, report_left_out, results_of, store_of, take_known
     from tive.features.loader import workers_beside
     from tive.features.store import hold
     from tive.models import ModelFiles, family_of
@@ -110,6 +112,7 @@ def main() -> None:
     )
 
     data = open_records(arguments.input_file)
+    content = [digest.tobytes().hex() for digest in record_hashes(data)]
 
     def result_of(name: str, path: str, base: str | None = None) -> ModelResult:
         files = ModelFiles(
@@ -132,12 +135,20 @@ def main() -> None:
             task_key=arguments.task_key,
         )
         target, begun = arguments.save_path / f"model_{name}.json", time.perf_counter()
+        known = {} if arguments.overwrite else known_results(arguments.save_path, conditions)
         if target.exists() and not arguments.overwrite:
             stored = read_stored(target, ModelResult)
-            if differs := differing(stored.conditions, conditions):
-                raise UserError(f"{target} has {differs}; take another name for the model, or --overwrite")
-            print(f"{name}: {target} is there")
-            return stored
+            differs = differing(stored.conditions, conditions)
+            if not differs:
+                print(f"{name}: {target} is there")
+                return stored
+            # Results of data that was relabelled, reordered or has grown are all in the new ones.
+            kept = {record.content for record in stored.records if record.loss is not None}
+            if not kept <= known.keys() & set(content):
+                raise UserError(
+                    f"{target} has {differs}, and holds results that would be lost; take another name for the model, "
+                    "which computes only what is not known, or --overwrite"
+                )
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
         if checked.reasons and not options.skip_bad:
@@ -149,8 +160,11 @@ def main() -> None:
         with hold(progress / "lock", f"evaluating into {progress.name}"):
             store = store_of(progress, conditions)
             print(f"{name}: {path}")
-            reference = family.load(files, device, dtype)
-            records = evaluate(family, reference, scan, checked, options, store)
+            if taken := take_known(store, content, known):
+                print(f"{name}: {taken:,} of {len(data):,} records were evaluated before; their results are taken")
+            if store.missing(options.window):
+                evaluate(family, family.load(files, device, dtype), scan, checked, options, store)
+            records = results_of(store, content)
             report_left_out(name, records)
             tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun

@@ -192,6 +192,35 @@ def test_results_that_are_there_are_used_and_those_of_something_else_are_refused
     assert other.code == 2 and "another max new tokens" in other.err and "--overwrite" in other.err
 
 
+def test_results_belong_to_records_in_data_that_was_relabelled_reordered_and_has_grown(monkeypatch, tmp_path):
+    first, last = RECORDS[:6], RECORDS[6]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(first))
+    assert evaluate_models(tmp_path / "out", data=data).code == 0
+    before = {record.content: record.loss for record in read_stored(tmp_path / "out", Evaluation).models[0].records}
+    changed = [last, *({**record, "dataset": "renamed", "id": "x"} for record in reversed(first))]
+    data.write_text(json.dumps(changed, indent=1))
+    compute, computed = evaluation_run.losses_of, []
+
+    def counted(family, reference, records, batches):
+        computed.extend(records)
+        return compute(family, reference, records, batches)
+
+    monkeypatch.setattr(evaluation_run, "losses_of", counted)
+    done = evaluate_models(tmp_path / "out", data=data)
+    assert done.code == 0 and computed == [0], done.err
+    (model,) = read_stored(tmp_path / "out", Evaluation).models
+    assert {record.content: record.loss for record in model.records[1:]} == before
+    assert [task.name for task in model.tasks] == [last["dataset"], "renamed"]
+
+    # Of fewer records: the results of the others would be lost under this name; another one has nothing to compute.
+    data.write_text(json.dumps(changed[2:4]))
+    refused = evaluate_models(tmp_path / "out", data=data)
+    assert refused.code == 2 and "--overwrite" in refused.err
+    fewer = evaluate_models(tmp_path / "out", data=data, models=(("fewer", *ADAPTER[1:]),))
+    assert fewer.code == 0 and computed == [0], fewer.err
+
+
 def test_a_record_that_cannot_be_used_stops_the_run_or_is_left_out_with_its_reason(tmp_path):
     bad = [{**RECORDS[0], "image": "nowhere.png"}, {"id": 1, "dataset": "vqa"}, *RECORDS[:3]]
     data = tmp_path / "bad.json"

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from tive.util.errors import UserError
 from tive.util.files import write_json
@@ -26,6 +27,7 @@ TITLES: dict[Measure, str] = {
     "exact_share": "answers produced exactly (higher is better)",
 }
 INTERVAL = "± is the half width of a 95% interval over the records (1.96 standard errors)"
+_OF_THE_DATA = ("data_sha256", "data_records", "task_key")
 Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Loss = Annotated[float, Meta(ge=0, lt=1e300)]
 
@@ -55,6 +57,7 @@ class HeldOutResult(Struct, frozen=True):
         answers: how many answers the model was asked for; `exact` of them it produced.
         not_asked: answers that were cut at the model's maximum length, or stand before an image of a later turn.
         left_out: the reason, in the words of the gradient step; then there is no loss.
+        content: the record's hash (`record_hash`), by which results are found again in data that changed.
     """
 
     row: Count
@@ -63,6 +66,7 @@ class HeldOutResult(Struct, frozen=True):
     exact: Count = 0
     not_asked: Count = 0
     left_out: str | None = None
+    content: str | None = None
 
 
 class TaskResult(Struct, frozen=True, rename={"name": "task"}):
@@ -122,6 +126,18 @@ def differing(stored: Conditions, wanted: Conditions) -> str:
     """In a few words, in what a stored result differs from what is wanted; empty where it does not."""
     names = [name for name in Conditions.__struct_fields__ if getattr(stored, name) != getattr(wanted, name)]
     return "another " + " and another ".join(name.replace("_", " ") for name in names) if names else ""
+
+
+def known_results(folder: Path, wanted: Conditions) -> dict[str | None, HeldOutResult]:
+    """What a folder's results say of records of any data, by the content of the record, under the other conditions."""
+    known: dict[str | None, HeldOutResult] = {}
+    for path in sorted(folder.glob("model_*.json")):
+        stored = read_stored(path, ModelResult)
+        same = replace(stored.conditions, **{name: getattr(wanted, name) for name in _OF_THE_DATA})
+        if same == wanted:
+            known |= {record.content: record for record in stored.records if record.loss is not None}
+    known.pop(None, None)
+    return known
 
 
 def task_results(tasks: Sequence[str], records: Sequence[HeldOutResult]) -> list[TaskResult]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import msgspec
@@ -51,10 +51,26 @@ def store_of(folder: Path, conditions: Conditions) -> Store:
     return Store(folder, range(conditions.data_records), msgspec.to_builtins(conditions), _COLUMNS)
 
 
+def take_known(store: Store, content: Sequence[str], known: Mapping[str | None, HeldOutResult]) -> int:
+    """Put the results that are known of records of equal content into the store, and count them."""
+    taken = 0
+    for missing in store.missing(len(content)):
+        for is_known, run in groupby(missing, key=lambda row: content[row] in known):
+            rows = list(run)
+            if is_known:
+                results = [known[content[row]] for row in rows]
+                columns = {
+                    name: np.array([getattr(one, name) for one in results], kind) for name, kind in _COLUMNS.items()
+                }
+                store.write(Window(range(rows[0], rows[-1] + 1), columns, []))
+                taken += len(rows)
+    return taken
+
+
 def evaluate(
     family: Family, reference: Reference, scan: Scan, checked: Checked, options: EvaluationOptions, store: Store
-) -> list[HeldOutResult]:
-    """The results of all records, by row; those of each window are on disk when it is done.
+) -> None:
+    """Compute the results of all records that are not on disk; those of each window are when it is done.
 
     Raises:
         UserError: a record cannot be used and is not to be skipped, or a batch of one does not fit in memory.
@@ -84,7 +100,6 @@ def evaluate(
             }
             store.write(Window(rows, columns, [LeftOutRecord(row, None, reasons[row]) for row in sorted(reasons)]))
             bar.update(len(rows))
-    return results_of(store)
 
 
 @torch.no_grad()
@@ -117,14 +132,14 @@ def answers_of(
     return Counter(row for row, _ in asked), exact
 
 
-def results_of(store: Store) -> list[HeldOutResult]:
-    """The results on disk, by row."""
+def results_of(store: Store, content: Sequence[str]) -> list[HeldOutResult]:
+    """The results on disk, by row; `content` are the records' hashes."""
     reasons = {entry.row: entry.reason for entry in store.left_out()}
     columns = {name: values.tolist() for name, values in store.columns().items()}
     return [
-        HeldOutResult(row, left_out=reasons[row])
+        HeldOutResult(row, left_out=reasons[row], content=content[row])
         if row in reasons
-        else HeldOutResult(row, **{name: values[row] for name, values in columns.items()})
+        else HeldOutResult(row, content=content[row], **{name: values[row] for name, values in columns.items()})
         for row in store.rows
     ]
 
