@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+FILES = [*ROOT.glob("*.sh"), *(ROOT / "scripts").glob("*.sh"), *ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+SCRIPTS = [file for file in FILES if file.suffix == ".sh" or "__main__" in file.read_text()]
 
 
 @pytest.mark.pages
