@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -192,15 +193,27 @@ class Batches:
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in another thread while the one before is used."""
-    with_threads = ThreadPoolExecutor(1)
-    coming = with_threads.submit(next, items, None)
+    coming = _in_thread(partial(next, items, None))
     try:
         while (item := coming.result()) is not None:
-            coming = with_threads.submit(next, items, None)
+            coming = _in_thread(partial(next, items, None))
             yield item
     finally:
         wait([coming], _SECONDS_FOR_A_RECORD)  # not for ever: what reads may be stuck
-        with_threads.shutdown(wait=False)
+
+
+def _in_thread(make: Callable[[], Result]) -> Future[Result]:
+    """What `make` returns or raises, in a thread; unlike an executor's, the end of the program does not wait for it."""
+    made: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return made
 
 
 def bytes_of(part: Any) -> int:
