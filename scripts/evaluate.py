@@ -77,7 +77,6 @@ def main() -> None:
     from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
-    from tive.data.training_record import versions_of
     from tive.evaluation.results import (
         EVALUATION_FILE,
         INTERVAL,
@@ -96,6 +95,7 @@ def main() -> None:
     from tive.features.store import hold
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
+    from tive.models.training_record import versions_of
     from tive.util.device import device_name, device_of, dtype_of
     from tive.util.text import print_table
 

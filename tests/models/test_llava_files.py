@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.golden_model import GOLDEN, RECORDS
 from tests.helpers.reference import CPU, in_batches, load_golden, step_of
-from tive.data.training_record import ASPECT_RATIOS, TEMPLATES, TrainingRecord, model_fingerprint, write_record
 from tive.models import ModelFiles, Reference, llava
+from tive.models.training_record import ASPECT_RATIOS, TEMPLATES, TrainingRecord, model_fingerprint, write_record
 from tive.util.errors import UserError
 
 

@@ -31,9 +31,9 @@ from tests.helpers.golden_native import (
     ids_of,
     loaded,
 )
-from tive.data.training_record import TrainingRecord, recorded_model, write_record
 from tive.models import Encoded, ModelFiles, family_of, native
 from tive.models.native_encoding import load_processor
+from tive.models.training_record import TrainingRecord, recorded_model, write_record
 from tive.util.errors import UserError
 
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny_native import QWEN
-from tive.data.training_record import difference, read_record
 from tive.models import ModelFiles, native, native_encoding
 from tive.models.common import target_modules
 from tive.models.optimizer_state import MOMENTS_FILE, find_optimizer_state, moments_of_matrices, read_optimizer_state
+from tive.models.training_record import difference, read_record
 from tive.training.trl_trainer import DataArguments, opened
 from tive.util.errors import UserError
 

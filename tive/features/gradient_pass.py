@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
-from tive.data.training_record import versions_of
 from tive.features.batches import Batches, batches_for
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (
@@ -41,6 +40,7 @@ from tive.features.loader import Loader, usable, workers_beside
 from tive.features.step import FLOAT16_LOSS_SCALES, GradientStep
 from tive.features.store import Window
 from tive.models import NOT_FINITE
+from tive.models.training_record import versions_of
 from tive.util.device import device_name, peak_memory
 
 # Of each record of a batch its row, supervised tokens and tokens; and the batch's results, on the device.

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tive.data.training_record import difference
 from tive.models.common import first_line
+from tive.models.training_record import difference
 from tive.util.errors import UserError
 from tive.util.files import read_json, read_object
 

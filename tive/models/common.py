@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.data.training_record import model_folder
 from tive.models import ModelFiles, Reference
+from tive.models.training_record import model_folder
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from tive.data.problems import problem_of
-from tive.data.training_record import (
+from tive.models import LeftOut, ModelFiles, Reference, spliced
+from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
+from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other
+from tive.models.common import base_of, decoder_layers, freeze
+from tive.models.training_record import (
     ASPECT_RATIOS,
     RECORD_FILE,
     TEMPLATES,
@@ -27,10 +31,6 @@ from tive.data.training_record import (
     read_record,
     weight_files,
 )
-from tive.models import LeftOut, ModelFiles, Reference, spliced
-from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
-from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other
-from tive.models.common import base_of, decoder_layers, freeze
 from tive.util.errors import UserError
 from tive.util.packages import check_llava
 

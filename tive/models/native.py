@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
-from tive.data.training_record import RECORD_FILE, read_record, versions_of
 from tive.models import Collated, Encoded, ModelFiles, RecordLosses, Reference, native_encoding
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.checkpoint import (
@@ -46,6 +45,7 @@ from tive.models.common import (
 from tive.models.losses import losses_at_supervised, losses_of_logits, supervised_tokens, unpacked
 from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.optimizer_state import MOMENTS_FILE
+from tive.models.training_record import RECORD_FILE, read_record, versions_of
 from tive.util.errors import UserError
 
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tive.data.conversations import image_of
 from tive.data.images import BadImage, read_image, resize_padded
 from tive.data.media import StoredImage
-from tive.data.training_record import model_folder
 from tive.models import Answer, Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import (
     CONFIG_FILE,
@@ -32,6 +31,7 @@ from tive.models.adapter import (
 from tive.models.checkpoint import read_config, refuse_other_shape
 from tive.models.common import base_of, fingerprint, generate_ids, refuse_options
 from tive.models.losses import IGNORE, losses_at_supervised, packed, supervised_runs, supervised_tokens, unpacked
+from tive.models.training_record import model_folder
 from tive.util.errors import UserError
 
 IMAGE_ID = -200

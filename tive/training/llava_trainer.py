@@ -27,7 +27,8 @@ from transformers import GenerationConfig, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available, is_torch_sdpa_available
 
-from tive.data.training_record import (
+from tive.models.adapter import TRAINED_FILE, read_tensors
+from tive.models.training_record import (
     RECORD_FILE,
     TrainingRecord,
     lora_of,
@@ -36,7 +37,6 @@ from tive.data.training_record import (
     versions_of,
     write_record,
 )
-from tive.models.adapter import TRAINED_FILE, read_tensors
 from tive.training.checks import base_config, has_projector, model_config, projector_of, read_settings
 from tive.training.moments import save_moments
 from tive.util.device import leave_a_core

@@ -22,7 +22,7 @@ from tive.data.forms import from_llava  # noqa: E402
 from tive.data.images import BadImage, read_image  # noqa: E402
 from tive.data.records import name_of, open_records  # noqa: E402
 from tive.data.trained import conversation_of, is_trained_on  # noqa: E402
-from tive.data.training_record import (  # noqa: E402
+from tive.models.training_record import (  # noqa: E402
     TrainingRecord,
     lora_of,
     recorded_model,
