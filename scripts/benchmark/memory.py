@@ -11,7 +11,7 @@ from torch import Tensor
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector, project
 from tive.models import Collated
-from tive.models.losses import PIECE, losses_at_supervised, losses_of_logits, supervised_tokens
+from tive.models.common import PIECE, losses_at_supervised, losses_of_logits, supervised_tokens
 from tive.util.device import device_of, forget_peak, peak_memory
 
 HIDDEN, RANK, MATRICES, VOCABULARY = 4096, 128, 256, 32000

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from tive.models import Encoded, Reference
-from tive.models.common import freeze
-from tive.models.losses import IGNORE
+from tive.models.common import IGNORE, freeze
 from tive.models.spliced import IMAGE_ID, spliced_record
 
 

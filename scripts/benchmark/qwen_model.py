@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from tive.models import Encoded, Reference
-from tive.models.common import decoder_layers, freeze
-from tive.models.losses import IGNORE, packed
+from tive.models.common import IGNORE, decoder_layers, freeze, packed
 from tive.models.native_encoding import ProcessedRecord
 
 from .model import fill

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tive.models import Collated, Encoded, RecordLosses, Reference
-from tive.models.losses import IGNORE, losses_at_supervised, supervised_tokens
+from tive.models.common import IGNORE, losses_at_supervised, supervised_tokens
 
 VOCABULARY = 4096
 LORA_RANK = 8

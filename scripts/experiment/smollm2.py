@@ -23,8 +23,7 @@ from torch import Tensor
 from scripts.experiment.plan import Tower
 from tive.features.batches import Batches
 from tive.models import Encoded, ModelFiles, Reference, native
-from tive.models.common import prepare_torchvision
-from tive.models.losses import IGNORE
+from tive.models.common import IGNORE, prepare_torchvision
 from tive.util.errors import UserError
 
 prepare_torchvision()  # before transformers and peft are imported

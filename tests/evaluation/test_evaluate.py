@@ -20,7 +20,7 @@ from tests.helpers.reference import CPU, encode_golden, llavas_inputs, load_gold
 from tive.evaluation import run as evaluation_run
 from tive.evaluation.results import Evaluation, read_stored
 from tive.models import ModelFiles, llava
-from tive.models.losses import IGNORE
+from tive.models.common import IGNORE
 from tive.util.errors import run
 
 ADAPTER = ("reference", str(GOLDEN / "llava-lora"), str(GOLDEN / "vicuna"))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tive.models import ModelFiles, bunny  # before transformers and peft: it makes torchvision importable
-from tive.models.bunny_template import SYSTEM
+from tive.models.bunny import SYSTEM
 
 from peft import LoraConfig, get_peft_model  # isort: skip
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel  # isort: skip

@@ -27,8 +27,8 @@ from tests.helpers.reference import WholeGradients, in_batches
 from tests.helpers.tiny_bunny import make_parts, make_records, train
 from tests.helpers.visual_gain import visual_gains
 from tive.features.step import GradientStep
-from tive.models import Encoded, LeftOut, ModelFiles, Reference, bunny, bunny_template, family_of
-from tive.models.bunny_template import read_template
+from tive.models import Encoded, LeftOut, ModelFiles, Reference, bunny, family_of
+from tive.models.bunny import read_template
 from tive.models.common import target_modules
 from tive.util.errors import UserError
 
@@ -406,10 +406,10 @@ def test_a_language_model_that_this_transformers_lacks_is_refused_with_the_envir
 def test_a_tokenizer_whose_setting_this_library_does_not_heed_is_refused(model, monkeypatch):
     # Llama-3's; an older library reads the file and gives other ids without a word.
     other_tokenizer(model, ignore_merges=True)
-    monkeypatch.setattr(bunny_template.tokenizers, "__version__", "0.15.2")
+    monkeypatch.setattr(bunny.tokenizers, "__version__", "0.15.2")
     line = refused(model.files)
     assert "base/tokenizer.json" in line and "ignore_merges" in line and "tokenizers 0.19.1 or later" in line
-    monkeypatch.setattr(bunny_template.tokenizers, "__version__", "0.19.1")
+    monkeypatch.setattr(bunny.tokenizers, "__version__", "0.19.1")
     bunny.check_files(model.files)
 
 

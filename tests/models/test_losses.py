@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tive.models import losses
-from tive.models.losses import IGNORE, Supervised, losses_at_supervised, supervised_tokens
+from tive.models import common
+from tive.models.common import IGNORE, Supervised, losses_at_supervised, supervised_tokens
 
 WIDTH, WORDS = 8, 50
 
@@ -39,7 +39,7 @@ def test_pieces_give_the_same_losses_and_gradients(piece: int, monkeypatch: pyte
     head = nn.Linear(WIDTH, WORDS)
     whole = losses_at_supervised(hidden, head, supervised, el2n=True)
     (wanted,) = torch.autograd.grad(whole.losses.sum(), hidden)
-    monkeypatch.setattr(losses, "PIECE", piece)
+    monkeypatch.setattr(common, "PIECE", piece)
     pieces = losses_at_supervised(hidden, head, supervised, el2n=True)
     torch.testing.assert_close(pieces.losses, whole.losses, rtol=1e-6, atol=0)
     torch.testing.assert_close(pieces.el2n, whole.el2n, rtol=1e-6, atol=0)
@@ -48,7 +48,7 @@ def test_pieces_give_the_same_losses_and_gradients(piece: int, monkeypatch: pyte
 
 
 def test_no_more_logits_than_a_piece_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "PIECE", 7)
+    monkeypatch.setattr(common, "PIECE", 7)
     hidden, _, supervised = batch()
     head, made, kept = nn.Linear(WIDTH, WORDS), [], []
 

@@ -27,8 +27,7 @@ from tests.helpers.golden_native import (
     records_of,
 )
 from tive.models import LeftOut, native
-from tive.models.answer_spans import align
-from tive.models.native_encoding import image_tokens, load_processor
+from tive.models.native_encoding import align, image_tokens, load_processor
 
 
 @pytest.mark.parametrize("model", MODELS)

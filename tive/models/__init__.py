@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tive.util.errors import UserError
 from tive.util.files import read_object
+
+if TYPE_CHECKING:  # the check before a training reads this room's records of trainings, and answers at once
+    import torch
+    from torch import Tensor, nn
 
 
 class LeftOut(Exception):

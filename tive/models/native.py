@@ -39,10 +39,13 @@ from tive.models.common import (
     first_line,
     freeze,
     greedy,
+    losses_at_supervised,
+    losses_of_logits,
     refuse_options,
+    supervised_tokens,
+    unpacked,
     until_end,
 )
-from tive.models.losses import losses_at_supervised, losses_of_logits, supervised_tokens, unpacked
 from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.models.training_record import RECORD_FILE, read_record, versions_of

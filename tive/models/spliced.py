@@ -29,8 +29,18 @@ from tive.models.adapter import (
     read_tensors,
 )
 from tive.models.checkpoint import read_config, refuse_other_shape
-from tive.models.common import base_of, fingerprint, generate_ids, refuse_options
-from tive.models.losses import IGNORE, losses_at_supervised, packed, supervised_runs, supervised_tokens, unpacked
+from tive.models.common import (
+    IGNORE,
+    base_of,
+    fingerprint,
+    generate_ids,
+    losses_at_supervised,
+    packed,
+    refuse_options,
+    supervised_runs,
+    supervised_tokens,
+    unpacked,
+)
 from tive.models.training_record import model_folder
 from tive.util.errors import UserError
 
