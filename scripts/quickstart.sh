@@ -11,9 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 # shellcheck source=scripts/shell/steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
-begin quickstart llava "${1:-}"
-# What the libraries warn of here concerns nobody: no GPU, Vicuna's own generation config.
-setting HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu PYTHONWARNINGS=ignore
+begin quickstart '' "${1:-}"
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
     "$PYTHON" scripts/quickstart/data.py --folder "$folder"
@@ -57,16 +55,4 @@ step "Report: what was selected, and why, on one page" "$folder/selected/report.
     "$PYTHON" scripts/report.py "$folder/selected"
 
 echo
-echo "== Done in $SECONDS s"
-table_of "${subset}_summary.json"
-cat <<END
-
-data              $folder/data.json, images in $folder/images
-warm-up sample    $folder/warm_up.json
-reference model   $reference
-gradient features $folder/gradients
-selected subset   $subset.json
-scores            ${subset}_scores.csv
-report            $folder/selected/report.html
-tuned model       $tuned
-END
+echo "== Done in $SECONDS s: see $folder/selected/report.html"

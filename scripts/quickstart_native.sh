@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 # shellcheck source=scripts/shell/steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 begin quickstart-native native "${1:-}"
-setting HF_HUB_OFFLINE=1 HF_DATASETS_CACHE="$folder/cache" PYTHONWARNINGS=ignore
+setting HF_DATASETS_CACHE="$folder/cache"
 
 step "Data: records of seven tasks and their images" "$folder/data.json" \
     "$PYTHON" scripts/quickstart/data.py --folder "$folder"
@@ -57,14 +57,4 @@ step "Report: what was selected, and why, on one page" "$folder/selected/report.
     "$PYTHON" scripts/report.py "$folder/selected"
 
 echo
-echo "== Done in $SECONDS s"
-table_of "${subset}_summary.json"
-cat <<END
-
-data              $folder/data.json, images in $folder/images
-reference model   $reference (LoRA, by TRL)
-gradient features $folder/gradients
-selected subset   $subset.json
-report            $folder/selected/report.html
-tuned model       $folder/tuned
-END
+echo "== Done in $SECONDS s: see $folder/selected/report.html"

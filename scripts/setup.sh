@@ -14,23 +14,23 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv REQUIREMENTS=requirements.txt
-# Installed without their dependencies, and what must import (module:package).
-WITHOUT_DEPENDENCIES=(llava-torch==1.2.2.post1 traker==0.3.2)
-IMPORTED=(torch:torch transformers:transformers peft:peft accelerate:accelerate deepspeed:deepspeed trak:traker
-    llava.train.train:llava-torch)
-if [[ ${1:-} == native ]]; then
-    VENV=.venv-native REQUIREMENTS=requirements-native.txt
-    WITHOUT_DEPENDENCIES=(torchvision==0.28.0 traker==0.3.2)
-    IMPORTED=(torch:torch tive.models.native:tive transformers:transformers peft:peft accelerate:accelerate
-        trak:traker)
-fi
+case ${1:-} in
+    '')
+        VENV=.venv REQUIREMENTS=requirements.txt
+        WITHOUT_DEPENDENCIES=(llava-torch==1.2.2.post1 traker==0.3.2)
+        # What must import (module:package).
+        IMPORTED=(torch:torch transformers:transformers peft:peft accelerate:accelerate deepspeed:deepspeed trak:traker
+            llava.train.train:llava-torch)
+        ;;
+    native)
+        VENV=.venv-native REQUIREMENTS=requirements-native.txt
+        WITHOUT_DEPENDENCIES=(torchvision==0.28.0 traker==0.3.2)
+        IMPORTED=(torch:torch tive.models.native:tive transformers:transformers peft:peft accelerate:accelerate
+            trak:traker)
+        ;;
+    *) fail "$1 is no environment; name native, or nothing for LLaVA's" ;;
+esac
 export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
-
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
 
 # Imports together what the five steps import, and prints the versions.
 check_imports() {
@@ -38,81 +38,66 @@ check_imports() {
 import importlib
 import sys
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 warnings.filterwarnings("ignore")
-names = dict(pair.split(":") for pair in sys.argv[1:])
-found = [f"python {sys.version.split()[0]}"]
-for module, package in names.items():
+versions = {distribution.name: distribution.version for distribution in distributions()}
+ready = [f"python {sys.version.split()[0]}"]
+for module, package in (pair.split(":") for pair in sys.argv[1:]):
     try:
         importlib.import_module(module)
     except Exception as error:
         sys.exit(f"{module} does not import: {type(error).__name__}: {error}")
-    try:
-        found.append(f"{package} {version(package)}")
-    except PackageNotFoundError:
-        found.append(f"{package} (from {sys.modules[module].__file__})")
-print("ready:", ", ".join(found))
+    ready.append(f"{package} {versions.get(package, '(not from a package)')}")
+print("ready:", ", ".join(ready))
 PY
 }
 
 # Completes an environment that is not ours: adds what is missing, holding every installed version where it is.
 complete_existing() {
-    local python=$1 missing without_dependencies installed
-    command -v "$python" >/dev/null || fail "PYTHON=$python is not a program; name the interpreter of the environment"
-    "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; run \`$python -m ensurepip\` first"
-    { read -r missing; read -r without_dependencies; } < <("$python" - "$REQUIREMENTS" "${WITHOUT_DEPENDENCIES[@]}" <<'PY'
+    local missing without_dependencies
+    command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program; name the interpreter of the environment"
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || fail "$PYTHON has no pip; run \`$PYTHON -m ensurepip\` first"
+    { read -r missing; read -r without_dependencies; } < <("$PYTHON" - "$REQUIREMENTS" "${WITHOUT_DEPENDENCIES[@]}" <<'PY'
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-
-def installed(name):
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
-
-
+installed = {distribution.name.lower().replace("_", "-") for distribution in distributions()}
 needed, _, _ = Path(sys.argv[1]).read_text().partition("# Only the tests need these")
 pins = [line.replace(" ", "") for line in needed.splitlines() if "==" in line]
-print(*[pin for pin in pins if not installed(pin.split("==")[0])])
+print(*[pin for pin in pins if pin.split("==")[0].lower().replace("_", "-") not in installed])
 modules = {"llava-torch": "llava", "traker": "trak"}
 print(*[pin for pin in sys.argv[2:] if find_spec(modules.get(name := pin.split("==")[0], name)) is None])
 PY
     )
     if [[ -n $missing$without_dependencies ]]; then
-        echo "installing into the environment of $python: $missing $without_dependencies"
-        installed=$(mktemp)
-        # shellcheck disable=SC2064 # the path is this call's
-        trap "rm -f '$installed'" EXIT
-        "$python" -m pip list --format=freeze | grep -E '^[A-Za-z0-9._-]+==[^ ]+$' >"$installed"
-        # shellcheck disable=SC2086 # lists of words
-        [[ -z $missing ]] || "$python" -m pip install --quiet --constraint "$installed" $missing
+        echo "installing into the environment of $PYTHON: $missing $without_dependencies"
+        # shellcheck disable=SC2086 # a list of words
+        [[ -z $missing ]] || "$PYTHON" -m pip install --quiet $missing --constraint \
+            <("$PYTHON" -m pip list --format=freeze | grep -E '^[A-Za-z0-9._-]+==[^ ]+$')
         # shellcheck disable=SC2086
-        [[ -z $without_dependencies ]] || "$python" -m pip install --quiet --no-deps $without_dependencies
+        [[ -z $without_dependencies ]] || "$PYTHON" -m pip install --quiet --no-deps $without_dependencies
     else
-        echo "nothing is missing in the environment of $python"
+        echo "nothing is missing in the environment of $PYTHON"
     fi
-    "$python" -c 'import tive' 2>/dev/null || "$python" -m pip install --quiet --no-deps --editable .
-    check_imports "$python"
+    "$PYTHON" -c 'import tive' 2>/dev/null || "$PYTHON" -m pip install --quiet --no-deps --editable .
+    check_imports "$PYTHON"
 }
 
-# The first Python on the path that the pinned versions have wheels for.
+# Prints the first Python on the path that the pinned versions have wheels for.
 supported_python() {
     local candidate
     for candidate in python3.11 python3.12 python3.10 python3 python; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-            if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
-                echo "$candidate"
-                return
-            fi
-            echo "note: $candidate has no venv module (on Debian: apt install python3-venv)" >&2
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+            2>/dev/null; then
+            echo "$candidate"
+            return
         fi
     done
-    fail "no Python 3.10, 3.11 or 3.12 with its venv module is on the path; install one (tokenizers 0.15 has no wheels" \
-        "for other versions), or name an environment with PYTHON=/path/to/python"
+    fail "no Python 3.10, 3.11 or 3.12 with its venv module is on the path; install one (on Debian: apt install" \
+        "python3-venv; tokenizers 0.15 has no wheels for other versions), or name an environment: PYTHON=/path/to/python"
 }
 
 make_venv() {
@@ -122,28 +107,22 @@ make_venv() {
         echo "$VENV is complete: nothing to do"
         return
     fi
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    if "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        echo "completing $VENV"
+    else
         python=$(supported_python)
         echo "making $VENV with $("$python" --version)"
         "$python" -m venv --clear "$VENV"
-    else
-        echo "completing $VENV"
     fi
     rm -f "$stamp"
     echo "installing $REQUIREMENTS (2 GB on disk with torch's CPU build, 5 GB with its CUDA build)"
     # Python compiles what is imported; pip would compile all of it, which takes longer than everything else here.
     "$VENV/bin/python" -m pip install --quiet --no-compile --requirement "$REQUIREMENTS"
-    # The lock: .ci/run sets both environments up at once, and this builds in the project's folder.
+    # The lock: both environments may be set up at once, and this builds in the project's folder.
     flock pyproject.toml \
         "$VENV/bin/python" -m pip install --quiet --no-compile --no-deps "${WITHOUT_DEPENDENCIES[@]}" --editable .
     check_imports "$VENV/bin/python"
     echo "$state" >"$stamp"
 }
 
-if [[ -n ${1:-} && $1 != native ]]; then
-    fail "$1 is no environment; name native, or nothing for LLaVA's"
-elif [[ -n ${PYTHON:-} ]]; then
-    complete_existing "$PYTHON"
-else
-    make_venv
-fi
+if [[ -n ${PYTHON:-} ]]; then complete_existing; else make_venv; fi

@@ -15,43 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from tive.util.errors import run
 from tive.util.files import write_json
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (46, 158, 70),
-    "blue": (40, 84, 214),
-    "yellow": (244, 208, 32),
-    "purple": (138, 60, 190),
-    "orange": (240, 136, 30),
-}
+COLOURS = {"red": "#d62828", "green": "#2e9e46", "blue": "#2854d6"}
+COLOURS |= {"yellow": "#f4d020", "purple": "#8a3cbe", "orange": "#f0881e"}
 SHAPES = ("circle", "square", "triangle", "diamond")
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (176, 176, 176), "black": (24, 24, 24)}
-WORDS = (
-    "apple",
-    "bread",
-    "cloud",
-    "dream",
-    "eagle",
-    "flame",
-    "grape",
-    "house",
-    "light",
-    "mango",
-    "north",
-    "ocean",
-    "piano",
-    "queen",
-    "river",
-    "stone",
-)
+BACKGROUNDS = {"white": "#fafafa", "grey": "#b0b0b0", "black": "#181818"}
+WORDS = "apple bread cloud dream eagle flame grape house light mango north ocean piano queen river stone".split()  # noqa: SIM905
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-Turns = list[tuple[str, str]]
+# An image, or None, and the turns: what is asked and answered. `<image>` and a line's end are put before the first.
+Drawn = tuple[Image.Image | None, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -71,24 +48,17 @@ class Thing:
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
 
-
-def draw_things(things: list[Thing], size: tuple[int, int], background: str) -> Image.Image:
-    image = Image.new("RGB", size, BACKGROUNDS[background])
-    draw = ImageDraw.Draw(image)
-    for thing in things:
-        left, top, right, bottom = thing.box
-        middle, centre = (left + right) // 2, (top + bottom) // 2
-        outline = {
-            "triangle": [(middle, top), (right, bottom), (left, bottom)],
-            "diamond": [(middle, top), (right, centre), (middle, bottom), (left, centre)],
-        }
-        if thing.shape == "circle":
-            draw.ellipse(thing.box, fill=COLOURS[thing.colour])
-        elif thing.shape == "square":
-            draw.rectangle(thing.box, fill=COLOURS[thing.colour])
+    def draw(self, canvas: ImageDraw.ImageDraw) -> None:
+        left, top, right, bottom = self.box
+        middle, centre, colour = (left + right) // 2, (top + bottom) // 2, COLOURS[self.colour]
+        if self.shape == "circle":
+            canvas.ellipse(self.box, fill=colour)
+        elif self.shape == "square":
+            canvas.rectangle(self.box, fill=colour)
+        elif self.shape == "triangle":
+            canvas.polygon([(middle, top), (right, bottom), (left, bottom)], fill=colour)
         else:
-            draw.polygon(outline[thing.shape], fill=COLOURS[thing.colour])
-    return image
+            canvas.polygon([(middle, top), (right, centre), (middle, bottom), (left, centre)], fill=colour)
 
 
 def scene(random_: random.Random, count: int) -> tuple[Image.Image, list[Thing], str]:
@@ -102,77 +72,72 @@ def scene(random_: random.Random, count: int) -> tuple[Image.Image, list[Thing],
         top = random_.randint(0, height - side - 1)
         things.append(Thing(shape, colour, (left, top, left + side, top + side)))
     background = random_.choice(sorted(BACKGROUNDS))
-    return draw_things(things, (width, height), background), things, background
+    image = Image.new("RGB", (width, height), BACKGROUNDS[background])
+    for thing in things:
+        thing.draw(ImageDraw.Draw(image))
+    return image, things, background
 
 
-def vqa(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def vqa(random_: random.Random) -> Drawn:
     image, (thing,), background = scene(random_, 1)
+    asked = random_.choice(sorted(COLOURS))
     questions = [
         (f"What color is the {thing.shape}?", thing.colour),
         ("What shape is shown?", thing.shape),
         ("What color is the background?", background),
-        (f"Is the {thing.shape} {random_.choice(sorted(COLOURS))}?", ""),
+        (f"Is the {thing.shape} {asked}?", "yes" if thing.colour == asked else "no"),
     ]
-    asked = questions[3][0]
-    questions[3] = (asked, "yes" if thing.colour in asked else "no")
-    turns = random_.sample(questions, random_.randint(2, 4))
-    first, answer = turns[0]
-    return image, [(f"<image>\n{first}\n{SHORT_ANSWER}", answer), *turns[1:]]
+    (first, answer), *others = random_.sample(questions, random_.randint(2, 4))
+    return image, [(f"{first}\n{SHORT_ANSWER}", answer), *others]
 
 
-def boxes(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def boxes(random_: random.Random) -> Drawn:
     image, things, _ = scene(random_, random_.randint(1, 2))
     thing = random_.choice(things)
-    left, top, right, bottom = thing.box
-    where = [left / image.width, top / image.height, right / image.width, bottom / image.height]
-    place = "[" + ", ".join(f"{number:.2f}" for number in where) + "]"
+    shares = [place / side for place, side in zip(thing.box, image.size * 2, strict=True)]
+    place = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
     if random_.random() < 0.5:
         question = f"Please provide the bounding box coordinate of the region this sentence describes: {thing.name}."
-        return image, [(f"<image>\n{question}", place)]
-    return image, [(f"<image>\nPlease provide a short description for this region: {place}.", f"The {thing.name}.")]
+        return image, [(question, place)]
+    return image, [(f"Please provide a short description for this region: {place}.", f"The {thing.name}.")]
 
 
-def counting(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def counting(random_: random.Random) -> Drawn:
     image, things, _ = scene(random_, random_.randint(1, 5))
     colour = random_.choice([random_.choice(things).colour, random_.choice(sorted(COLOURS))])
     count = sum(thing.colour == colour for thing in things)
-    return image, [
-        (f"<image>\nHow many shapes are there?\n{SHORT_ANSWER}", NUMBERS[len(things)]),
-        (f"How many of them are {colour}?", NUMBERS[count]),
-    ]
+    asked = f"How many shapes are there?\n{SHORT_ANSWER}"
+    return image, [(asked, NUMBERS[len(things)]), (f"How many of them are {colour}?", NUMBERS[count])]
 
 
-def comparing(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def comparing(random_: random.Random) -> Drawn:
     image, (first, second), _ = scene(random_, 2)
     larger, smaller = (first, second) if first.area > second.area else (second, first)
-    question = f"<image>\nWhich is larger, the {first.name} or the {second.name}? Explain your answer."
+    side = "left" if smaller is first else "right"
     answer = (
-        f"The {larger.name} is larger: it covers {larger.area / smaller.area:.1f} times the area of "
-        f"the {smaller.name}, which stands on the {'left' if smaller is first else 'right'}."
+        f"The {larger.name} is larger: it covers {larger.area / smaller.area:.1f} times the area of the "
+        f"{smaller.name}, which stands on the {side}."
     )
-    return image, [(question, answer)]
+    return image, [(f"Which is larger, the {first.name} or the {second.name}? Explain your answer.", answer)]
 
 
-def textcaps(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def textcaps(random_: random.Random) -> Drawn:
     image, things, background = scene(random_, random_.randint(1, 3))
     names = " and ".join(f"a {thing.name}" for thing in things)
     caption = random_.choice([f"There is {names} on {background}.", f"A {background} picture that shows {names}."])
-    return image, [("<image>\nProvide a one-sentence caption for the provided image.", caption)]
+    return image, [("Provide a one-sentence caption for the provided image.", caption)]
 
 
-def reading(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def reading(random_: random.Random) -> Drawn:
     word, colour = random_.choice(WORDS), random_.choice(sorted(COLOURS))
     image = Image.new("RGB", (132, 56), BACKGROUNDS["white"])
     place = (random_.randint(2, 20), random_.randint(2, 16))
     ImageDraw.Draw(image).text(place, word, fill=COLOURS[colour], font=ImageFont.load_default(size=30))
-    spelled = ", ".join(word)
-    return image, [
-        (f"<image>\nWhat word is written in the image?\n{SHORT_ANSWER}", word),
-        ("Spell it.", f"{spelled}."),
-    ]
+    asked = f"What word is written in the image?\n{SHORT_ANSWER}"
+    return image, [(asked, word), ("Spell it.", f"{', '.join(word)}.")]
 
 
-def chat(random_: random.Random) -> tuple[Image.Image | None, Turns]:
+def chat(random_: random.Random) -> Drawn:
     thing, place, other = random_.sample(WORDS, 3)
     colour = random_.choice(sorted(COLOURS))
     number = random_.randint(3, 8)
@@ -196,55 +161,52 @@ def chat(random_: random.Random) -> tuple[Image.Image | None, Turns]:
             f"{other} as well, you will find {number} more things that they share.",
         ),
     ]
+    matter = f"The {other} is another matter: it is {colour}, and it is {number} years old."
     followers = [
         ("Thank you!", "You are welcome. Let me know if there is anything else that I can do for you."),
-        (
-            f"And what about the {other}?",
-            f"The {other} is another matter: it is {colour}, and it is {number} years old.",
-        ),
+        (f"And what about the {other}?", matter),
         ("Say it in one sentence.", f"In short: the {thing}, the {place} and the {other} belong together."),
         ("List the words that you used.", f"The words are {thing}, {place}, {other} and {colour}."),
     ]
     return None, [random_.choice(openers), *random_.sample(followers, random_.randint(1, 4))]
 
 
-TASKS: dict[str, tuple[Callable[[random.Random], tuple[Image.Image | None, Turns]], int]] = {
-    "vqa": (vqa, 220),
-    "boxes": (boxes, 130),
-    "counting": (counting, 110),
-    "textcaps": (textcaps, 90),
-    "comparing": (comparing, 70),
-    "reading": (reading, 60),
-    "chat": (chat, 40),
+TASKS: dict[Callable[[random.Random], Drawn], int] = {
+    vqa: 220,
+    boxes: 130,
+    counting: 110,
+    textcaps: 90,
+    comparing: 70,
+    reading: 60,
+    chat: 40,
 }
 
 
+def make_record(task: Callable[[random.Random], Drawn], row: int, random_: random.Random, images: Path) -> dict:
+    """A record in LLaVA's format; its image is written below `images`."""
+    image, turns = task(random_)
+    name = task.__name__
+    record: dict = {"id": f"{name}-{row}", "dataset": name}
+    if image is not None:
+        record["image"] = f"{name}/{row:04}.png"
+        (images / name).mkdir(parents=True, exist_ok=True)
+        image.save(images / record["image"])
+        turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+    pairs = [(("human", asked), ("gpt", answered)) for asked, answered in turns]
+    record["conversations"] = [{"from": role, "value": text} for pair in pairs for role, text in pair]
+    return record
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example:\n  python scripts/quickstart/data.py --folder quickstart",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="gets data.json and images/")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     random_ = random.Random(arguments.seed)
-    order = [task for task, (_, count) in TASKS.items() for _ in range(count)]
+    order = [task for task, count in TASKS.items() for _ in range(count)]
     random_.shuffle(order)
-    records = []
-    for row, task in enumerate(tqdm(order, desc="Drawing", unit="record")):
-        image, turns = TASKS[task][0](random_)
-        record: dict = {"id": f"{task}-{row}", "dataset": task}
-        if image is not None:
-            record["image"] = f"{task}/{row:04}.png"
-            path = arguments.folder / "images" / record["image"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-        record["conversations"] = [
-            {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
-        ]
-        records.append(record)
+    records = [make_record(task, row, random_, arguments.folder / "images") for row, task in enumerate(order)]
     write_json(arguments.folder / "data.json", records)
     print(f"{len(records)} records of {len(TASKS)} tasks: {arguments.folder / 'data.json'}")
 

@@ -2,7 +2,7 @@
 """Make the quickstart's model: the parts of LLaVA-1.5 as they come from the hub, but small and random.
 
 `vicuna/` is a LLaMA with a sentencepiece tokenizer in slow format, trained on the data's own text; `clip/` a CLIP
-vision tower with its image processor; `mm_projector.bin` a two-layer projector. The same seed gives the same files.
+vision tower with its image processor; `mm_projector.bin` a two-layer projector. Every call gives the same files.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_vicuna(data: Path, folder: Path, layers: int) -> None:
     write_json(folder / "generation_config.json", {**GENERATION, "top_p": 0.6})
 
 
-def make_clip(folder: Path) -> None:
+def make_clip_and_projector(folder: Path) -> None:
     config = CLIPVisionConfig(
         hidden_size=VISION_HIDDEN,
         intermediate_size=2 * VISION_HIDDEN,
@@ -81,37 +81,27 @@ def make_clip(folder: Path) -> None:
         image_size=56,
         patch_size=14,
     )
-    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPVisionModel(config).save_pretrained(folder / "clip")
     side = {"height": config.image_size, "width": config.image_size}
-    CLIPImageProcessor(size={"shortest_edge": config.image_size}, crop_size=side).save_pretrained(folder)
-
-
-def make_projector(path: Path) -> None:
-    layers = torch.nn.Sequential(
-        torch.nn.Linear(VISION_HIDDEN, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN)
-    )
-    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in layers.state_dict().items()}, path)
+    CLIPImageProcessor(size={"shortest_edge": config.image_size}, crop_size=side).save_pretrained(folder / "clip")
+    layers = torch.nn.Linear(VISION_HIDDEN, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN)
+    tensors = torch.nn.Sequential(*layers).state_dict()
+    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in tensors.items()}, folder / "mm_projector.bin")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example:\n  python scripts/quickstart/model.py --data quickstart/data.json --folder quickstart/model",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="records whose text the tokenizer is trained on")
     parser.add_argument("--folder", type=Path, required=True, help="gets vicuna/, clip/ and mm_projector.bin")
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(0)
+    # Built beside its place, so that a model that is there is a whole one.
     unfinished = arguments.folder.with_name(f".{arguments.folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     make_vicuna(arguments.data, unfinished / "vicuna", arguments.layers)
-    make_clip(unfinished / "clip")
-    make_projector(unfinished / "mm_projector.bin")
-    shutil.rmtree(arguments.folder, ignore_errors=True)
+    make_clip_and_projector(unfinished)
     os.replace(unfinished, arguments.folder)
     print(f"a tiny LLaVA-1.5: {arguments.folder}")
 

@@ -11,3 +11,8 @@ case ${1:-} in
         exit
         ;;
 esac
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}

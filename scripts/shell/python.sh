@@ -4,11 +4,8 @@
 # alone, not from an inherited PYTHONPATH, which may lead to another LLaVA.
 unset PYTHONPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
+# shellcheck source=scripts/shell/help.sh
+source "$ROOT/scripts/shell/help.sh" ''
 
 if [[ -n ${PYTHON:-} ]]; then
     command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program; name an interpreter, or unset PYTHON to use .venv"

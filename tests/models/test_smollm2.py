@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from scripts.experiment.smollm2 import language_model, missing
-from scripts.quickstart.data import TASKS
+from scripts.quickstart import data
 from tests.helpers import smollm2
 from tests.helpers.native_gradients import gradients_of, plain_loop
 from tive.method.value import budget_errors, task_budgets, task_value
@@ -20,7 +20,7 @@ from tive.models import Encoded, ModelFiles, Reference, native
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 CPU = torch.device("cpu")
-TASKS_TAKEN = ("vqa", "textcaps", "chat", "counting")
+TASKS = (data.vqa, data.textcaps, data.chat, data.counting)
 EACH = 6
 SOME = slice(0, None, 3)  # two records of each task
 
@@ -38,18 +38,13 @@ def reference(files: ModelFiles) -> Reference:
 @pytest.fixture(scope="module")
 def records(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> list[Encoded]:
     """`EACH` records of each of four tasks, one of them without images; a task's stand together."""
-    folder, made = tmp_path_factory.mktemp("images"), []
-    for task in TASKS_TAKEN:
-        for number in range(EACH):
-            image, turns = TASKS[task][0](random.Random(f"{task} {number}"))
-            record = {"id": f"{task}-{number}"}
-            if image is not None:
-                record["image"] = f"{task}_{number}.png"
-                image.save(folder / record["image"])
-            parts = [(role, text) for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)]
-            record["conversations"] = [{"from": role, "value": text} for role, text in parts]
-            made.append(native.encode(reference.processor, record, str(folder)))
-    return made
+    folder = tmp_path_factory.mktemp("images")
+    made = [
+        data.make_record(task, number, random.Random(f"{task.__name__} {number}"), folder)
+        for task in TASKS
+        for number in range(EACH)
+    ]
+    return [native.encode(reference.processor, record, str(folder)) for record in made]
 
 
 @pytest.fixture(scope="module")
