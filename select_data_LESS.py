@@ -85,7 +85,7 @@ def main() -> None:
     missing = Path(arguments.save_path) / "missing"
     checkpoints = less.open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient, missing)
     checkpoint_weights = less.weights_of(checkpoints, options.weights)
-    groups, target_left_out = less.target_groups(target, checkpoints)
+    groups, target_left_out = less.target_groups(target, checkpoints, Path(arguments.save_path) / "bad_records.json")
     reasons = less.records_left_out(checkpoints)
     printing.print_checkpoints(checkpoints, checkpoint_weights)
     printing.print_target_warnings(less.repeated_in(target, mixture), target_left_out)

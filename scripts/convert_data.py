@@ -29,7 +29,7 @@ from typing import Any
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.images import format_and_size, store_image
-from tive.data.problems import check_listed, form_problem, listed_records, listing_beside, refuse_bad_records
+from tive.data.problems import form_problem, kept_rows, listing_beside, refuse_bad_records
 from tive.data.records import (
     Records,
     TableRecords,
@@ -89,24 +89,6 @@ class Found:
     first_uneven: str = ""
 
 
-def kept_rows(records: Records, listings: list[str]) -> list[int]:
-    """The rows that lists of bad records do not name.
-
-    Raises:
-        UserError: a record that is listed is not there, or is another one.
-    """
-    to_drop = listed_records(listings)
-    for row, entry in to_drop.items():
-        if row >= len(records):
-            raise UserError(
-                f"record {row} is listed in {listed(listings)}, and {records.path} ends before it; the list is of "
-                "other data"
-            )
-        record = records[row]
-        check_listed(name_of(records.path, row, record), entry, record)
-    return [row for row in range(len(records)) if row not in to_drop]
-
-
 def converted(arguments: argparse.Namespace, records: Records, rows: list[int], found: Found) -> Iterator[bytes]:
     """Yield the text of each of the rows in its new form, counting on the way.
 
@@ -126,7 +108,7 @@ def converted(arguments: argparse.Namespace, records: Records, rows: list[int], 
         tags, images = count_tags(llava)
         if tags != images:
             found.uneven_tags += 1
-            found.first_uneven = found.first_uneven or name_of(records.path, row, record)
+            found.first_uneven = found.first_uneven or name_of(row, record)
     refuse_bad_records(records, problems, listing_beside(arguments.target_path))
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
     from tive.data.content import record_hashes
-    from tive.data.problems import count_and_first
+    from tive.data.problems import refuse_bad_records
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
     from tive.evaluation.results import (
@@ -152,10 +152,11 @@ def main() -> None:
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
         if checked.reasons and not options.skip_bad:
-            raise UserError(
-                f"{count_and_first(data, checked.reasons)}; repair them, name the key that holds the task (task_key), "
-                "or leave such records out (on_bad_record skip)"
+            remedy = (
+                "repair them, name the key that holds the task (task_key), or leave such records out (on_bad_record "
+                "skip)"
             )
+            refuse_bad_records(data, checked.reasons, arguments.save_path / "bad_records.json", remedy)
         progress = arguments.save_path / f".model_{name}.progress"
         with hold(progress / "lock", f"evaluating into {progress.name}"):
             store = store_of(progress, conditions)

@@ -102,7 +102,7 @@ def labels_of(arguments: argparse.Namespace, records: Records, rules: Rules) -> 
         except ValueError as error:
             problem = str(error)
         if not problem and not is_empty(record.get(key)) and arguments.existing == "stop":
-            name = name_of(arguments.source_path, row, record)
+            name = f"{records.path}: {name_of(row, record)}"
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
         if not problem and arguments.existing == "keep":
             named, problem = task_or_problem(record, key)
@@ -178,7 +178,7 @@ def show(rules: Rules, records: Records, labels: Labels, split: bool) -> None:
             record = records[row]
             image = image_of(record)
             what = f"image {name_of_image(image)}" if image else "no image"
-            print(f"  {shown(f'{name_of(records.path, row, record)}, {what}', 160)}")
+            print(f"  {shown(f'{name_of(row, record)}, {what}', 160)}")
 
 
 def main() -> None:

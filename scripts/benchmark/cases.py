@@ -103,14 +103,14 @@ def encoded_records(
     arguments: argparse.Namespace, family: Family, reference: Reference
 ) -> tuple[list[Encoded], np.ndarray]:
     """Records spread evenly over the data file, encoded, and the task of each."""
-    from tive.data.problems import count_and_first
     from tive.data.records import open_records
     from tive.data.scan import scan_records
 
     file = open_records(arguments.input_file)
     scan = scan_records(file, family.record_problem, "dataset")
     if scan.problems:
-        raise UserError(f"{count_and_first(file, scan.problems)}; repair or remove them")
+        row, problem = min(scan.problems.items())
+        raise UserError(f"{file.path}: record {row} {problem}; repair or remove such records")
     tasks = scan.tasks
     rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
     records = []

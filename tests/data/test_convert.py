@@ -310,8 +310,8 @@ def test_the_listed_records_are_dropped_and_the_others_stay_byte_for_byte(tmp_pa
 @pytest.mark.parametrize(
     ("listing", "said"),
     [
-        ([{"row": 0, "id": "b"}], "record 0 (id 'a') is listed with the id 'b'"),
-        ([{"row": 2, "id": "c"}], "record 2 is listed"),
+        ([{"row": 0, "id": "b"}], "no record 0 with the id 'b'"),
+        ([{"row": 2, "id": "c"}], "no record 2 with the id 'c'"),
         ([{"row": -1, "id": "a"}], "is no list of bad records"),
         ({"left_out": []}, "is no list of bad records"),
         ([3], "is no list of bad records"),

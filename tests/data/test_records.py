@@ -20,7 +20,7 @@ from tive.util.errors import UserError
 @given(record=NEAR_RECORDS | JSON_VALUES)
 def test_any_value_is_either_a_record_without_a_problem_or_has_one_that_is_told_in_one_line(record):
     problem = problem_of(record)
-    assert name_of("a.json", 0, record).startswith("a.json: record 0")
+    assert name_of(0, record).startswith("record 0")
     if problem is None:
         assert image_of(record) is None or isinstance(image_of(record), str)
         assert {one["from"] for one in record["conversations"]} <= {"human", "gpt"}

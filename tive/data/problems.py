@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,104 @@ def listing_beside(target: str | os.PathLike[str]) -> Path:
     return target.with_name(f"{target.stem}_bad_records.json")
 
 
-def bad_record(row: int, record: Any, reason: str) -> dict[str, Any]:
-    """How a list of bad records names one; its images are paths below the image folder."""
-    return {"row": row, "id": identity_of(record), "reason": reason, "image": images_named(record) or None}
+def refuse_bad_records(
+    records: Records, reasons: dict[int, str], listing: Path, remedy: str = "", total: int | None = None
+) -> None:
+    """Stop where records cannot be used; a list of an earlier call goes where all can.
+
+    Args:
+        reasons: row -> why the record cannot be used.
+        remedy: what to do about them; empty for the command that converts the data or writes it without them.
+        total: of how many records; None for all.
+
+    Raises:
+        UserError: there are such records. Their counts and the first ten are printed, all are listed in `listing`.
+    """
+    if not reasons:
+        with contextlib.suppress(OSError):
+            listing.unlink()
+        return
+    list_bad_records(records, reasons, listing)
+    row = min(reasons)
+    raise UserError(
+        f"{records.path}: {len(reasons):,} of {total or len(records):,} records cannot be used (the first: "
+        f"{name_of(row, records[row])} {shown(reasons[row], 160)}), all are listed in {listing}; "
+        f"{remedy or _remedy(records, reasons, listing)}"
+    )
+
+
+def list_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> None:
+    """Print why records cannot be used, and the first ten; write all of them to `listing`, which `kept_rows` reads.
+
+    Args:
+        reasons: row -> why the record cannot be used.
+    """
+    entries: list[dict[str, Any]] = []
+    for row, reason in sorted(reasons.items()):
+        record = records[row]
+        entries.append({"row": row, "id": identity_of(record), "reason": reason, "image": images_named(record) or None})
+    write_json(listing, entries)
+    print(f"{len(entries):,} records cannot be used:")
+    for kind, count in Counter(map(kind_of, reasons.values())).most_common(SHOWN):
+        print(f"  {count:>8,}  {shown(kind, 160)}")
+    print("the first:")
+    for entry in entries[:SHOWN]:
+        image = f" ({shown(entry['image'], 120)})" if entry["image"] else ""
+        print(f"  {name_of(entry['row'], entry)}: {shown(entry['reason'], 160)}{image}")
+
+
+def _remedy(records: Records, reasons: dict[int, str], listing: Path) -> str:
+    first, path = records[min(reasons)], records.path
+    try:
+        is_other_form = problem_of(first) is not None and problem_of(to_llava(first)) is None
+    except ValueError:
+        is_other_form = False
+    if is_other_form:
+        stem = path.name.split(".")[0]
+        options: dict[str, str | Path] = {"target_path": path.with_name(f"{stem}_llava.json"), "to": "llava"}
+        if isinstance(records, TableRecords) and records.image_columns:
+            options["image_folder"] = path.with_name(f"{stem}_images")
+        return f"convert the data: {command('scripts/convert_data.py', source_path=path, **options)}"
+    if 2 * len(reasons) > len(records):
+        keys = listed([*first], 12) if isinstance(first, dict) else "none"
+        return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
+    return f"repair them, or write the data without them: {drop_command(records, listing)}"
+
+
+def drop_command(records: Records, listing: Path) -> str:
+    """The command that writes the data without the records that a file lists."""
+    path = records.path
+    target = path.with_name(f"{path.name.split('.')[0]}_good{suffix_of(path)}")
+    return command("scripts/convert_data.py", source_path=path, target_path=target, drop=listing)
+
+
+def kept_rows(records: Records, listings: Sequence[str]) -> list[int]:
+    """The rows that none of these lists of bad records names.
+
+    Raises:
+        UserError: a file is no such list, or lists a record that is not there or has another id.
+    """
+    dropped = set()
+    for path in listings:
+        entries = read_json(path)
+        if not isinstance(entries, list):
+            entries = [None]
+        for entry in entries:
+            row = entry.get("row") if isinstance(entry, dict) and "id" in entry else None
+            if type(row) is not int or row < 0:
+                raise UserError(f"{path} is no list of bad records, as the steps write it (objects with `row`, `id`)")
+            if row >= len(records) or identity_of(records[row]) != entry["id"]:
+                raise UserError(
+                    f"{records.path} has no record {row} with the id {shown_value(entry['id'])}, which {path} lists; "
+                    "the list is of another data file, or the file was changed since: make it again"
+                )
+            dropped.add(row)
+    return [row for row in range(len(records)) if row not in dropped]
+
+
+def kind_of(reason: str) -> str:
+    """What is counted of a reason: an image has many ways to be unreadable."""
+    return "unreadable image" if reason.startswith("unreadable image") else reason
 
 
 def identity_of(record: Any) -> str | int | None:
@@ -135,132 +231,6 @@ def images_named(record: Any) -> str:
         return ""
 
 
-def kind_of(reason: str) -> str:
-    """What is counted of a reason: an image has many ways to be unreadable."""
-    return "unreadable image" if reason.startswith("unreadable image") else reason
-
-
 def writable(text: str) -> str:
     """A text as it can be written and printed: half of a surrogate pair, which is no text, as its escape."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
-
-
-def refuse_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> None:
-    """Stop where records cannot be used; a list of an earlier call goes where all can.
-
-    Args:
-        reasons: row -> why the record cannot be used.
-
-    Raises:
-        UserError: there are such records. Their counts and the first ten are printed, all are listed in `listing`.
-    """
-    if not reasons:
-        listing.unlink(missing_ok=True)
-        return
-    report_bad_records(records, reasons, len(records), listing)
-    raise UserError(
-        f"{count_and_first(records, reasons)}, all are listed in {listing}; {remedy_of(records, reasons, listing)}"
-    )
-
-
-def remedy_of(records: Records, reasons: dict[int, str], listing: Path) -> str:
-    """What to do about records that cannot be used: convert them, look at the file's form, or leave them out."""
-    first = records[min(reasons)]
-    path = records.path
-    stem = path.name.split(".")[0]
-    try:
-        is_other_form = problem_of(first) is not None and problem_of(to_llava(first)) is None
-    except ValueError:
-        is_other_form = False
-    if is_other_form:
-        return f"convert the data: {convert_command(records)}"
-    if 2 * len(reasons) > len(records):
-        keys = listed([*first], 12) if isinstance(first, dict) else "none"
-        return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
-    target = path.with_name(f"{stem}_good{suffix_of(path)}")
-    without = command("scripts/convert_data.py", source_path=path, target_path=target, drop=listing)
-    return f"repair them, or write the data without them: {without}"
-
-
-def convert_command(records: Records) -> str:
-    """The command that makes JSON in LLaVA's form of a data file, with its images, where they lie in it, as files."""
-    path, stem = records.path, records.path.name.split(".")[0]
-    options: dict[str, str | Path] = {"target_path": path.with_name(f"{stem}_llava.json"), "to": "llava"}
-    if isinstance(records, TableRecords) and records.image_columns:
-        options["image_folder"] = path.with_name(f"{stem}_images")
-    return command("scripts/convert_data.py", source_path=path, **options)
-
-
-def count_and_first(records: Records, reasons: dict[int, str]) -> str:
-    """How many records cannot be used, and which is the first."""
-    row = min(reasons)
-    first = name_of(records.path, row, records[row]).removeprefix(f"{records.path}: ")
-    return (
-        f"{records.path}: {len(reasons):,} of {len(records):,} records cannot be used "
-        f"(the first: {first} {shown(reasons[row], 160)})"
-    )
-
-
-def report_bad_records(
-    records: Records, reasons: dict[int, str], total: int, listing: Path, what: str = "records"
-) -> None:
-    """Print how many of `total` records cannot be used, why, and the first ten; write all of them to `listing`.
-
-    Args:
-        reasons: row -> why the record cannot be used; at least one.
-        what: of what there are `total`.
-
-    Raises:
-        UserError: the list cannot be written.
-    """
-    entries = list_bad_records(records, reasons, listing)
-    print(f"{len(entries):,} of {total:,} {what} cannot be used:")
-    for kind, count in Counter(map(kind_of, reasons.values())).most_common(SHOWN):
-        print(f"  {count:>8,}  {shown(kind, 160)}")
-    print("the first:")
-    for entry in entries[:SHOWN]:
-        image = f" ({shown(entry['image'], 120)})" if entry["image"] else ""
-        print(f"  record {entry['row']} (id {shown_value(entry['id'])}): {shown(entry['reason'], 160)}{image}")
-
-
-def list_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> list[dict[str, Any]]:
-    """Write down, by row, the records that cannot be used, as `listed_records` reads them.
-
-    Raises:
-        UserError: the list cannot be written.
-    """
-    entries = [bad_record(row, records[row], reason) for row, reason in sorted(reasons.items())]
-    write_json(listing, entries)
-    return entries
-
-
-def listed_records(listings: Iterable[str | os.PathLike[str]]) -> dict[int, dict[str, Any]]:
-    """The records that lists of bad records name, by row.
-
-    Raises:
-        UserError: a file cannot be read, or is no such list.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    for path in listings:
-        entries = read_json(path)
-        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-            raise UserError(f"{path} is no list of bad records, as the steps write it (objects with `row` and `id`)")
-        found |= {entry["row"]: entry for entry in entries}
-    return found
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("row")) is int and entry["row"] >= 0 and "id" in entry
-
-
-def check_listed(name: str, entry: dict[str, Any], record: Any) -> None:
-    """See that a list of bad records is of this data.
-
-    Raises:
-        UserError: the record has another id than the one that is listed for its row.
-    """
-    if entry["id"] != identity_of(record):
-        raise UserError(
-            f"{name} is listed with the id {shown_value(entry['id'])}; the list is of another data file, or the file "
-            "was changed since: make it again"
-        )

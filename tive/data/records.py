@@ -315,10 +315,10 @@ def append_raw(file: BinaryIO, texts: Iterable[bytes], lines: bool = False) -> N
         file.write(b"[]\n" if empty else b"\n]\n")
 
 
-def name_of(path: str | os.PathLike[str], row: int, record: Any) -> str:
-    """How an error names a record: file, row, and the id where there is one."""
+def name_of(row: int, record: Any) -> str:
+    """How a message names a record of a file: its row, and the id where there is one."""
     identity = record.get("id") if isinstance(record, dict) else None
-    return f"{path}: record {row}" + (f" (id {shown_value(identity)})" if identity is not None else "")
+    return f"record {row}" + (f" (id {shown_value(identity)})" if identity is not None else "")
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:

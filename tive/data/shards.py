@@ -128,7 +128,7 @@ def _groups(records: Records, rows: range, schema: Any, image_folder: str) -> It
             values["images"] = [_stored(image, image_folder) for image in values["images"]]
         except (BadImage, OSError) as error:
             raise UserError(
-                f"{name_of(records.path, row, record)}: {error}; it was there before: run it again"
+                f"{records.path}: {name_of(row, record)}: {error}; it was there before: run it again"
             ) from error
         waiting.append(values)
         size += len(str(values["messages"])) + sum(len(image["bytes"]) for image in values["images"])

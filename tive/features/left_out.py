@@ -42,17 +42,12 @@ def report_bad_records(checked: Checked, listing: Path, skip: bool) -> None:
             f"Unicode form, and it is used (the first: record {first}, {shown(name, _LONGEST_NAME)} is "
             f"{shown(used, _LONGEST_NAME)}); LLaVA's trainer does not look for it: rename before step 5"
         )
-    if not checked.reasons:
-        listing.unlink(missing_ok=True)  # of an earlier call, repaired since
+    if checked.reasons and skip:
+        problems.list_bad_records(checked.records, checked.reasons, listing)
+        print(f"they are left out; all are listed in {listing}")
         return
-    count, total = len(checked.reasons), len(checked.rows)
-    problems.report_bad_records(checked.records, checked.reasons, total, listing, "records of this chunk")
-    if not skip:
-        raise UserError(
-            f"{count:,} of {total:,} records cannot be used, all listed in {listing}; repair them, or let them be left "
-            "out (on_bad_record skip)"
-        )
-    print(f"they are left out; all are listed in {listing}")
+    remedy = "repair them, or let them be left out (on_bad_record skip)"
+    problems.refuse_bad_records(checked.records, checked.reasons, listing, remedy, len(checked.rows))
 
 
 def left_out_records(checked: Checked, reasons: Mapping[int, str]) -> list[LeftOutRecord]:
@@ -82,13 +77,11 @@ def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Pa
         entries = [entry for entry in left_out if entry.reason in reasons]
         if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
             reasons_of = checked.reasons | {entry.row: entry.reason for entry in left_out}
-            problems.list_bad_records(checked.records, reasons_of, listing)
-            raise UserError(
-                f"{len(entries)} records up to record {entries[-1].row} are left out ({' or '.join(reasons)}; the "
-                f"first: record {entries[0].row}), above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}; those so far are "
-                f"listed in {listing}: `python scripts/convert_data.py --source_path {checked.records.path} "
-                f"--target_path good.json --drop {listing}` writes the data without them"
+            remedy = (
+                f"{len(entries)} of them ({' or '.join(reasons)}) are above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}"
+                f"; {problems.drop_command(checked.records, listing)} writes the data without them"
             )
+            problems.refuse_bad_records(checked.records, reasons_of, listing, remedy, len(checked.rows))
 
 
 def count_reasons(left_out: Sequence[LeftOutRecord]) -> str:

@@ -134,7 +134,7 @@ class Loader(Dataset):
         """How an error names the record of a row, with its image."""
         record = self.records[row]
         images = images_named(record)
-        return name_of(self.records.path, row, record) + (f", image {images}" if images else "")
+        return f"{self.records.path}: {name_of(row, record)}" + (f", image {images}" if images else "")
 
     def _how_one_ended(self, workers: list[BaseProcess]) -> str:
         """What is known of a worker that was killed, and of the record that it was reading."""

@@ -144,8 +144,13 @@ class Subtask:
     selected: int
 
 
-def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) -> tuple[np.ndarray, dict[int, str]]:
+def target_groups(
+    target: Mixture, checkpoints: Sequence[CheckpointFeatures], listing: Path
+) -> tuple[np.ndarray, dict[int, str]]:
     """The subtask of each target record, int `[M]`, -1 where the gradient pass left it out, and the reasons by row.
+
+    Args:
+        listing: where target records that cannot be used are listed.
 
     Raises:
         UserError: a record has no subtask, a gradient is zero or not finite, or a subtask has no record left.
@@ -154,7 +159,7 @@ def target_groups(target: Mixture, checkpoints: Sequence[CheckpointFeatures]) ->
     for checkpoint in checkpoints:
         left_out = checkpoint.target.left_out()
         here = reasons_left_out(checkpoint.target, record_scores(checkpoint.target))
-        refuse_problems(target, here)
+        refuse_problems(target, here, listing)
         for row, reason in sorted(here.items()):
             if row not in left_out or reason == "not finite":
                 raise UserError(

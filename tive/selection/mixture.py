@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.data.problems import count_and_first, form_problem, report_bad_records
+from tive.data.problems import form_problem, refuse_bad_records
 from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
@@ -172,24 +172,11 @@ def reasons_left_out(
     return reasons
 
 
-def refuse_problems(mixture: Mixture, left_out: Collection[int], listing: Path | None = None) -> None:
-    """A record that has a problem or no task must be among those that are left out.
-
-    Args:
-        left_out: rows.
-        listing: where such records are listed, all of them. None: they are counted, the first is named.
-
-    Raises:
-        UserError: there are such records.
-    """
+def refuse_problems(mixture: Mixture, left_out: Collection[int], listing: Path) -> None:
+    """A record that has a problem or no task must be among the rows that are left out; else a `UserError`."""
     unexpected = {row: problem for row, problem in mixture.problems.items() if row not in left_out}
-    if unexpected:
-        if listing is not None:
-            report_bad_records(mixture.records, unexpected, len(mixture.records), listing)
-        raise UserError(
-            f"{count_and_first(mixture.records, unexpected)}{f', all are listed in {listing}' if listing else ''}; "
-            "name the key that holds the task as task_key, or repair the data and take the gradients again"
-        )
+    remedy = "name the key that holds the task as task_key, or repair the data and take the gradients again"
+    refuse_bad_records(mixture.records, unexpected, listing, remedy)
 
 
 def reasons_of_features(lengths: np.ndarray, groups: np.ndarray) -> dict[int, str]:

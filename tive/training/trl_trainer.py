@@ -76,7 +76,7 @@ def opened(data: DataArguments) -> Any:
             images = [read_image(folder, image, upright=True) for image in image_paths(conversation)]
             return from_llava(conversation, "parts")["messages"], images
         except (BadImage, ValueError) as error:
-            raise UserError(f"{name_of(records.path, row, record)}: {error}; repair it, or leave it out") from error
+            raise UserError(f"{records.path}: {name_of(row, record)}: {error}; repair it, or leave it out") from error
 
     def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         pairs = [record_of_row(row) for row in batch["messages"]]
