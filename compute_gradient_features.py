@@ -151,7 +151,7 @@ def main() -> None:
         model=family.identity(files),
         dtype=str(dtype_of(a.dtype, device)).removeprefix("torch."),
         gradient=gradient.name,
-        optimizer_state=gradient.state_sha256,
+        optimizer_state=gradient.state.sha256 if gradient.state else None,
         checkpoint=gradient.step,
         grad_modules=a.grad_modules if has_gradient else "none",
         projector=None if a.projector == "auto" else a.projector,

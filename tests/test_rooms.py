@@ -17,13 +17,13 @@ LIBRARIES = {"argparse", "llava", "transformers", "peft", "accelerate", "deepspe
 # room -> rooms of tive, and libraries of models, that it may import; none knows the command line but the trainer
 ROOMS = {
     "method": ((), {"trak"}),
-    "models": (("data", "util"), {"llava", "transformers", "peft", "accelerate", "safetensors"}),
+    "models": (("data", "util"), {"llava", "transformers", "peft", "accelerate", "deepspeed", "safetensors"}),
     "data": (("util",), set()),
     "features": (("method", "models", "data", "util"), set()),
     "selection": (("method", "features", "data", "util"), set()),
     "training": (
         ("models", "data", "util"),
-        {"argparse", "llava", "transformers", "peft", "accelerate", "deepspeed", "safetensors"},
+        {"argparse", "llava", "transformers", "peft", "accelerate"},
     ),
     "evaluation": (("models", "data", "features", "util"), set()),
     "report": (("selection", "evaluation", "method", "data", "util"), set()),

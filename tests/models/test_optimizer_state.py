@@ -242,7 +242,7 @@ UNFITTING: dict[str, tuple[Change, str]] = {
         ),
         "155 parameters",
     ),
-    "shapes": (changed(lambda content: content["state"][0].update(exp_avg=torch.zeros(8, 64))), "[8, 64]"),
+    "shapes": (changed(lambda content: content["state"][0].update(exp_avg=torch.zeros(8, 64))), "154 parameters"),
     "second moment's shape": (
         changed(lambda content: content["state"][0].update(exp_avg_sq=torch.zeros(8, 64))),
         "layers.0.self_attn.q_proj.A",
@@ -300,7 +300,6 @@ def test_bfloat16_moments_are_read_and_warned_of(checkpoint: Path, tmp_path: Pat
 
 
 def test_a_trainers_log_gives_the_rates_up_to_its_step(checkpoint: Path, tmp_path: Path) -> None:
-    trainer = read_trainer_state(str(checkpoint))
-    assert trainer is not None and (trainer.step, trainer.logged) == (10, 10)
-    assert trainer.learning_rate_sum == pytest.approx(10 * 0.00763157894)
+    step, rates = read_trainer_state(str(checkpoint)) or (None, {})
+    assert (step, rates["logged"]) == (10, 10) and rates["sum"] == pytest.approx(10 * 0.00763157894)
     assert read_trainer_state(str(tmp_path)) is None

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tive.models.optimizer_state import MOMENTS_FILE, read_optimizer_state
-from tive.training.moments import save_moments
+from tive.models.optimizer_state import MOMENTS_FILE, read_optimizer_state, save_moments
 
 
 def trainer_after_a_step(optimizer: type[torch.optim.Optimizer]) -> SimpleNamespace:

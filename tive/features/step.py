@@ -19,10 +19,8 @@ from tive.models import Collated, Encoded, Family, ModelFiles, RecordLosses, Ref
 from tive.models.common import target_modules
 from tive.models.optimizer_state import (
     StoredState,
-    TrainerState,
     find_optimizer_state,
     moments_of_matrices,
-    optimizer_state_identity,
     read_optimizer_state,
     read_trainer_state,
 )
@@ -41,23 +39,15 @@ class GradientKind:
 
     Attributes:
         name: `sgd`, `adam`, `adam_release`, or `none` for losses alone.
-        trainer: the checkpoint's step and learning rates, None for a model without a trainer's state.
-        state: Adam's as it is on disk, None for `sgd`; `state_sha256` tells it from another one.
+        step: the checkpoint's, None for a model without a trainer's state.
+        learning_rates: how many rates the trainer logged up to the checkpoint, and their sum, for the manifest.
+        state: Adam's as it is on disk, None for `sgd`.
     """
 
     name: str
-    trainer: TrainerState | None
+    step: int | None = None
+    learning_rates: dict[str, float] | None = None
     state: StoredState | None = None
-    state_sha256: str | None = None
-
-    @property
-    def step(self) -> int | None:
-        return self.trainer.step if self.trainer else None
-
-    @property
-    def learning_rates(self) -> dict[str, float] | None:
-        """How many rates the trainer logged up to the checkpoint, and their sum, for the manifest."""
-        return {"logged": self.trainer.logged, "sum": self.trainer.learning_rate_sum} if self.trainer else None
 
 
 def gradient_kind(model_path: str, name: str = "sgd", optimizer_state: str | None = None) -> GradientKind:
@@ -70,16 +60,16 @@ def gradient_kind(model_path: str, name: str = "sgd", optimizer_state: str | Non
     Raises:
         UserError: there is no state, it is not Adam's, or not of this checkpoint.
     """
-    trainer = read_trainer_state(model_path)
+    step, learning_rates = read_trainer_state(model_path) or (None, None)
     if name not in ADAM:
-        return GradientKind(name, trainer)
+        return GradientKind(name, step, learning_rates)
     path = find_optimizer_state(model_path, optimizer_state)
-    if trainer is None:
+    if step is None:
         raise UserError(
             f"{model_path} holds no trainer_state.json, so the step that {path} belongs to is not known; take a "
             "checkpoint-N folder as the model, whole"
         )
-    return GradientKind(name, trainer, read_optimizer_state(path, trainer.step), optimizer_state_identity(path))
+    return GradientKind(name, step, learning_rates, read_optimizer_state(path, step))
 
 
 def transform_of(

@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +68,24 @@ class StoredState:
     """An optimizer's state as it is on disk.
 
     Attributes:
+        sha256: of the file, or over the moments' files of a converted DeepSpeed state.
         by_name: the moments by the trainer's names of the parameters, where the state has names.
         in_order: else those of the first group, in the trainer's order; None for a parameter never stepped.
     """
 
     path: Path
+    sha256: str
     constants: AdamConstants
     by_name: dict[str, Moments]
     in_order: list[Moments | None]
 
 
-@dataclass(frozen=True)
-class TrainerState:
-    """A checkpoint's place in its training run.
+def read_trainer_state(model_path: str) -> tuple[int, dict[str, float]] | None:
+    """A checkpoint's step, and of the learning rates that were logged up to it the number and the sum.
 
-    Attributes:
-        step: optimizer steps taken.
-        logged: learning rates that were logged up to that step.
-        learning_rate_sum: their sum. With the same two numbers of an earlier checkpoint they give the mean since then.
+    With the same two numbers of an earlier checkpoint they give the mean since then. None where the folder holds no
+    trainer's state; a `UserError` where its file is not a trainer's.
     """
-
-    step: int
-    logged: int
-    learning_rate_sum: float
-
-
-def read_trainer_state(model_path: str) -> TrainerState | None:
-    """The trainer's state in a model's folder; None where there is none, a `UserError` where it is not a trainer's."""
     path = Path(model_path) / "trainer_state.json"
     if not path.is_file():
         return None
@@ -107,7 +98,7 @@ def read_trainer_state(model_path: str) -> TrainerState | None:
         rates = [float(rate) for rate in logged if rate is not None]
         if not all(rate >= 0 and math.isfinite(rate) for rate in rates):
             raise ValueError("a learning rate in log_history is below zero or not finite")
-    return TrainerState(step, len(rates), math.fsum(rates))
+    return step, {"logged": len(rates), "sum": math.fsum(rates)}
 
 
 # Files
@@ -131,24 +122,12 @@ def find_optimizer_state(model_path: str, given: str | None = None) -> Path:
             "then run this again: `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state "
             f"--input_folder {source} --output_folder {target}`"
         )
-    if any(place.glob("optimizer_*/.metadata")):
-        raise UserError(
-            f"{place} holds the optimizer's state in FSDP's shards, which are not read; train the reference model "
-            "without FSDP, or with fsdp_state_dict_type FULL_STATE_DICT"
-        )
     raise UserError(
         f"{place} holds no optimizer's state ({MOMENTS_FILE} or optimizer.pt): an output folder after training and a "
-        "checkpoint with save_only_model have none; take a checkpoint-N folder as the model (save_strategy epoch and "
-        "save_total_limit N keep them), or name the place of its state"
+        "checkpoint with save_only_model have none, and FSDP's shards are not read (train with fsdp_state_dict_type "
+        "FULL_STATE_DICT); take a checkpoint-N folder as the model (save_strategy epoch and save_total_limit N keep "
+        "them), or name the place of its state"
     )
-
-
-def optimizer_state_identity(path: Path) -> str:
-    """SHA-256 of the file, or over the moments' files of a converted DeepSpeed state."""
-    if path.is_file():
-        return sha256_of(path)
-    parts = [f"{file.relative_to(path)} {sha256_of(file)}\n" for file in sorted(path.glob("zero/*lora_*/exp_avg*.pt"))]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def read_optimizer_state(path: Path, step: int) -> StoredState:
@@ -157,7 +136,14 @@ def read_optimizer_state(path: Path, step: int) -> StoredState:
         if path.is_dir():
             return _read_converted(path)
         if path.suffix == ".safetensors":
-            return _read_moments(path)
+            from safetensors import safe_open
+
+            tensors = read_tensors(path)
+            with safe_open(path, framework="pt") as file:
+                constants = AdamConstants(**json.loads(file.metadata()["adam"]))
+            names = [name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")]
+            by_name = {name: Moments(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
+            return StoredState(path, sha256_of(path), constants, by_name, [])
         state = _read_optimizer_file(path)
     if state.constants.t != step:  # a form that holds no weights has nothing else that tells whose it is
         raise UserError(
@@ -165,31 +151,6 @@ def read_optimizer_state(path: Path, step: int) -> StoredState:
             "this checkpoint"
         )
     return state
-
-
-def write_moments(path: Path, moments: Mapping[str, Moments], constants: AdamConstants) -> None:
-    """Write moments by their parameters' names, with the weights that they belong to."""
-    from safetensors.torch import save
-
-    tensors = {
-        f"{name}.{part}": tensor.detach().cpu().contiguous()
-        for name, of in moments.items()
-        for part, tensor in zip(_PARTS, (of.m, of.v, of.weight), strict=True)
-        if tensor is not None
-    }
-    with whole_file(path) as file:
-        file.write(save(tensors, {"adam": json.dumps(vars(constants))}))
-
-
-def _read_moments(path: Path) -> StoredState:
-    from safetensors import safe_open
-
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        constants = AdamConstants(**json.loads(file.metadata()["adam"]))
-    names = [name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")]
-    by_name = {name: Moments(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
-    return StoredState(path, constants, by_name, [])
 
 
 def _read_optimizer_file(path: Path) -> StoredState:
@@ -207,8 +168,8 @@ def _read_optimizer_file(path: Path) -> StoredState:
     constants = adam_constants(str(path), groups, steps)
     moments = {key: moments_of(str(path), of) for key, of in state.items()}
     if by_name:
-        return StoredState(path, constants, moments, [])
-    return StoredState(path, constants, {}, [moments.get(key) for key in groups[0]["params"]])
+        return StoredState(path, sha256_of(path), constants, moments, [])
+    return StoredState(path, sha256_of(path), constants, {}, [moments.get(key) for key in groups[0]["params"]])
 
 
 def _read_converted(path: Path) -> StoredState:
@@ -223,7 +184,10 @@ def _read_converted(path: Path) -> StoredState:
     groups = content["param_groups"]
     inner = content.get("optimizer_state_dict", {}).get("state", {})
     steps = steps or [of["step"] for of in inner.values() if "step" in of] or [group.get("step") for group in groups]
-    return StoredState(path, adam_constants(str(path), groups, steps), by_name, [])
+    files = sorted(path.glob("zero/*lora_*/exp_avg*.pt"))
+    hashes = "".join(f"{file.relative_to(path)} {sha256_of(file)}\n" for file in files)
+    digest = hashlib.sha256(hashes.encode()).hexdigest()
+    return StoredState(path, digest, adam_constants(str(path), groups, steps), by_name, [])
 
 
 def _torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
@@ -266,8 +230,6 @@ def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iter
         raise UserError(
             f"{source}: the parameters do not share betas, eps and step, so it is not one step of Adam; {_TRAIN_AGAIN}"
         ) from error
-    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps >= 0 and t >= 1):
-        raise UserError(f"{source}: betas {b1}, {b2}, eps {eps}, step {t} are not Adam's; {_TRAIN_AGAIN}")
     return AdamConstants(int(t), b1, b2, eps)
 
 
@@ -302,15 +264,15 @@ def moments_of_matrices(
 
 def _problem_of(moments: Moments, weight: Tensor) -> str:
     """Why moments cannot be those of a matrix, in a few words, or nothing. DeepSpeed's tool flattens some."""
-    for part in (moments.m, moments.v, moments.weight):
+    m, v = moments.m, moments.v
+    for part in (m, v, moments.weight):
         if part is not None and part.shape not in (weight.shape, (weight.numel(),)):
             return f"they have shape {list(part.shape)}, the matrix {list(weight.shape)}"
-    if not (torch.isfinite(moments.m).all() and torch.isfinite(moments.v).all()):
-        return "they are not finite: the training diverged or the file is damaged"
-    if (moments.v < 0).any():
-        return "second moments are below zero: the file is damaged"
-    if moments.m.any() and torch.equal(moments.m, moments.v):  # as FSDP writes them from a CPU
-        return "both moments are the same numbers: the file was written wrongly"
+    same = m.any() and torch.equal(m, v)  # as FSDP writes them from a CPU
+    if same or not (torch.isfinite(m).all() and torch.isfinite(v).all() and (v >= 0).all()):
+        return (
+            "they are not finite, v is below zero, or both are the same: the training diverged or the file is damaged"
+        )
     if moments.weight is not None:
         kept = moments.weight.detach().float().reshape(weight.shape)
         if not torch.allclose(kept, weight, rtol=_RELATIVE, atol=_ABSOLUTE):
@@ -326,26 +288,66 @@ def _named(state: StoredState, model: nn.Module, model_path: Path) -> dict[str, 
     """
     files = [adapter_file(model_path), model_path / TRAINED_FILE]
     trained = {canonical(name) for file in files if file.is_file() for name in read_tensors(file)}
-    decayed = [
-        (name, parameter)
+    decayed = {
+        name: parameter.shape
         for name, parameter in model.named_parameters()
         if canonical(name) in trained and "bias" not in name and "norm" not in name
-    ]
-    apart = [(name, parameter) for name, parameter in decayed if "mm_projector" not in name]
+    }
+    apart = {name: shape for name, shape in decayed.items() if "mm_projector" not in name}
     order = decayed if len(decayed) == len(state.in_order) else apart
-    if len(order) != len(state.in_order):
+    shapes = [None if moments is None else moments.m.shape for moments in state.in_order]
+    if len(order) != len(shapes) or any(
+        here not in (None, wanted) for here, wanted in zip(shapes, order.values(), strict=True)
+    ):
         raise UserError(
-            f"{state.path} begins with a group of {len(state.in_order)} parameters, and {len(decayed)} are trained "
-            f"with weight decay in {model_path}; name the state of this adapter, or train with this project's scripts, "
-            f"which keep the moments by name ({MOMENTS_FILE})"
+            f"{state.path} begins with a group of {len(shapes)} parameters, and they are not the {len(decayed)} that "
+            f"are trained with weight decay in {model_path}; name the state of this adapter, or train with this "
+            f"project's scripts, which keep the moments by name ({MOMENTS_FILE})"
         )
-    named = {}
-    for (name, parameter), moments in zip(order, state.in_order, strict=True):
-        if moments is not None and moments.m.shape != parameter.shape:
-            raise UserError(
-                f"{state.path}: where {name} should be, the moments have shape {list(moments.m.shape)}, not "
-                f"{list(parameter.shape)}; name the state of this adapter"
-            )
-        if moments is not None:
-            named[name] = moments
-    return named
+    return {name: moments for name, moments in zip(order, state.in_order, strict=True) if moments is not None}
+
+
+# Beside a training's checkpoints
+
+
+def save_moments(trainer: Any, folder: str) -> None:
+    """Write the moments of the LoRA matrices that a trainer of transformers trains into a checkpoint, by name.
+
+    Every process must call it: under DeepSpeed each holds a part, and they are gathered. Of an optimizer that is not
+    Adam nothing is written, and a line says so. FSDP writes its state by name itself.
+    """
+    from safetensors.torch import save
+
+    matrices = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in name}
+    if not matrices or trainer.is_fsdp_enabled:
+        return
+    source, groups = "the optimizer", trainer.optimizer.param_groups
+    try:
+        if trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            moments = {}
+            for name, parameter in matrices.items():
+                m, v = (safe_get_full_optimizer_state(parameter, key).cpu() for key in _PARTS[:2])
+                moments[name] = Moments(m, v, safe_get_full_fp32_param(parameter).to(parameter.dtype).cpu())
+            # Steps whose gradients overflowed in float16 are counted by the trainer and not taken by Adam.
+            steps = [trainer.model_wrapped.global_steps - trainer.model_wrapped.skipped_steps]
+        else:
+            groups = [group for group in groups if group["params"]]  # DeepSpeed's hold their parameters elsewhere
+            # A matrix without a gradient so far has no state: one of the vision tower, where no record had an image.
+            states = {name: trainer.optimizer.state.get(parameter) for name, parameter in matrices.items()}
+            moments = {name: moments_of(source, of, matrices[name]) for name, of in states.items() if of}
+            steps = [of["step"] if "step" in of else groups[0].get("step") for of in states.values() if of]
+        constants = adam_constants(source, groups, steps)
+    except UserError as error:
+        if trainer.is_world_process_zero():
+            print(f"no {MOMENTS_FILE} is written: {error}")
+        return
+    if trainer.is_world_process_zero():
+        tensors = {
+            f"{name}.{part}": tensor.detach().cpu().contiguous()
+            for name, of in moments.items()
+            for part, tensor in zip(_PARTS, vars(of).values(), strict=True)
+        }
+        with whole_file(Path(folder) / MOMENTS_FILE) as file:
+            file.write(save(tensors, {"adam": json.dumps(asdict(constants))}))

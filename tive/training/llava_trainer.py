@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available, is_torch_sdpa_available
 
 from tive.models.adapter import TRAINED_FILE, read_tensors
+from tive.models.optimizer_state import save_moments
 from tive.models.training_record import (
     RECORD_FILE,
     TrainingRecord,
@@ -38,7 +39,6 @@ from tive.models.training_record import (
     write_record,
 )
 from tive.training.checks import base_config, has_projector, model_config, projector_of, read_settings
-from tive.training.moments import save_moments
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError, run
 from tive.util.files import sha256_of

@@ -22,6 +22,7 @@ from tive.data.forms import from_llava  # noqa: E402
 from tive.data.images import BadImage, read_image  # noqa: E402
 from tive.data.records import name_of, open_records  # noqa: E402
 from tive.data.trained import conversation_of, is_trained_on  # noqa: E402
+from tive.models.optimizer_state import save_moments  # noqa: E402
 from tive.models.training_record import (  # noqa: E402
     TrainingRecord,
     lora_of,
@@ -29,7 +30,6 @@ from tive.models.training_record import (  # noqa: E402
     versions_of,
     write_record,
 )
-from tive.training.moments import save_moments  # noqa: E402
 from tive.util.device import leave_a_core  # noqa: E402
 from tive.util.errors import UserError  # noqa: E402
 
