@@ -51,10 +51,11 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.problems import form_problem, listing_beside
+    from tive.data.problems import listing_beside
     from tive.data.records import open_records, write_records, write_rows
     from tive.data.scan import refuse_problems, scan_records, tag_notes
     from tive.data.tasks import rows_by_task
+    from tive.data.trained import form_problem
     from tive.method.value import draw, equal_shares, rounded_down
     from tive.util.text import print_table
 

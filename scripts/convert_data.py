@@ -29,7 +29,7 @@ from typing import Any
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.images import format_and_size, store_image
-from tive.data.problems import form_problem, kept_rows, listing_beside, refuse_bad_records
+from tive.data.problems import kept_rows, listing_beside, refuse_bad_records
 from tive.data.records import (
     Records,
     TableRecords,
@@ -41,6 +41,7 @@ from tive.data.records import (
 )
 from tive.data.scan import check_chunk, scan_records
 from tive.data.shards import schema_of, write_shards
+from tive.data.trained import form_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed

@@ -73,10 +73,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.data.content import record_hashes
     from tive.data.problems import refuse_bad_records
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
+    from tive.data.trained import record_hashes
     from tive.evaluation.results import (
         EVALUATION_FILE,
         INTERVAL,

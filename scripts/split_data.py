@@ -44,10 +44,10 @@ def main() -> None:
     arguments = parse_arguments()
     import numpy as np
 
-    from tive.data.problems import form_problem
     from tive.data.records import open_records, suffix_of, write_records
     from tive.data.scan import refuse_problems, scan_records
     from tive.data.tasks import rows_by_task
+    from tive.data.trained import form_problem
     from tive.method.value import draw
     from tive.util.text import listed, print_table
 

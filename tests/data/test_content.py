@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tive.data.content import record_hash
+from tive.data.trained import record_hash
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 RECORD = {"id": 1, "dataset": "vqa", "image": "coco/1.jpg", "conversations": TURNS}

@@ -20,9 +20,9 @@ from tive.data import shards
 from tive.data.conversations import image_paths, to_llava
 from tive.data.forms import FORMS, count_tags, from_llava
 from tive.data.media import media_of
-from tive.data.problems import problem_of
 from tive.data.records import open_records
 from tive.data.shards import schema_of, write_shards
+from tive.data.trained import problem_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
 

@@ -17,9 +17,9 @@ from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHOR
 from tive.data.conversations import to_llava
 from tive.data.forms import from_llava
 from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
-from tive.data.problems import form_problem, problem_of
 from tive.data.records import open_records
 from tive.data.scan import scan_records
+from tive.data.trained import form_problem, problem_of
 from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

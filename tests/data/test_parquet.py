@@ -25,10 +25,9 @@ from tive.data.conversations import image_of, images_of
 from tive.data.images import BadImage, open_image, read_image
 from tive.data.media import StoredImage
 from tive.data.parquet import TableRecords
-from tive.data.problems import form_problem
 from tive.data.records import open_records, write_records
 from tive.data.scan import check_chunk, refuse_problems, scan_records
-from tive.data.trained import conversation_of
+from tive.data.trained import conversation_of, form_problem
 from tive.util.errors import UserError
 
 # What the hub's sets of today have as columns, from their cards: FineVision, The Cauldron, LLaVA-OneVision-Data.

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.records import JSON_VALUES, NEAR_RECORDS, RECORDS, turn, write
 from tive.data import records as reader
-from tive.data.problems import form_problem
 from tive.data.records import open_records, parse_record, write_records
 from tive.data.scan import scan_records
+from tive.data.trained import form_problem
 from tive.util.errors import UserError
 
 

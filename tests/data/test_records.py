@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.records import GOOD_TURNS, JSON_VALUES, NEAR_RECORDS, RECORDS, record_with, write
 from tive.data.conversations import image_of
-from tive.data.problems import form_problem, problem_of
 from tive.data.records import chunk_range, name_of, open_records, write_raw, write_records
 from tive.data.scan import refuse_problems, scan_records
+from tive.data.trained import form_problem, problem_of
 from tive.util.errors import UserError
 
 
@@ -46,13 +46,14 @@ PROBLEMS = {
     "no conversations": ({"id": 1}, "has no `conversations`"),
     "empty conversations": ({"conversations": []}, "has no turns"),
     "conversations as text": ({"conversations": "hello"}, "not a list of turns"),
-    "a turn that is text": ({"conversations": ["hello"]}, "a turn 0 without"),
+    "a turn that is text": ({"conversations": ["hello"]}, "a turn 0 that is not an object"),
     "a value that is a number": (record_with(("human", 3)), "a turn 0 without"),
     "an unknown role": (
         record_with(("human", "x"), ("assistant", "y")),
-        "unknown role 'assistant' in turn 1 (known: human, gpt); convert",
+        "not in LLaVA's form; convert",
     ),
-    "a system turn": (record_with(("system", "x"), ("human", "y")), "unknown role 'system' in turn 0"),
+    "a system turn": (record_with(("system", "x"), ("human", "y")), "not in LLaVA's form; convert"),
+    "a role that nobody knows": (record_with(("human", "x"), ("robot", "y")), "'robot'"),
     "half a surrogate pair": (record_with(("human", "\ud800")), "not valid Unicode"),
     "only gpt": (record_with(("gpt", "x")), "no human turn"),
     "two human turns": (record_with(("human", "x"), ("human", "y")), "two human turns in a row (turn 1)"),

@@ -16,13 +16,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers.records import record_with, write
-from tive.data.content import record_hash
 from tive.data.conversations import image_of, to_llava
-from tive.data.problems import form_problem, problem_of
 from tive.data.records import open_records
 from tive.data.scan import check_image_folder, refuse_problems, scan_records, tag_notes
 from tive.data.tasks import task_of
-from tive.data.trained import conversation_of, is_trained_on
+from tive.data.trained import conversation_of, form_problem, is_trained_on, problem_of, record_hash
 from tive.util.errors import UserError
 
 

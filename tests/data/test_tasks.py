@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 
 from tests.helpers.records import GOOD_TURNS, JSON_VALUES, NEAR_RECORDS, record_with, write
-from tive.data.problems import form_problem
 from tive.data.records import open_records
 from tive.data.scan import refuse_problems, scan_records
 from tive.data.tasks import task_of, task_or_problem
+from tive.data.trained import form_problem
 from tive.util.errors import UserError
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.feature_files import mixture, random_features, record, write_features
-from tive.data.content import record_hash, record_hashes, rows_with
 from tive.data.records import Records, open_records
+from tive.data.trained import record_hash, record_hashes, rows_with
 from tive.features.lookup import Features, open_features
 from tive.util.errors import UserError
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tive.data.content import record_hashes
 from tive.data.records import chunk_range, open_records
+from tive.data.trained import record_hashes
 from tive.features.chunk import Match, write_chunk
 from tive.features.store import LeftOutRecord
 from tive.util.errors import run

@@ -1,4 +1,4 @@
-"""What keeps records from being used: found, printed, listed in a file, and dropped by that file."""
+"""Records that cannot be used: printed, listed in a file, refused, and dropped by that file."""
 
 from __future__ import annotations
 
@@ -9,106 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tive.data.conversations import OTHER_ROLE_NAMES, ROLES, images_of, to_llava
-from tive.data.media import IMAGE_TAG, is_empty, media_of, name_of_image
+from tive.data.conversations import images_of, to_llava
+from tive.data.media import name_of_image
 from tive.data.records import Records, TableRecords, name_of, suffix_of
-from tive.data.trained import TRAINED_KEYS, acted_on_problem, conversation_of
+from tive.data.trained import problem_of
 from tive.util.errors import UserError
 from tive.util.files import read_json, write_json
-from tive.util.text import command, is_unicode, listed, shown, shown_value
+from tive.util.text import command, listed, shown, shown_value
 
 SHOWN = 10
-
-
-def problem_of(record: Any) -> str | None:
-    """What keeps LLaVA from training on a record, in the words that follow its name; None when nothing does.
-
-    Checked: `conversations` is a list of turns with `from` and `value`, the roles are known and alternate (a leading
-    `gpt` turn is allowed: it is dropped with what it holds), one image at most and no other medium, the image's tag in
-    one turn at most, and no key asks for what LLaVA's trainer does not do. A problem with a remedy of its own names it
-    after a semicolon.
-    """
-    if problem := _llava_problem(record):
-        return problem
-    for index, turn in enumerate(record["conversations"]):
-        if len(turn) > 2 and turn["from"] == "gpt":
-            for key in TRAINED_KEYS:
-                if not is_empty(turn.get(key)) and turn[key] not in (True, 1):
-                    return (
-                        f"has `{key}` {shown_value(turn[key])} in turn {index}, and LLaVA's trainer trains on every "
-                        "answer; remove the key, or the record"
-                    )
-    return None
-
-
-def _llava_problem(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return "is not an object"
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns or not is_empty(record.get("messages")):
-        return _other_form(record)
-    for index, turn in enumerate(turns):
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(text, str):
-            is_other = isinstance(turn, dict) and "content" in turn and "value" not in turn
-            return _other_form(record) if is_other else f"has a turn {index} without a text `value`"
-        if turn.get("from") not in ROLES:
-            return _unknown_role(turn.get("from"), index)
-        if not is_unicode(text):
-            return f"has text in turn {index} that is not valid Unicode"
-    first = 1 if turns[0]["from"] == "gpt" else 0
-    if first == len(turns):
-        return "has no human turn"
-    tagged = 0
-    for index, turn in enumerate(turns[first:]):
-        if turn["from"] != ROLES[index % 2]:
-            return f"has two {turn['from']} turns in a row (turn {index + first})"
-        tagged += IMAGE_TAG in turn["value"]
-    media = media_of(record)
-    if problem := media.problem or acted_on_problem(record, turns):
-        return problem
-    if len(media.images) > 1:
-        return f"has {len(media.images)} images, and one is supported"
-    if media.images and tagged > 1:
-        return f"has {IMAGE_TAG} in {tagged} turns and one image"
-    return None
-
-
-def form_problem(record: Any) -> str | None:
-    """What keeps a record from being read by any trainer that is known here; None when nothing does.
-
-    LLaVA's form with one image and no system turn has to be what LLaVA's trainer takes (`problem_of`); any other has to
-    be one that `conversation_of` reads. Which of them a model reads is asked where the model is known.
-    """
-    problem = _llava_problem(record)
-    if problem is None or not isinstance(record, dict):
-        return problem
-    try:
-        conversation = conversation_of(record)
-    except ValueError as other:
-        return str(other)
-    turns = record.get("conversations")
-    is_llavas = turns == conversation["conversations"] and "system" not in conversation
-    return problem if is_llavas and not isinstance(conversation.get("image"), list) else None
-
-
-def _other_form(record: dict[str, Any]) -> str:
-    """The problem of a record that has no turns in LLaVA's form."""
-    try:
-        turns = to_llava(record)["conversations"]
-    except ValueError as error:
-        return str(error)
-    return (
-        "is not in LLaVA's form; convert the data with scripts/convert_data.py (to llava)" if turns else "has no turns"
-    )
-
-
-def _unknown_role(role: Any, index: int) -> str:
-    """The problem of a record whose turn `index` has a role that LLaVA does not know."""
-    problem = f"has an unknown role {shown_value(role)} in turn {index} (known: {', '.join(ROLES)})"
-    if isinstance(role, str) and role in OTHER_ROLE_NAMES:
-        return problem + "; convert the data with scripts/convert_data.py (to llava)"
-    return problem
 
 
 def listing_beside(target: str | os.PathLike[str]) -> Path:

@@ -74,11 +74,8 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
             answers = len(record["conversations"]) // 2
         else:
             images, problem = (), record_problem(record) or problem
-            try:
-                conversation = {} if problem else to_llava(record)
-            except ValueError as error:  # a key that its own trainer passes over
-                problem = str(error)
             if not problem:
+                conversation = to_llava(record)
                 turns, paths = conversation["conversations"], image_paths(conversation)
                 answers = [turn["from"] for turn in turns[1:]].count("gpt")
                 images = tuple([image for image in paths if isinstance(image, str)])

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tive.data.content import HASH_BYTES
+from tive.data.trained import HASH_BYTES
 from tive.features.chunk import COLUMNS, COMMON_KEYS, CONTENT, Match, match_of_manifest
 from tive.features.store import LeftOutRecord
 from tive.util.device import available_memory

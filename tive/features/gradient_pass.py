@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tive.data.content import record_hashes
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
+from tive.data.trained import record_hashes
 from tive.features.batches import Batches, batches_for
 from tive.features.chunk import Match, OpenChunk
 from tive.features.left_out import (

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tive.data.content import record_hashes, rows_with
 from tive.data.records import Records, open_records
+from tive.data.trained import record_hashes, rows_with
 from tive.features.chunk import Match
 from tive.features.folder import Chunk, open_chunks
 from tive.util.errors import UserError

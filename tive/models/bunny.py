@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
-from tive.data.problems import problem_of
+from tive.data.trained import problem_of
 from tive.models import ModelFiles, Reference, spliced
 from tive.models.checkpoint import load_pretrained, loading, read_config
 from tive.models.common import IGNORE, base_of, decoder_layers, freeze

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tive.data.problems import problem_of
+from tive.data.trained import problem_of
 from tive.models import LeftOut, ModelFiles, Reference, spliced
 from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
 from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other

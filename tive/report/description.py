@@ -17,9 +17,10 @@ from tqdm import tqdm
 from tive.data.conversations import image_paths, images_of, to_llava
 from tive.data.images import BadImage, find_image, format_and_size
 from tive.data.media import IMAGE_TAG, Image
-from tive.data.problems import form_problem, kind_of
+from tive.data.problems import kind_of
 from tive.data.records import Records
 from tive.data.tasks import rows_by_task, task_of
+from tive.data.trained import form_problem
 from tive.report import plots
 from tive.report.page import Block, Card, Cards, Plot, Section, Table, by_name, name
 from tive.report.samples import Samples, read_sample

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tive.data.content import record_hash
+from tive.data.trained import record_hash
 from tive.features.chunk import Match
 from tive.features.lookup import Features, joined, match_of, open_features, refuse_other_space
 from tive.method.target import (

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tive.data.problems import form_problem, refuse_bad_records
+from tive.data.problems import refuse_bad_records
 from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
 from tive.data.tasks import rows_by_task
+from tive.data.trained import form_problem
 from tive.features.lookup import Features
 from tive.method.clusters import grid_points, second_moments, whitening
 from tive.selection.options import SCORE_COLUMNS, TiveOptions

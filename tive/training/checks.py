@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tive.data.media import media_of
-from tive.data.problems import problem_of, refuse_bad_records
+from tive.data.problems import refuse_bad_records
 from tive.data.records import JsonRecords, open_records
 from tive.data.scan import check_chunk, scan_records
+from tive.data.trained import problem_of
 from tive.models.training_record import ASPECT_RATIOS, TEMPLATES, lacks_tokenizer, model_folder
 from tive.util.errors import UserError, run
 from tive.util.files import read_object
