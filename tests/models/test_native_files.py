@@ -109,22 +109,43 @@ def test_a_quantised_base_is_one_wherever_its_config_says_so_and_null_says_nothi
         native.check_files(files)
 
 
-def test_weights_of_eight_bits_are_refused_before_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["q_proj.weight", "q_proj.bias"])
+def test_weights_of_eight_bits_are_refused_before_loading(name: str, tmp_path: Path) -> None:
     files, kind = copied("internvl", tmp_path), torch.float8_e4m3fn
-    change_base(files, lambda t: {key: value.to(kind) if "q_proj.weight" in key else value for key, value in t.items()})
-    with pytest.raises(UserError, match=r"model\.safetensors: .*q_proj\.weight is stored as F8"):
+    change_base(files, lambda t: {key: value.to(kind) if name in key else value for key, value in t.items()})
+    with pytest.raises(UserError, match=rf"model\.safetensors: .*{name} is stored as F8"):
         native.check_files(files)
 
 
-def test_scales_that_no_parameter_takes_are_refused_and_other_leftovers_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_no_parameter_takes_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = copied("internvl", tmp_path)
-    change_base(files, lambda t: t | {"a_part_of_another_release.weight": torch.ones(2)})
+    change_base(files, lambda t: t | {"a_part_of_another_release.weight": torch.ones(2), "logit_scale": torch.ones(1)})
     native.load(files, CPU, torch.float32)
     assert "a_part_of_another_release.weight" in capsys.readouterr().out
-    change_base(files, lambda t: t | {"language_model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1)})
-    with pytest.raises(UserError, match=r"q_proj\.weight_scale_inv.*full precision"):
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.q_proj.weight_scale_inv",
+        "self_attn.q_proj.weight_scale_2",
+        "self_attn.q_proj.input_global_scale",
+        "self_attn.q_proj.weight._scale",
+        "mlp.experts.gate_up_proj_scale",
+        "self_attn.q_proj.qweight",
+    ],
+)
+def test_what_belongs_to_quantised_weights_and_no_parameter_takes_is_refused(name: str, tmp_path: Path) -> None:
+    files = copied("internvl", tmp_path)
+    change_base(files, lambda t: t | {f"language_model.layers.0.{name}": torch.ones(1)})
+    with pytest.raises(UserError, match=rf"{re.escape(name)}.*full precision"):
+        native.load(files, CPU, torch.float32)
+
+
+def test_packed_weights_in_place_of_a_parameters_are_called_quantised(tmp_path: Path) -> None:
+    files, name = copied("internvl", tmp_path), "language_model.layers.0.self_attn.q_proj."
+    change_base(files, lambda t: {key: t[key] for key in t if name not in key} | {f"{name}qweight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"qweight.*full precision"):
         native.load(files, CPU, torch.float32)
 
 

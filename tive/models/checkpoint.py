@@ -17,9 +17,10 @@ from tive.util.errors import UserError
 from tive.util.files import read_json, read_object
 
 _SHAPE_KEYS = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
-# What stands beside quantised weights in a file, in the names of the common libraries.
-_SCALES = re.compile(
-    r"(weight_scale|scale_inv|input_scale|scales|zero_point|qweight|qzeros|g_idx|weight_packed|absmax|quant_map|SCB)\b"
+# What stands in a file beside quantised weights, or in their place, in the names of the common libraries; scales are no
+# such thing where they are CLIP's (`logit_scale`) or those of a cache of keys and values (`k_scale`).
+_QUANTIZED = re.compile(
+    r"(?<!logit_)(?<!\.[kv]_)scale|zero_point|qweight|qzeros|g_idx|packed|absmax|quant_(state|map)|SCB$|W_q$"
 )
 _QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hqq|w[48]a\d+)(?![a-z])")
 
@@ -90,7 +91,7 @@ def _quantized_weight(folder: Path) -> str | None:
         with loading(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 kind = file.get_slice(name).get_dtype()
-                if "weight" in name and kind.startswith(("F8", "F6", "F4", "I8", "U8")):
+                if kind.startswith(("F8", "F6", "F4")) or ("weight" in name and kind in ("I8", "U8")):
                     return f"{path}: {name} is stored as {kind}"
     return None
 
@@ -156,17 +157,17 @@ def load_pretrained(
             model, report = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(level)
+    unused = sorted(key for key in map(str, report["unexpected_keys"]) if not key.startswith(apart))
+    quantized = [key for key in unused if _QUANTIZED.search(key)]
+    if quantized:
+        raise UserError(
+            f"{folder} holds {quantized[0]}, which belongs to quantised weights and has no place in the model; name "
+            "the same model in full precision"
+        )
     missing = {str(key) for part in ("missing_keys", "mismatched_keys") for key in report[part]}
     missing = {key for key in missing if not key.startswith(apart)}
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} weights, {min(missing)} among them; download it again")
-    unused = sorted(key for key in map(str, report["unexpected_keys"]) if not key.startswith(apart))
-    scales = [key for key in unused if _SCALES.search(key)]
-    if scales:
-        raise UserError(
-            f"{folder} holds {scales[0]}, which belongs to quantised weights and has no place in the model; name the "
-            "same model in full precision"
-        )
     if unused:
         print(f"{folder}: {len(unused)} weights have no place in the model and are not used, {unused[0]} among them")
     return model
