@@ -139,9 +139,11 @@ def test_matrices_may_have_ranks_of_their_own(folder: Path) -> None:
         (r"model\.language_model\.", "model."),
         (r"^base_model\.model\.", ""),
         (r"\.lora_(A|B)\.", r".lora_\1.default."),
+        (r"^base_model\.model\.", "base_model.model._orig_mod."),
+        (r"\.layers\.(\d)\.", r".layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module."),
     ],
 )
-def test_names_of_other_releases_are_the_same_adapter(folder: Path, now: str, before: str) -> None:
+def test_names_of_other_releases_and_of_wrappers_are_the_same_adapter(folder: Path, now: str, before: str) -> None:
     rewrite(folder, lambda tensors: {re.sub(now, before, name): value for name, value in tensors.items()})
     torch.testing.assert_close(attached(folder)(X), wanted(lambda _: ALPHA / RANK), rtol=1e-4, atol=1e-5)
 

@@ -26,9 +26,10 @@ from tive.util.files import read_object
 CONFIG_FILE = "adapter_config.json"
 # What LLaVA and Bunny train beside the LoRA matrices: the projector, and the vision tower where it was tuned.
 TRAINED_FILE = "non_lora_trainables.bin"
-# Names that come and go between releases, trainers and DeepSpeed.
+# Names that come and go between releases, trainers, DeepSpeed, FSDP and torch.compile.
 _DROPPED = frozenset(("base_model", "module", "model", "language_model", "text_model", "vision_model"))
 _DROPPED |= {"modules_to_save", "default", "base_layer"}
+_DROPPED |= {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Every release of peft adds keys to adapter_config.json. These are read here:
 _KNOWN_KEYS = {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "modules_to_save"}
 _KNOWN_KEYS |= {"target_modules", "exclude_modules", "layers_to_transform"}
