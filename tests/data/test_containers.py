@@ -92,6 +92,17 @@ def test_a_container_is_named_and_the_command_that_is_told_makes_the_records(tmp
     assert made_by_the_command(path, said)[: len(RECORDS)] == RECORDS
 
 
+def test_a_list_of_questions_and_answers_in_an_object_is_one_of_records(tmp_path):
+    records = [{"question": "q", "answer": "a"}] * 2
+    path = write(tmp_path / "a.json", json.dumps({"data": records}))
+    assert made_by_the_command(path, "a list of records under 'data'") == records
+
+
+def test_lines_of_objects_with_questions_in_them_are_records(tmp_path):
+    records = [{"image": f"{row}.png", "qa": [{"question": "q", "answer": "a"}]} for row in range(2)]
+    assert read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))) == records
+
+
 @pytest.mark.parametrize("records", [RECORDS, [{"id": row, "question": "a", "answer": "b"} for row in range(3)]])
 @pytest.mark.parametrize("column", [list, lambda values: dict(enumerate(values))], ids=["lists", "pandas"])
 def test_a_table_by_columns_is_named_and_the_command_makes_records_of_it(tmp_path, records, column):
@@ -108,12 +119,23 @@ def test_one_record_is_no_table(tmp_path, key):
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_shard_of_samples_becomes_records_and_an_image_folder_by_one_command(tmp_path, kind):
-    members = {f"0/{row}.{end}": b"" for row in range(3) for end in ("json", "png")}
-    members |= {f"0/{row}.json": json.dumps(record).encode() for row, record in enumerate(RECORDS)}
+    members = {f"0/{row}.{end}": b"" for row in range(3) for end in ("PNG", "json", "txt")}
+    members |= {f"0/{row}.json": json.dumps(record).encode() for row, record in enumerate([*RECORDS, RECORDS[0]])}
     path = write(tmp_path / f"a shard.{kind}", archive(kind, members))
     made = made_by_the_command(path, "WebDataset")
-    assert made == [record | {"image": f"0/{row}.png"} for row, record in enumerate(RECORDS)]
-    assert (tmp_path / "a shard_unpacked" / "0" / "2.png").is_file()
+    assert made == [*(record | {"image": f"0/{row}.PNG"} for row, record in enumerate(RECORDS)), RECORDS[0]]
+    assert (tmp_path / "a shard_unpacked" / "0" / "2.PNG").is_file()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("other", ["README.md", "__MACOSX/._data.json", "more.json", "images/0.png"])
+def test_an_archive_of_several_files_becomes_a_folder_and_its_data_file_is_named(tmp_path, kind, other):
+    path = write(tmp_path / f"a b.{kind}", archive(kind, {"d/data.json": TEXT.encode(), other: b"x"}))
+    with pytest.raises(UserError, match=r"unpack it with .*d/data\.json") as caught:
+        read(path)
+    subprocess.run(re.search("`(.*)`", str(caught.value))[1], shell=True, check=True, cwd="/")
+    assert read(tmp_path / "a b_unpacked" / "d" / "data.json") == RECORDS
+    assert ("image folder" in str(caught.value)) == (other == "images/0.png")
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -130,6 +152,7 @@ FILES = {
     "InternVL's": {"sharegpt": {"root": "coco/", "annotation": "sharegpt.jsonl", "repeat_time": 1}},
     "LLaMA-Factory's": {"demo": {"file_name": "demo.json", "formatting": "sharegpt"}, "other": {"hf_hub_url": "a/b"}},
     "LLaVA-NeXT's": [{"json_path": "a.json", "sampling_strategy": "all"}],
+    "LLaVA-NeXT's, in other words": {"datasets": [{"sampling_strategy": "all", "json_path": "a.json"}]},
 }
 
 

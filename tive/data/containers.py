@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from tive.data.conversations import KEYS_OF_TURNS
+from tive.data.conversations import KEYS_OF_TURNS, to_llava
 from tive.data.images import EXTENSIONS
 from tive.util.errors import UserError
-from tive.util.text import shown_value
+from tive.util.text import listed, shown_value
 
 _HEAD_BYTES = 1 << 20
+_DATA_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
 _PYTHON = shlex.quote(sys.executable or "python")
 # First bytes -> what the file is, and what to do: {source} is the file, {target} the records, {folder} a new folder.
 _KINDS = {
@@ -38,14 +39,18 @@ _KINDS = {
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
 _LISTS_OF_TURNS = ("conversations", "messages", "texts")
 # A list of data files has these in its entries: InternVL's, LLaMA-Factory's; LLaVA-NeXT's is a list.
-_FILE_KEYS = ("annotation", "file_name", "load_from", "hf_hub_url", "ms_hub_url", "script_url")
-_LIST_OF_SOURCES = re.compile(rb'\[\s*\{\s*"json_path"')
+_FILE_KEYS = ("annotation", "file_name", "cloud_file_name", "load_from", "hf_hub_url", "ms_hub_url", "script_url")
+_FILE_KEYS += ("json_path",)
+_LIST_OF_SOURCES = re.compile(rb'\[\s*\{[^{}\[\]]*"json_path"')
 _FILES = "is a list of data files, not of records: give the scripts the files that it names"
 _RECORDS_OF_SAMPLES = (
-    'import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); files = sorted(folder.rglob("*.*")); '
-    'images = {file.with_suffix(""): str(file.relative_to(folder)) for file in files if file.suffix != ".json"}; '
-    'records = [json.loads(file.read_text()) | {"image": images[file.with_suffix("")]} '
-    'for file in files if file.suffix == ".json"]; json.dump(records, open(sys.argv[2], "w"))'
+    "import json, pathlib, sys; folder, ends = pathlib.Path(sys.argv[1]), sys.argv[3:]; "
+    'images = {file.with_suffix(""): str(file.relative_to(folder)) for file in folder.rglob("*") '
+    "if file.suffix.lower() in ends}; "
+    'samples = [(json.loads(file.read_text()), images.get(file.with_suffix(""))) '
+    'for file in sorted(folder.rglob("*.json"))]; '
+    'records = [sample | {"image": image} if image else sample for sample, image in samples]; '
+    'json.dump(records, open(sys.argv[2], "w"))'
 )
 # A column is a list, or, as pandas writes it, an object by row number.
 _ROWS_OF_COLUMNS = (
@@ -109,34 +114,45 @@ def _archive(path: Path, kind: str, quoted: dict[str, str]) -> str:
     """What is in a zip or tar, and the command that unpacks it."""
     try:
         if kind == "zip":
-            members = zipfile.ZipFile(path).namelist()
+            members = [name for name in zipfile.ZipFile(path).namelist() if not name.endswith("/")]
         else:
             with tarfile.open(path) as archive:
-                members = [member.name for _, member in zip(range(1000), archive, strict=False)]
+                members = [member.name for _, member in zip(range(1000), archive, strict=False) if member.isfile()]
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError):
         return f"is a {kind} archive that is damaged: download it again"
-    files = [PurePath(name) for name in members]
+    # A Mac adds files of its own.
+    files = [PurePath(name) for name in members if "__MACOSX" not in name]
     images = {file.with_suffix("") for file in files if file.suffix in EXTENSIONS}
     texts = {file.with_suffix("") for file in files if file.suffix == ".json"}
     unpack = f"{_PYTHON} -m {kind}file -e {{source}} {{folder}}".format(**quoted)
     if images & texts:
-        make = "{python} -c {code} {folder} {target}".format(
-            python=_PYTHON, code=shlex.quote(_RECORDS_OF_SAMPLES), **quoted
+        ends = " ".join(sorted({end.lower() for end in EXTENSIONS}))
+        make = "{python} -c {code} {folder} {target} {ends}".format(
+            python=_PYTHON, code=shlex.quote(_RECORDS_OF_SAMPLES), ends=ends, **quoted
         )
         return (
             f"is a WebDataset (an image and a .json a sample): unpack it and make records of it with `{unpack} && "
             f"{make}`; the image folder is {quoted['folder']}"
         )
-    if images:
-        return f"is a {kind} of images: unpack it with `{unpack}`, and name {quoted['folder']} as the image folder"
-    to_text = "unzip -p {source} > {target}" if kind == "zip" else "tar -xOf {source} > {target}"
-    return f"is a {kind} archive: unpack it with `{to_text.format(**quoted)}`"
+    if len(members) == 1 and not images:
+        to_text = "unzip -p {source} > {target}" if kind == "zip" else "tar -xOf {source} > {target}"
+        return f"is a {kind} archive: unpack it with `{to_text.format(**quoted)}`"
+    what = f"{kind} of images" if images else f"{kind} archive of several files"
+    names = [f"{quoted['folder']} as the image folder"] if images else []
+    data = listed([str(file) for file in files if file.suffix in _DATA_ENDINGS], 5)
+    names += [f"the data file below {quoted['folder']} ({data})"] if data or not images else []
+    return f"is a {what}: unpack it with `{unpack}`, and name {' and '.join(names)}"
 
 
 def _object(text: str, quoted: dict[str, str]) -> str | None:
     """What an object is that holds records, or names files; None for a record."""
     what, records = "", ""
     entries = []
+    try:
+        if text[json.JSONDecoder().raw_decode(text)[1] :].strip():
+            return None  # JSON Lines
+    except (ValueError, RecursionError):
+        pass  # its end is behind the head
     try:
         for key, start in entries_of(text):
             is_list = text[start] == "["
@@ -146,24 +162,30 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
     except (ValueError, IndexError, RecursionError):
         pass  # the text breaks off, or is no JSON, which its reader says better
     for key, value, is_list in entries:
-        holds_turns = isinstance(value, dict) and any(turns in value for turns in _LISTS_OF_TURNS)
+        is_record = isinstance(value, dict) and (any(turns in value for turns in _LISTS_OF_TURNS) or _is_read(value))
         if key in KEYS_OF_TURNS and not _is_column(key, value, is_list):
             return None
         if key in KEYS_OF_TURNS:
             what, records = "is a table by columns", _ROWS_OF_COLUMNS
-        elif holds_turns and is_list and not what:
+        elif is_record and is_list and not what:
             what, records = f"is an object with a list of records under {shown_value(key)}", f"data[{json.dumps(key)}]"
-        elif holds_turns and not what:
+        elif is_record and not what:
             what, records = "is an object whose values are records", "list(data.values())"
     if entries and all(
-        isinstance(value, dict) and not is_list and any(name in value for name in _FILE_KEYS)
-        for _, value, is_list in entries
+        isinstance(value, dict) and any(name in value for name in _FILE_KEYS) for _, value, _ in entries
     ):
         return _FILES
     if not what:
         return None
     code = f'import json, sys; data = json.load(open(sys.argv[1])); json.dump({records}, open(sys.argv[2], "w"))'
     return f"{what}: make it a list with `{_PYTHON} -c {shlex.quote(code)} {quoted['source']} {quoted['target']}`"
+
+
+def _is_read(record: dict[str, Any]) -> bool:
+    try:
+        return bool(to_llava(record))
+    except ValueError:
+        return False
 
 
 def _is_column(key: str, value: Any, is_list: bool) -> bool:
