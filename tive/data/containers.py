@@ -39,8 +39,10 @@ _KINDS = {
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
 _LISTS_OF_TURNS = ("conversations", "messages", "texts")
 # A list of data files has these in its entries: InternVL's, LLaMA-Factory's; LLaVA-NeXT's is a list.
-_FILE_KEYS = ("annotation", "file_name", "cloud_file_name", "load_from", "hf_hub_url", "ms_hub_url", "script_url")
-_FILE_KEYS += ("json_path",)
+_FILE_KEYS = (
+    *("annotation", "json_path", "file_name", "cloud_file_name"),
+    *("load_from", "hf_hub_url", "ms_hub_url", "script_url"),
+)
 _LIST_OF_SOURCES = re.compile(rb'\[\s*\{[^{}\[\]]*"json_path"')
 _FILES = "is a list of data files, not of records: give the scripts the files that it names"
 _RECORDS_OF_SAMPLES = (
