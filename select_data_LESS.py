@@ -68,7 +68,7 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import numpy as np
 
-    from tive.features.folder import read_ahead
+    from tive.features.lookup import read_ahead
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing

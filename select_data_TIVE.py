@@ -99,8 +99,7 @@ def main() -> None:
     arguments = parse_arguments()
     options = TiveOptions(**{name: getattr(arguments, name) for name in TiveOptions.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
-    from tive.features.folder import read_ahead
-    from tive.features.lookup import open_features
+    from tive.features.lookup import open_features, read_ahead
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded

@@ -61,7 +61,7 @@ last_words() { # NUMBER
 # One line over all chunks, with the time left at the rate since this call.
 show_progress() {
     local finished total left=''
-    read -r finished total < <(run_module tive.features.status "$folder" "$NUM_CHUNKS")
+    read -r finished total < <(run_module tive.features.launch "$folder" "$NUM_CHUNKS")
     if ((${total:-0} == 0)); then
         say "no chunk is begun yet"
         return
@@ -70,7 +70,7 @@ show_progress() {
     say "$finished of $total records ($((100 * finished / total))%), ${#gpus[@]} processes$left"
 }
 
-read -r before _ < <(run_module tive.features.status "$folder" "$NUM_CHUNKS")
+read -r before _ < <(run_module tive.features.launch "$folder" "$NUM_CHUNKS")
 processes=() logs=() sizes=()
 for number in "${!gpus[@]}"; do
     gpu=${gpus[number]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def main() -> None:
         write_result,
     )
     from tive.evaluation.run import EvaluationOptions, evaluate, report_left_out, results_of, store_of, take_known
+    from tive.features.launch import hold
     from tive.features.loader import workers_beside
-    from tive.features.store import hold
     from tive.models import ModelFiles, family_of
     from tive.models.common import base_folder
     from tive.models.training_record import versions_of
@@ -172,7 +173,7 @@ def main() -> None:
             versions = versions_of(*family.LIBRARIES)
             result = ModelResult(name, path, base, conditions, device_name(device), seconds, tasks, records, versions)
             write_result(target, result)
-            store.remove()
+            shutil.rmtree(store.folder)
         return result
 
     models = [result_of(*model) for model in arguments.model]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tive.features.folder import Chunk
+from tive.features.chunk import Chunk
 from tive.features.lookup import spans_of
 from tive.method.clusters import (
     MAX_CLUSTERS,

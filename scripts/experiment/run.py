@@ -24,7 +24,7 @@ from scripts.experiment.mixture import make_mixture
 from scripts.experiment.plan import ARMS, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
 from scripts.experiment.results import BASE, read_csv, read_losses, write_csv
 from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers, train, with_lora, write_base
-from tive.features.store import Held, hold
+from tive.features.launch import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
 from tive.selection.reading import find_summary, read_selection

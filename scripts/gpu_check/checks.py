@@ -128,7 +128,7 @@ def killed_runs_are_continued(device: torch.device) -> tuple[dict[str, float], s
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         _step(name, whole, device).wait(120)
         process = _step(name, killed, device)
-        while not list(killed.glob("progress_0/window_*.json")) and process.poll() is None:
+        while not list(killed.glob("progress_0/window_*")) and process.poll() is None:
             time.sleep(0.01)
         process.kill()
         process.wait()

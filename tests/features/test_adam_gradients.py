@@ -231,7 +231,7 @@ def test_the_features_say_what_gradient_they_are_of(whole: Path) -> None:
 def test_a_killed_pass_goes_on_to_the_same_features(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "features"
     arguments = less_arguments(CHECKPOINTS[10], "target.json", "--gradient", "adam", "--window", 4)
-    process = fork_step(folder, *arguments, die_at="tive.features.chunk.write_chunk")
+    process = fork_step(folder, *arguments, die_at="tive.features.gradient_pass.write_chunk")
     process.join()
     assert not (folder / "manifest_0.json").exists(), log_of(folder)
     done = run_adam(folder)

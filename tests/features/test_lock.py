@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tive.features.launch import compute_open_chunks
-from tive.features.store import Held, hold
+from tive.features.launch import Held, compute_open_chunks, hold
 from tive.util.errors import UserError
 
 
@@ -57,7 +56,7 @@ def test_a_chunk_is_free_again_however_its_block_ends(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from tive.features.store import hold
+from tive.features.launch import hold
 with hold(Path(sys.argv[1]), "computing"):
     child = os.fork()
     if child:

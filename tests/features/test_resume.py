@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.helpers.golden_model import GOLDEN, RECORDS, fork_step, log_of, run_step, write_records
-from tive.features.store import hold
+from tive.features.launch import hold
 
 CHUNK_FILES = {"output_0.pt", "output_norm_0.json", "manifest_0.json"}
 
@@ -34,7 +34,7 @@ def visible(folder: Path) -> set[str]:
 
 
 def notes(folder: Path) -> list[Path]:
-    return sorted(folder.glob("progress_0/window_*.json"))
+    return sorted(folder.glob("progress_0/window_*"))
 
 
 def wait_for_notes(folder: Path, process, count: int) -> None:
@@ -63,7 +63,7 @@ def whole(tmp_path_factory) -> Path:
 def all_windows(tmp_path_factory) -> Path:
     """A run killed when all windows were done and none of the chunk's files was written."""
     folder = tmp_path_factory.mktemp("begun") / "features"
-    process = fork_step(folder, die_at="tive.features.chunk.write_chunk")
+    process = fork_step(folder, die_at="tive.features.gradient_pass.write_chunk")
     process.join()
     assert process.exitcode == -signal.SIGKILL and len(notes(folder)) == 6
     return folder
@@ -214,7 +214,7 @@ def test_a_run_that_differs_is_refused_by_name_and_harms_nothing(whole, begun, t
 
 
 def test_overwrite_starts_afresh_and_is_itself_continued(whole, begun, tmp_path):
-    process = fork_step(begun, "--seed", 1, "--overwrite", die_at="tive.features.chunk.write_chunk")
+    process = fork_step(begun, "--seed", 1, "--overwrite", die_at="tive.features.gradient_pass.write_chunk")
     process.join()
     done = run_step(begun, "--seed", 1)
     assert done.code == 0 and "continuing: 48 of 48" in done.out
@@ -225,19 +225,19 @@ def test_overwrite_starts_afresh_and_is_itself_continued(whole, begun, tmp_path)
 
 @pytest.mark.parametrize(
     "name, place",
-    [("features.f16", 2 * 8 * 512 * 2 + 77), ("window_000000016.json", 20), ("window_000000016.json", 1)],
+    [("features.f16", 2 * 8 * 512 * 2 + 77), ("window_000000016_000000024", 40), ("window_000000016_000000024", 1)],
 )
 def test_a_damaged_window_is_found_and_computed_again(whole, begun, name, place):
     flip(begun / "progress_0" / name, place)
     done = run_step(begun)
-    assert done.code == 0 and "window_000000016.json is damaged" in done.out
+    assert done.code == 0 and "window_000000016_000000024 is damaged" in done.out
     assert "continuing: 40 of 48" in done.out
     assert content(begun) == content(whole)
 
 
 def test_damage_to_what_describes_the_run_costs_no_window(whole, begun):
     flip(begun / "progress_0" / "match.json", 0)
-    (begun / "progress_0" / "window_000000024.json").write_bytes(b"")
+    (begun / "progress_0" / "window_000000024_000000032").write_bytes(b"")
     done = run_step(begun)
     assert done.code == 0 and "continuing: 40 of 48" in done.out
     assert content(begun) == content(whole)
@@ -314,7 +314,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
     ids=str,
 )
 def test_how_a_chunk_is_computed_may_change_while_it_is_and_afterwards(whole, begun, more):
-    for name in ("window_000000016.json", "window_000000024.json"):
+    for name in ("window_000000016_000000024", "window_000000024_000000032"):
         (begun / "progress_0" / name).unlink()
     done = run_step(begun, *more)
     assert done.code == 0 and "continuing: 32 of 48" in done.out, done.err

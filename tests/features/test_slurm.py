@@ -49,7 +49,7 @@ class Task:
 
     def windows(self) -> int:
         """How many windows are on disk."""
-        return sum(1 for _ in self.out.glob("progress_*/window_*.json"))
+        return sum(1 for _ in self.out.glob("progress_*/window_*"))
 
     def state(self) -> str:
         return state_of(self.slurm, self.job)

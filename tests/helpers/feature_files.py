@@ -14,8 +14,7 @@ import torch
 
 from tive.data.records import chunk_range, open_records
 from tive.data.trained import record_hashes
-from tive.features.chunk import Match, write_chunk
-from tive.features.store import LeftOutRecord
+from tive.features.chunk import LeftOutRecord, Match, write_chunk
 from tive.util.errors import run
 from tive.util.files import sha256_of
 
@@ -88,7 +87,7 @@ def write_features(
             records = open_records(data)
             hashes = record_hashes(records) if len(records) == len(features) else None
             columns |= {} if hashes is None else {"content": hashes[rows]}
-        write_chunk(folder, Match(**match), features[rows], columns, entries, made)
+        write_chunk(Path(folder), Match(**match), features[rows].numpy(), columns, entries, made)
 
 
 def scores_of(norms: torch.Tensor) -> dict[str, np.ndarray]:

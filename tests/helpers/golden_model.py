@@ -72,8 +72,8 @@ def fork_step(output: Path, *more: object, die_at: int | str | None = None) -> B
     """Run the step in a process of its own, forked from one that has done the imports; it logs to `OUTPUT.log`.
 
     Args:
-        die_at: the process kills itself where it calls this function (`tive.features.chunk.write_chunk`), or before
-            its nth call that changes the disk, counted from 1.
+        die_at: the process kills itself where it calls this function (`tive.features.gradient_pass.write_chunk`), or
+            before its nth call that changes the disk, counted from 1.
     """
     process = FORKS.Process(target=_in_fork, args=(output, more, die_at))
     process.start()

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from tive.method import influence
-from tive.method.influence import group_means, products
+from tive.method.influence import Span, group_means, products
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Features in memory as a span; `loads` notes each time they are read."""
+def spans_of(features: torch.Tensor, size: int, loads: list[int] | None = None) -> list[Span]:
+    """Features in memory as spans; `loads` notes each time that one is read."""
 
-    start: int
-    features: torch.Tensor
-    loads: list[int]
+    def load(start: int) -> torch.Tensor:
+        if loads is not None:
+            loads.append(start)
+        return features[start : start + size]
 
-    @property
-    def rows(self) -> int:
-        return len(self.features)
-
-    def load(self) -> torch.Tensor:
-        self.loads.append(self.start)
-        return self.features
-
-
-def spans_of(features: torch.Tensor, size: int) -> list[Rows]:
-    loads: list[int] = []
-    return [Rows(start, features[start : start + size], loads) for start in range(0, len(features), size)]
+    starts = range(0, len(features), size)
+    return [Span(start, len(features[start : start + size]), partial(load, start)) for start in starts]
 
 
 @pytest.fixture
@@ -101,11 +91,12 @@ def test_features_that_are_zero_or_not_finite_are_in_no_mean_and_have_no_product
 
 
 def test_what_counts_in_nothing_is_not_read(features):
-    spans = spans_of(features, 50)
+    loads: list[int] = []
+    spans = spans_of(features, 50, loads)
     groups = np.full(200, -1)
     groups[60] = 1
     means, _ = group_means(spans, groups)
-    assert spans[0].loads == [50]
+    assert loads == [50]
     assert means.any(dim=1).tolist() == [False, True]
     assert group_means(spans, np.full(200, -1))[0].shape[0] == 0
 

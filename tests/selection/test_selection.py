@@ -26,7 +26,7 @@ from tests.helpers.feature_files import (
 )
 from tive.data.records import open_records
 from tive.features import lookup as span_module
-from tive.features.folder import open_chunks
+from tive.features.chunk import open_chunks
 from tive.features.lookup import spans_of
 from tive.method import influence as influence_module
 from tive.method.influence import group_means, products

@@ -19,8 +19,9 @@ from tive.data.scan import Checked, Scan
 from tive.evaluation.answers import is_exact
 from tive.evaluation.results import Conditions, HeldOutResult
 from tive.features.batches import Batches
+from tive.features.chunk import LeftOutRecord
 from tive.features.loader import Loader, usable
-from tive.features.store import LeftOutRecord, Store, Window
+from tive.features.store import Store, Window
 from tive.models import NOT_FINITE, Encoded, Family, Reference
 from tive.util.errors import UserError
 from tive.util.text import shown

@@ -1,14 +1,20 @@
-"""A chunk under way: held by one process, of the same run as its folder, computed window by window, finished."""
+"""A chunk's files, written and read: `output_{k}.pt` (features and columns), `output_norm_{k}.json` (the norms, for
+people), and `manifest_{k}.json`, written last: where it is, the chunk is whole.
+
+The paper's release wrote `output_{k}` without a suffix, a list of `[<=16, d]` tensors, and no manifest; such folders
+are read too.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import inspect
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +22,11 @@ import msgspec
 import numpy as np
 import torch
 
-from tive.features.store import LeftOutRecord, Store, hold
+from tive.data.trained import HASH_BYTES
 from tive.util.errors import UserError
-from tive.util.files import HashingFile, sha256_of, whole_file, write_json
-from tive.util.text import shown
+from tive.util.files import HashingFile, read_json, whole_file, write_json
+from tive.util.text import listed, shown
 
-FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
 # The column of the records' hashes, by which a feature is found again in other data; uint8 `[n, 16]`.
 CONTENT = "content"
 # Of each record beside its feature; EL2N and the visual gain only if they were asked for.
@@ -33,6 +38,18 @@ COLUMNS = {
     "el2n": np.float32,
     "visual_gain": np.float32,
 }
+# LLaVA's own environment has torch 2.0, which reads a file into memory instead.
+_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class LeftOutRecord:
+    """A record without results: its row in the data file, its id if that is a text or a number, and the reason."""
+
+    row: int
+    id: str | int | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,6 @@ class Match:
         return self.has_features if column == "norms" else bool(getattr(self, column, True))
 
 
-_UNTIL_LOADED = ("counted_parameters", "projector")
 COMMON_KEYS = tuple(field.name for field in fields(Match) if field.name not in ("chunk_idx", "start", "stop"))
 
 
@@ -98,130 +114,35 @@ def match_of_manifest(content: Mapping[str, Any]) -> Match:
     return match
 
 
-class OpenChunk:
-    """The files of a chunk that is not finished, in a feature folder.
+@dataclass(frozen=True)
+class Chunk:
+    """Features of the records `start .. stop - 1` of the data file.
 
     Attributes:
-        store: the windows on disk, from `begin` on.
+        blocks: the rows in order, memory-mapped: one `[n, d]` tensor, or the release's list of `[<=16, d]`; without
+            gradients d is 0.
+        scores: of each record by name, float64 `[n]`: the columns that its pass kept; features of the release and of
+            before version 2 have `norms` alone, a pass without gradients has none.
+        match: None for the release's files, which have no manifest.
+        manifest: how it was made; empty for the release's files.
+        content: the records' hashes (`record_hash`), uint8 `[n, 16]`; None where its version did not write them.
     """
 
-    store: Store
-
-    def __init__(self, folder: Path, match: Match) -> None:
-        self.folder, self.match = folder, match
-        self.progress = folder / f"progress_{match.chunk_idx}"
-
-    def path(self, form: str) -> Path:
-        """The path of one of the `FINAL_FILES`."""
-        return self.folder / form.format(self.match.chunk_idx)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the chunk from other processes while the block runs, and remove what killed ones left half-written.
-
-        Raises:
-            Held: another process computes it.
-            UserError: the folder cannot be made or written.
-        """
-        chunk = self.match.chunk_idx
-        with hold(self.folder / f".lock_{chunk}", f"computing chunk {chunk}"):
-            for name in FINAL_FILES:
-                for left_behind in self.folder.glob(f".{name.format(chunk)}.*.tmp"):
-                    left_behind.unlink(missing_ok=True)
-            yield
-
-    def is_complete(self) -> bool:
-        """Whether the final files are there, whole, and of the same run.
-
-        Raises:
-            UserError: they are of a run that differs.
-        """
-        manifest_path, output = map(self.path, FINAL_FILES[:2])
-        if not manifest_path.is_file():
-            return False
-        try:
-            content = json.loads(manifest_path.read_bytes())
-            made, checksum = match_of_manifest(content), content["sha256"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            print(f"{manifest_path} is damaged: computed again")
-            return False
-        self._refuse(made, manifest_path)
-        if not output.is_file() or sha256_of(output) != checksum:
-            print(f"{output} is missing or damaged: computed again")
-            return False
-        if self.progress.is_dir():
-            shutil.rmtree(self.progress)
-        return True
-
-    def refuse_other_runs(self) -> None:
-        """Refuse to go on with a chunk of a run that differs, and to put chunks of different runs in one folder.
-
-        Raises:
-            UserError: what differs.
-        """
-        for path in sorted([*self.folder.glob("progress_*/match.json"), *self.folder.glob("manifest_*.json")]):
-            try:
-                content = json.loads(path.read_bytes())
-                is_manifest = path.name.startswith("manifest")
-                other = match_of_manifest(content if is_manifest else {"match": content})
-            except (OSError, ValueError, TypeError, AttributeError):
-                continue  # removed meanwhile, or damaged: the checksums of its windows tell what is still of use
-            self._refuse(other, path)
-
-    def _refuse(self, other: Match, path: Path) -> None:
-        names = []
-        for name in COMMON_KEYS if other.chunk_idx != self.match.chunk_idx else [key.name for key in fields(Match)]:
-            there, here = getattr(other, name), getattr(self.match, name)
-            unknown = here is None and name in _UNTIL_LOADED
-            if there != here and not unknown and not (name == "projector" and there.startswith(here)):
-                names.append(name)
-        if names:
-            differences = ", ".join(
-                f"{name} {shown(str(getattr(other, name)), 24)}, now {shown(str(getattr(self.match, name)), 24)}"
-                for name in names
-            )
-            raise UserError(
-                f"{path} is of a run that differs: {differences}; give the same arguments, name another folder, or "
-                "start afresh (overwrite)"
-            )
-
-    def begin(self, counted_parameters: int, projector: str, overwrite: bool) -> None:
-        """Go on with the windows that are on disk, or start.
-
-        Args:
-            projector: its full kind.
-
-        Raises:
-            UserError: the folder's files are of another run, or the disk is too small.
-        """
-        self.match = replace(self.match, counted_parameters=counted_parameters, projector=projector)
-        if overwrite:
-            shutil.rmtree(self.progress, ignore_errors=True)
-        else:
-            self.refuse_other_runs()
-        # A chunk under way has no final files: those of an earlier run could be taken for its own.
-        for name in FINAL_FILES:
-            self.path(name).unlink(missing_ok=True)
-        types = {name: kind for name, kind in COLUMNS.items() if self.match.has(name)}
-        self.store = Store(self.progress, self.match.rows, asdict(self.match), types, self.match.proj_dim)
-
-    def finish(self, made: dict[str, Any], content: np.ndarray) -> None:
-        """Write the chunk's files, whose windows are all on disk, and remove what it does not need any more.
-
-        Args:
-            made: how it was made, for the manifest.
-            content: of each record, what `record_hashes` returns.
-        """
-        store = self.store
-        columns = store.columns() | {CONTENT: content}
-        write_chunk(self.folder, self.match, store.features(), columns, store.left_out(), made)
-        store.remove()
+    path: Path
+    start: int
+    stop: int
+    blocks: list[torch.Tensor]
+    scores: dict[str, np.ndarray]
+    match: Match | None = None
+    left_out: list[LeftOutRecord] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    content: np.ndarray | None = None
 
 
 def write_chunk(
-    folder: str | os.PathLike[str],
+    folder: Path,
     match: Match,
-    features: torch.Tensor,
+    features: np.ndarray,
     columns: dict[str, np.ndarray],
     left_out: list[LeftOutRecord],
     made: dict[str, Any],
@@ -229,21 +150,17 @@ def write_chunk(
     """Write the three files of a chunk, each whole, the manifest last; without gradients there are no norms.
 
     Args:
-        features: `[n, d]`, written as float16; a float16 tensor is streamed to disk without a second copy, so it may
-            be memory-mapped and larger than memory. The row of a record that was left out is zero.
+        features: float16 `[n, d]`, streamed to disk without a second copy, so it may be memory-mapped and larger than
+            memory. The row of a record that was left out is zero.
         columns: of `COLUMNS`, `[n]` each, and perhaps `CONTENT`.
         made: how the chunk was made, for the manifest.
 
     Raises:
         UserError: a file cannot be written.
     """
-    folder, chunk = Path(folder), match.chunk_idx
-    tensors = {
-        name: torch.from_numpy(values.astype(COLUMNS.get(name, np.uint8), copy=False))
-        for name, values in columns.items()
-    }
-    if match.has_features:
-        tensors["features"] = _alone(features.half())
+    chunk = match.chunk_idx
+    arrays = columns | ({"features": features} if match.has_features else {})
+    tensors = {name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()}
     with whole_file(folder / f"output_{chunk}.pt") as file:
         hashing = HashingFile(file)
         torch.save(tensors | {"match": asdict(match)}, hashing)  # type: ignore[arg-type]  # `write` is all it asks for
@@ -251,14 +168,161 @@ def write_chunk(
         norms = [norm if math.isfinite(norm) else None for norm in columns["norms"].tolist()]
         write_json(folder / f"output_norm_{chunk}.json", norms, indent=None)
     entries = [asdict(entry) for entry in left_out]
-    write_json(
-        folder / f"manifest_{chunk}.json",
-        {"match": asdict(match), "sha256": hashing.sha256, "left_out": entries, **made},
+    content = {"match": asdict(match), "sha256": hashing.sha256, "left_out": entries, **made}
+    write_json(folder / f"manifest_{chunk}.json", content)
+
+
+def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) -> list[Chunk]:
+    """The chunks of a folder in order, memory-mapped, verified to cover their data file once and to belong together.
+
+    Args:
+        chunk_num: how many chunks there should be, if the caller knows.
+
+    Raises:
+        UserError: a chunk is missing, unfinished, damaged, or of another run.
+    """
+    folder = Path(folder)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"cannot read the feature folder {folder}: {error.strerror}; check the path") from error
+    present, of_release = (
+        sorted(int(match[1]) for name in names if (match := re.fullmatch(form, name)))
+        for form in (r"output_(0|[1-9]\d{0,8})\.pt", r"output_(0|[1-9]\d{0,8})")
     )
+    if not present and not of_release:
+        raise UserError(f"{folder} holds no feature files (output_0.pt ...); run compute_gradient_features.py first")
+    if present and of_release:
+        raise UserError(
+            f"{folder} holds feature files of two kinds (output_{present[0]}.pt and output_{of_release[0]}); keep one "
+            "kind in the folder"
+        )
+    numbers = present or of_release
+    manifests = _read_manifests(folder, present)
+    expected = manifests[0][0].num_chunks if manifests else numbers[-1] + 1
+    if missing := sorted(set(range(min(expected, 1 << 20))) - set(numbers)):
+        raise UserError(
+            f"{folder}: {_chunks(missing)} of {expected} missing; run compute_gradient_features.py with "
+            f"num_chunks {expected} and {_chunks(missing, 'chunk_idx {}')}"
+        )
+    if chunk_num is not None and chunk_num != len(numbers):
+        raise UserError(f"{folder} holds {len(numbers)} chunks, not {chunk_num}; leave chunk_num out")
+    chunks = [_open_chunk(folder / f"output_{match.chunk_idx}.pt", match, made) for match, made in manifests]
+    for number in of_release:
+        chunks.append(_open_release_chunk(folder / f"output_{number}", chunks[-1].stop if chunks else 0))
+    ends = [0, *(chunk.stop for chunk in chunks)]
+    for number, (chunk, end) in enumerate(zip(chunks, ends, strict=False)):
+        if chunk.start != end:
+            kind = "overlaps the one before" if chunk.start < end else "leaves a gap"
+            raise UserError(f"{folder}: chunk {number} {kind} (it starts at {chunk.start}, not {end}); make it again")
+    if manifests and ends[-1] != manifests[0][0].data_records:
+        raise UserError(
+            f"{folder} holds features of {ends[-1]} records of {manifests[0][0].data_records}; make its chunks again"
+        )
+    if len(sizes := {block.shape[1] for chunk in chunks for block in chunk.blocks}) > 1:
+        raise UserError(f"{folder}: the features differ in dimension ({sorted(sizes)}); make them all with one command")
+    return chunks
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """`torch.save` writes the whole storage that a view lies in; a part of one is copied first."""
-    tensor = tensor.detach().cpu().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
+def _chunks(numbers: Sequence[int], form: str = "chunk {}") -> str:
+    return listed([form.format(number) for number in numbers])
+
+
+def _read_manifests(folder: Path, numbers: Sequence[int]) -> list[tuple[Match, dict[str, Any]]]:
+    """What the chunks' manifests say, which agree in every common key: the match, and the rest."""
+    if unfinished := [number for number in numbers if not (folder / f"manifest_{number}.json").is_file()]:
+        raise UserError(
+            f"{folder}: {_chunks(unfinished)} not finished (no manifest); run compute_gradient_features.py "
+            f"again with {_chunks(unfinished, 'chunk_idx {}')}"
+        )
+    manifests = []
+    for number in numbers:
+        with _said_of(path := folder / f"manifest_{number}.json"):
+            content = read_json(path)
+            match = match_of_manifest(content)
+            left_out = msgspec.convert(content["left_out"], list[LeftOutRecord])
+            if match.chunk_idx != number or not 0 <= match.start <= match.stop <= match.data_records:
+                raise ValueError(f"it describes chunk {match.chunk_idx}, records {match.start} .. {match.stop}")
+            if not all(entry.row in match.rows for entry in left_out):
+                raise ValueError("it leaves out a row outside the chunk")
+            manifests.append((match, content | {"left_out": left_out}))
+    for key in COMMON_KEYS:
+        values: dict[Any, list[int]] = {}
+        for match, _ in manifests:
+            values.setdefault(getattr(match, key), []).append(match.chunk_idx)
+        if len(values) > 1:
+            differing = "; ".join(f"{_chunks(those)} {shown(repr(value), 24)}" for value, those in values.items())
+            raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
+    return manifests
+
+
+@contextlib.contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """Turn every error in the block into a `UserError` that names the file: damaged bytes raise nearly every kind."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
+        raise UserError(
+            f"{path} is not what a gradient step writes ({reason}); it may be damaged or renamed: make this chunk again"
+        ) from error
+
+
+def _open_chunk(path: Path, match: Match, made: dict[str, Any]) -> Chunk:
+    with _said_of(path):
+        content = _load(path)
+        # Older versions have fewer keys here than in the manifest.
+        inside = msgspec.convert(asdict(match) | content["match"], Match)
+        if differing := [key.name for key in fields(Match) if getattr(inside, key.name) != getattr(match, key.name)]:
+            raise ValueError(f"it differs from manifest_{match.chunk_idx}.json in `{differing[0]}`")
+        records = len(match.rows)
+        names = {*COLUMNS} & {*content} | ({"norms"} if match.has_features else {"losses"})
+        for name in names:
+            _check_tensor(name, content[name], (torch.float32, torch.int32), (records,))
+        features = content["features"] if match.has_features else torch.empty(records, 0)
+        _check_tensor("features", features, _FLOATS, (records, match.proj_dim))
+        if CONTENT in content:
+            _check_tensor(CONTENT, content[CONTENT], (torch.uint8,), (records, HASH_BYTES))
+    scores = {name: content[name].double().numpy() for name in names}
+    hashes = content[CONTENT].numpy() if CONTENT in content else None
+    manifest = {name: value for name, value in made.items() if name not in ("match", "left_out")}
+    return Chunk(path, match.start, match.stop, [features], scores, match, made["left_out"], manifest, hashes)
+
+
+def _open_release_chunk(path: Path, start: int) -> Chunk:
+    with _said_of(path):
+        blocks = list(_load(path))
+        for block in blocks:
+            _check_tensor("features", block, _FLOATS, (None, None))
+    records = sum(map(len, blocks))
+    with _said_of(norm_path := path.with_name(path.name.replace("output_", "output_norm_") + ".json")):
+        norms = msgspec.convert(read_json(norm_path), list[float | None])
+        if len(norms) != records:
+            raise ValueError(f"{len(norms)} norms of {records} records")
+    values = np.array([math.nan if norm is None else norm for norm in norms], np.float64)
+    return Chunk(path, start, start + records, blocks, {"norms": values})
+
+
+def _load(path: Path) -> Any:
+    """A file of tensors, memory-mapped where its format allows; nothing in it is executed."""
+    with open(path, "rb") as file:
+        # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
+        mapped = {"mmap": True} if file.read(4) == b"PK\x03\x04" and _CAN_MAP else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
+
+
+def _check_tensor(name: str, tensor: Any, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...]) -> None:
+    """Raise a `ValueError` where it is no plain tensor of such a dtype and shape; None stands for any size."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"its {name} are no plain tensor")
+    fits = len(tensor.shape) == len(shape) and all(
+        size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or not tensor.is_contiguous() or tensor.dtype not in dtypes:
+        raise ValueError(f"its {name} are {list(tensor.shape)} {tensor.dtype} where {list(shape)} was announced")

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from tive.data.records import Records
-from tive.data.scan import Scan, check_chunk
+from tive.data.scan import Scan
 from tive.data.tasks import task_of
 from tive.features.batches import batches_for
 from tive.features.chunk import Match
-from tive.features.gradient_pass import PassOptions, loader_of
-from tive.features.left_out import list_file, report_bad_records
+from tive.features.gradient_pass import PassOptions, check_records, loader_of
 from tive.features.step import GradientStep
 from tive.method.projection import is_gpu, make_projector, project
 from tive.method.value import budget_errors, records_for_error
@@ -39,8 +38,7 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
     Raises:
         UserError: records are bad, or none can be computed.
     """
-    checked = check_chunk(scan, match.rows, options.image_folder, options.read_image)
-    report_bad_records(checked, list_file(options.folder, match.chunk_idx), options.skip_bad)
+    checked = check_records(scan, match.rows, options, options.folder / f"bad_records_{match.chunk_idx}.json")
     step = load()
     usable = [row for row in checked.rows if row not in checked.reasons]
     rows = usable[:: max(1, len(usable) // count)][:count]

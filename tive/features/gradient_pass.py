@@ -6,12 +6,15 @@ finite.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
@@ -24,25 +27,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tive.data import problems
 from tive.data.scan import Checked, Scan, check_chunk, check_image_folder
 from tive.data.trained import record_hashes
 from tive.features.batches import Batches, batches_for
-from tive.features.chunk import Match, OpenChunk
-from tive.features.left_out import (
-    check_disk,
-    count_reasons,
-    left_out_records,
-    list_file,
-    refuse_many,
-    report_bad_records,
-)
+from tive.features.chunk import CONTENT, LeftOutRecord, Match, write_chunk
+from tive.features.launch import hold
 from tive.features.loader import Loader, usable, workers_beside
 from tive.features.step import FLOAT16_LOSS_SCALES, GradientStep
-from tive.features.store import Window
-from tive.models import NOT_FINITE
+from tive.features.store import Store, Window, begin_chunk, is_complete, refuse_other_runs
+from tive.models import NOT_FINITE, UNSUPERVISED
 from tive.models.training_record import versions_of
 from tive.util.device import device_name, peak_memory
+from tive.util.text import shown
 
+# Above this share of the chunk, and above a few, it is not the records that are wrong.
+_MOST_LEFT_OUT, _FEW = 0.02, 2
+_LONGEST_NAME = 120
 # Of each record of a batch its row, supervised tokens and tokens; and the batch's results, on the device.
 Computed = list[tuple[list[tuple[int, int, int]], dict[str, Tensor]]]
 
@@ -86,40 +87,67 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         SystemExit: a signal stopped it; what is done is on disk.
     """
     check_image_folder(scan, match.rows, options.image_folder)  # before anything is written
-    chunk = OpenChunk(options.folder, match)
-    with chunk.held():
+    with hold(options.folder / f".lock_{match.chunk_idx}", f"computing chunk {match.chunk_idx}"):
         if not options.overwrite:
-            if chunk.is_complete():
+            refuse_other_runs(options.folder, match)
+            if is_complete(options.folder, match.chunk_idx):
                 print(f"{name} is complete in {options.folder}")
                 return
-            chunk.refuse_other_runs()
-        checked = check_chunk(scan, match.rows, options.image_folder, options.read_image)
-        check_disk(options.folder, chunk.progress / "features.f16", 2 * len(match.rows) * match.proj_dim)
-        report_bad_records(checked, list_file(options.folder, match.chunk_idx), options.skip_bad)
-
+        listing = options.folder / f"bad_records_{match.chunk_idx}.json"
+        checked = check_records(scan, match.rows, options, listing)
         step = load()
-        chunk.begin(step.counted_parameters, step.projection, options.overwrite)
-        cost, stopped_by = compute_windows(chunk, checked, step, options)
-        if stopped_by is not None:
+        match = replace(match, counted_parameters=step.counted_parameters, projector=step.projection)
+        store = begin_chunk(options.folder, match, options.overwrite)
+        cost, stopped_by = compute_windows(store, checked, step, options, listing)
+        if stopped_by:
             print(f"{name} stopped; what is done is on disk, and the same command (without overwrite) continues")
             raise SystemExit(128 + stopped_by)
-        left_out = chunk.store.left_out()
-        device = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
-        about = {"projector_about": step.projector.about} if step.projector else {}
-        content = record_hashes(scan.records, match.rows)
-        chunk.finish(about | device | cost | dict(options.inputs), content)
-    what, beside = ("features", "norms and manifest") if step.projector else ("records without features", "manifest")
+        made: dict[str, Any] = {"projector_about": step.projector.about} if step.projector else {}
+        made |= {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
+        left_out, columns = store.left_out(), store.columns() | {CONTENT: record_hashes(scan.records, match.rows)}
+        write_chunk(options.folder, match, store.features(), columns, left_out, made | cost | dict(options.inputs))
+        shutil.rmtree(store.folder)
+    kinds = Counter(problems.kind_of(entry.reason) for entry in left_out).most_common()
+    why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else ""
     print(
-        f"written: {chunk.path('output_{}.pt')}, {beside} beside it\n"
-        f"{name} done: {len(match.rows) - len(left_out)} {what}, {count_reasons(left_out)}, "
+        f"written: {options.folder / f'output_{match.chunk_idx}.pt'}, and its manifest beside it\n"
+        f"{name} done: {len(match.rows) - len(left_out)} {'features' if step.projector else 'records without features'}"
+        f", {len(left_out)} records left out{why}, "
         f"{cost['records_per_second']:.2f} records/s, padding efficiency {cost['padding_efficiency']:.2f}, "
         f"peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB, records in host memory at most "
         f"{cost['host_memory_of_records_bytes'] / 2**30:.2f} GiB"
     )
 
 
+def check_records(scan: Scan, rows: range, options: PassOptions, listing: Path) -> Checked:
+    """Check a chunk's records and images; prints what is wrong or odd, and writes all that cannot be used to `listing`.
+
+    Raises:
+        UserError: records cannot be used, and they are not to be skipped.
+    """
+    checked = check_chunk(scan, rows, options.image_folder, options.read_image)
+    for note in checked.notes:
+        print(note)
+    if checked.renamed:
+        first, stand_in = next(iter(checked.renamed.items()))
+        print(
+            f"{len(checked.renamed)} records have their image under another extension, in other capitals or in another "
+            f"Unicode form, and it is used (the first: record {first}, "
+            f"{shown(problems.images_named(scan.records[first]), _LONGEST_NAME)} is "
+            f"{shown(os.path.basename(stand_in), _LONGEST_NAME)}); LLaVA's trainer does not look for it: rename before "
+            "step 5"
+        )
+    if checked.reasons and options.skip_bad:
+        problems.list_bad_records(scan.records, checked.reasons, listing)
+        print(f"they are left out; all are listed in {listing}")
+    else:
+        remedy = "repair them, or let them be left out (on_bad_record skip)"
+        problems.refuse_bad_records(scan.records, checked.reasons, listing, remedy, len(rows))
+    return checked
+
+
 def compute_windows(
-    chunk: OpenChunk, checked: Checked, step: GradientStep, options: PassOptions
+    store: Store, checked: Checked, step: GradientStep, options: PassOptions, listing: Path
 ) -> tuple[dict[str, Any], int | None]:
     """Compute every window that is not on disk; what it cost, and the number of the signal that stopped it, if any.
 
@@ -127,8 +155,7 @@ def compute_windows(
         UserError: too many records are left out, or a record turned out bad and that is to stop the run.
     """
     begun, started = time.perf_counter(), _now()
-    store, left_out = chunk.store, chunk.store.left_out()
-    windows = store.missing(options.window)
+    windows, left_out = store.missing(options.window), store.left_out()
     done = len(checked.rows) - sum(map(len, windows))
     if done:
         print(f"continuing: {done} of {len(checked.rows)} records are on disk")
@@ -137,7 +164,7 @@ def compute_windows(
     readable_rows = [row for rows in windows for row in rows if row not in checked.reasons]
     count = 0
     bar = tqdm(total=len(checked.rows), initial=done, desc="Gradients", unit=" records")
-    with StopRequest() as stop, bar, loader.read(readable_rows) as records:
+    with stop_signals() as signals, bar, loader.read(readable_rows) as records:
         for rows in windows:
             reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
             encoded = usable(islice(records, len(rows) - len(reasons)), reasons, options.skip_bad)
@@ -152,12 +179,12 @@ def compute_windows(
             count += len(rows) - len(reasons)
             bar.update(len(reasons))
             reasons |= dict.fromkeys(remove_not_finite(columns, rows, computed), NOT_FINITE)
-            features = columns.pop("features")
-            window = Window(rows, columns, left_out_records(checked, reasons))
+            named = [(row, problems.identity_of(checked.records[row]), reasons[row]) for row in sorted(reasons)]
+            window = Window(rows, columns, [LeftOutRecord(*entry) for entry in named])
             left_out += window.left_out
-            refuse_many(left_out, checked, list_file(chunk.folder, chunk.match.chunk_idx))
-            store.write(window, features)
-            if stop.signal_number is not None:
+            refuse_many(left_out, checked, listing)
+            store.write(window, columns["features"])
+            if signals:
                 break
     seconds = time.perf_counter() - begun
     how = {"batch_size": batches.records, "max_batch_tokens": batches.tokens, "window": options.window}
@@ -173,7 +200,33 @@ def compute_windows(
         "peak_memory_bytes": peak_memory(step.reference.device),
         "host_memory_of_records_bytes": (loader.ahead + batches.most_records) * batches.largest,
     }
-    return cost, stop.signal_number
+    return cost, signals[0] if signals else None
+
+
+def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Path) -> None:
+    """Stop when so many of the chunk's records are left out for one kind of reason that they are rarely to blame.
+
+    Args:
+        left_out: all of the chunk's so far; they are listed in the file `listing`.
+
+    Raises:
+        UserError: more than 2% of the chunk, and more than two, have nothing supervised or overflow.
+    """
+    causes = {
+        UNSUPERVISED: "the tokenizer or the template is not the reference model's, so name the base model that it was "
+        "trained from, or its chat template; or these records have no answer within the model's length",
+        (NOT_FINITE,): "their loss or gradient overflows, so try the dtype bfloat16 or float32; if it stays, the "
+        "reference model diverged in training",
+    }
+    for reasons, cause in causes.items():
+        entries = [entry for entry in left_out if entry.reason in reasons]
+        if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
+            reasons_of = checked.reasons | {entry.row: entry.reason for entry in left_out}
+            remedy = (
+                f"{len(entries)} of them ({' or '.join(reasons)}) are above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}"
+                f"; {problems.drop_command(checked.records, listing)} writes the data without them"
+            )
+            problems.refuse_bad_records(checked.records, reasons_of, listing, remedy, len(checked.rows))
 
 
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:
@@ -217,28 +270,24 @@ def remove_not_finite(columns: Mapping[str, np.ndarray], rows: range, computed: 
     return [rows[number] for number in bad.tolist()]
 
 
-@dataclass
-class StopRequest:
-    """Catches SIGTERM and Ctrl-C, so that the window at hand is finished first; the second Ctrl-C does not wait."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C so far, so that the window at hand is finished first; the second Ctrl-C does not wait."""
+    caught: list[int] = []
 
-    signal_number: int | None = None
-    before: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
+    def catch(number: int, _frame: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
+        caught.append(number)
         # Not print: the signal may have come in the middle of another one.
         os.write(2, b"\nfinishing the records at hand, then stopping ...\n")
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def versions(step: GradientStep) -> dict[str, str]:

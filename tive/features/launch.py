@@ -1,12 +1,20 @@
-"""Which chunks this process computes: from its arguments, torchrun or SLURM. No process talks to another."""
+"""Which chunks this process computes: from its arguments, torchrun or SLURM. No process talks to another: a lock says
+who computes a chunk, files how far it is. `python -m tive.features.launch DIR NUM_CHUNKS` prints that, without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import errno
+import fcntl
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from tive.features.store import Held
 from tive.util.errors import UserError
 from tive.util.text import listed
 
@@ -76,34 +84,89 @@ def place_of(num_chunks: int | None, chunk_idx: int | Literal["any"] | None, env
     return place
 
 
+class Held(UserError):
+    """Another process has the lock."""
+
+
+@contextlib.contextmanager
+def hold(path: Path, what: str) -> Iterator[None]:
+    """Lock a file of this name for this process while the block runs; `what` says in messages what others may not do.
+
+    Raises:
+        Held: another process holds it.
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {path.parent}: {error.strerror}; name another one") from error
+    with file:
+        try:
+            # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise Held(f"another process is {what} in {path.parent}; wait for it or take another one") from error
+            print(f"warning: {path.parent} has no file locks; make sure that no other process is {what}")
+        yield
+
+
 def compute_open_chunks(num_chunks: int, compute: Callable[[int], None]) -> None:
     """Compute the lowest open chunk again and again, until each is complete, failed here, or held by another process.
 
     A chunk of a process that was lost is open again, and is taken like any other.
 
     Args:
-        compute: computes a chunk, or finds it complete; raises `Held` where another process computes it.
+        compute: computes a chunk, or sees that it is complete; raises `Held` where another process computes it.
 
     Raises:
         UserError: chunks failed; each is named with its reason.
     """
-    done: set[int] = set()
-    held: set[int] = set()
+    still_open, held = set(range(num_chunks)), set[int]()
     failed: dict[int, UserError] = {}
-    while open_chunks := sorted(set(range(num_chunks)) - done - held - failed.keys()):
-        chunk = open_chunks[0]
+    while still_open - held:
+        chunk = min(still_open - held)
         try:
             compute(chunk)
         except Held:
             held.add(chunk)
+            continue
         except UserError as error:
             print(f"chunk {chunk} failed: {error}")
             failed[chunk] = error
         else:
-            done.add(chunk)
             held.clear()  # it took a while: what was held may be open now
+        still_open.remove(chunk)
     if held:
         print(f"other processes are computing {listed([f'chunk {chunk}' for chunk in sorted(held)])}")
     if failed:
         reasons = "; ".join(f"chunk {chunk}: {error}" for chunk, error in failed.items())
         raise UserError(f"{len(failed)} of {num_chunks} chunks failed: {reasons}")
+
+
+def records_done(folder: Path, num_chunks: int) -> tuple[int, int]:
+    """How many records of the chunks are done, and how many the data file has; 0 while no chunk has been begun."""
+
+    def match_in(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError):  # not there, or just being replaced
+            return {}
+        return content.get("match", content) if isinstance(content, dict) else {}
+
+    done = total = 0
+    for chunk in range(num_chunks):
+        match = match_in(folder / f"manifest_{chunk}.json")
+        if match:
+            done += match["stop"] - match["start"]
+        else:
+            match = match_in(folder / f"progress_{chunk}" / "match.json")
+            names = [re.findall(r"\d+", path.name) for path in (folder / f"progress_{chunk}").glob("window_*")]
+            done += sum(int(name[1]) - int(name[0]) for name in names if len(name) == 2)
+        total = max(total, match.get("data_records", 0))
+    return done, total
+
+
+if __name__ == "__main__":
+    print(*records_done(Path(sys.argv[1]), int(sys.argv[2])))

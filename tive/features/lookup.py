@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,57 +15,19 @@ import torch
 
 from tive.data.records import Records, open_records
 from tive.data.trained import record_hashes, rows_with
-from tive.features.chunk import Match
-from tive.features.folder import Chunk, open_chunks
+from tive.features.chunk import Chunk, Match, open_chunks
+from tive.method.influence import Span
+from tive.util.device import available_memory
 from tive.util.errors import UserError
 from tive.util.text import shown
 
 SPAN_ROWS = 4096
+_READ_BYTES = 8 << 20
 # What features must have in common to be of one space.
 SPACE_KEYS = ("model", "grad_modules", "counted_parameters", "projector", "proj_seed", "proj_dim")
 
 
-@dataclass(frozen=True)
-class ChunkSpan:
-    """Consecutive rows of one chunk, from `start` on: `pieces` are memory-mapped `[k, d]` tensors."""
-
-    start: int
-    pieces: list[torch.Tensor]
-
-    @property
-    def rows(self) -> int:
-        return sum(len(piece) for piece in self.pieces)
-
-    def load(self) -> torch.Tensor:
-        """The features `[rows, d]`, as they are on disk."""
-        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
-
-
-@dataclass(frozen=True)
-class GatheredSpan:
-    """Consecutive records from `start` on, whose features lie anywhere among the chunks' rows: `index`, -1 for none."""
-
-    start: int
-    index: np.ndarray
-    chunks: list[Chunk]
-
-    @property
-    def rows(self) -> int:
-        return len(self.index)
-
-    def load(self) -> torch.Tensor:
-        """The features `[rows, d]`, zero where there are none."""
-        first = self.chunks[0].blocks[0]
-        features = torch.zeros(len(self.index), first.shape[1], dtype=first.dtype)
-        for chunk in self.chunks:
-            here = np.flatnonzero((self.index >= chunk.start) & (self.index < chunk.stop))
-            if len(here):
-                rows = torch.from_numpy(self.index[here] - chunk.start)
-                features[torch.from_numpy(here)] = torch.index_select(chunk.blocks[0], 0, rows)
-        return features
-
-
-def spans_of(chunks: Sequence[Chunk]) -> list[ChunkSpan]:
+def spans_of(chunks: Sequence[Chunk]) -> list[Span]:
     """Every row of the chunks, in order, in spans of at most `SPAN_ROWS`, for the linear passes over them."""
     spans = []
     for chunk in chunks:
@@ -77,9 +42,25 @@ def spans_of(chunks: Sequence[Chunk]) -> list[ChunkSpan]:
             room -= len(piece)
         row = chunk.start
         for pieces in groups:
-            spans.append(ChunkSpan(row, pieces))
-            row += sum(len(piece) for piece in pieces)
+            spans.append(Span(row, sum(map(len, pieces)), partial(_whole, pieces)))
+            row += spans[-1].rows
     return spans
+
+
+def _whole(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # one alone is not copied
+
+
+def _gathered(chunks: list[Chunk], index: np.ndarray) -> torch.Tensor:
+    """The features `[n, d]` of rows anywhere among the chunks', zero where the row is -1."""
+    first = chunks[0].blocks[0]
+    features = torch.zeros(len(index), first.shape[1], dtype=first.dtype)
+    for chunk in chunks:
+        here = np.flatnonzero((index >= chunk.start) & (index < chunk.stop))
+        if len(here):
+            rows = torch.from_numpy(index[here] - chunk.start)
+            features[torch.from_numpy(here)] = torch.index_select(chunk.blocks[0], 0, rows)
+    return features
 
 
 @dataclass(frozen=True)
@@ -117,12 +98,12 @@ class Features:
         rows = np.flatnonzero(np.isin(self.rows, list(reasons))).tolist()
         return {row: reasons[int(self.rows[row])] for row in rows}
 
-    def spans(self) -> list[ChunkSpan] | list[GatheredSpan]:
+    def spans(self) -> list[Span]:
         """The features in the records' order, for the linear passes over them; zero for a record without."""
         if self.is_by_row:
             return spans_of(self.chunks)
-        starts = range(0, len(self.rows), SPAN_ROWS)
-        return [GatheredSpan(start, self.rows[start : start + SPAN_ROWS], self.chunks) for start in starts]
+        parts = [self.rows[start : start + SPAN_ROWS] for start in range(0, len(self.rows), SPAN_ROWS)]
+        return [Span(n * SPAN_ROWS, len(part), partial(_gathered, self.chunks, part)) for n, part in enumerate(parts)]
 
 
 def open_features(
@@ -137,21 +118,39 @@ def open_features(
     Raises:
         UserError: as `open_chunks`, or the features are of another data file and nothing tells of which records.
     """
-    if not isinstance(folders, str | os.PathLike) and len(folders) > 1:
+    if not isinstance(folders, str | os.PathLike):
         return joined([open_features(folder, records, chunk_num) for folder in folders])
-    folder = Path(folders if isinstance(folders, str | os.PathLike) else folders[0])
+    folder = Path(folders)
     chunks = open_chunks(folder, chunk_num)
     match, total = chunks[0].match, chunks[-1].stop
-    if match is None:
-        if total != len(records):
-            raise UserError(
-                f"{folder} holds features of {total} records, {records.path} has {len(records)}; a chunk is missing, "
-                "or this is another data file"
-            )
-        return Features(folder, chunks, np.arange(total), True)
-    if (match.data_sha256, match.data_records) == (records.fingerprint, len(records)):
-        return Features(folder, chunks, np.arange(total), True)
-    return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), record_hashes(records)), False)
+    if match is None and total != len(records):
+        raise UserError(
+            f"{folder} holds features of {total} records, {records.path} has {len(records)}; a chunk is missing, or "
+            "this is another data file"
+        )
+    if match is not None and (match.data_sha256, match.data_records) != (records.fingerprint, len(records)):
+        return Features(folder, chunks, rows_with(_content_of(folder, chunks, records), record_hashes(records)), False)
+    return Features(folder, chunks, np.arange(total), True)
+
+
+def read_ahead(*folders: str | os.PathLike[str]) -> None:
+    """Start to read folders' feature files into the page cache, as many as half of the available memory holds.
+
+    Rows out of order, which the passes take, would read a cold disk in small steps (docs/benchmarks.md).
+    """
+
+    def read_whole() -> None:
+        room = (available_memory() or 0) // 2
+        with contextlib.suppress(OSError):  # what cannot be read is left to the one who opens it
+            for path in [path for folder in folders for path in sorted(Path(folder).glob("output_*"))]:
+                room -= path.stat().st_size
+                if room < 0:
+                    return
+                with open(path, "rb", buffering=0) as file:
+                    while file.read(_READ_BYTES):
+                        pass
+
+    threading.Thread(target=read_whole, daemon=True).start()
 
 
 def joined(parts: list[Features]) -> Features:

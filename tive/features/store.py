@@ -1,66 +1,31 @@
-"""Results of consecutive records on disk, window by window, found again after any stop.
+"""Results of consecutive records on disk, window by window, read again after any stop; and a chunk that is begun.
 
-`FOLDER/match.json` says what they depend on, `FOLDER/window_{first row}.json` holds a window's columns and the records
-that it left out, with a checksum, and `FOLDER/features.f16` the features of all rows.
+`FOLDER/match.json` says what they depend on, `FOLDER/features.f16` holds the features of all rows, and
+`FOLDER/window_{first row}_{end}` a checksum, a window's columns, and the records that it left out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
 import numpy as np
-import torch
 
+from tive.features.chunk import COLUMNS, COMMON_KEYS, LeftOutRecord, Match, match_of_manifest
 from tive.util.errors import UserError
-from tive.util.files import write_json
+from tive.util.files import sha256_of, whole_file, write_json
+from tive.util.text import shown
 
-
-class Held(UserError):
-    """Another process has the lock."""
-
-
-@contextlib.contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
-    """Lock a file of this name for this process while the block runs; `what` says in messages what others may not do.
-
-    Raises:
-        Held: another process holds it.
-        UserError: the folder cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {path.parent}: {error.strerror}; name another one") from error
-    with file:
-        try:
-            # Not flock: loader processes would inherit it, and outlive a killed parent by some seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise Held(f"another process is {what} in {path.parent}; wait for it or take another one") from error
-            print(f"warning: {path.parent} has no file locks; make sure that no other process is {what}")
-        yield
-
-
-@dataclass(frozen=True)
-class LeftOutRecord:
-    """A record without results: its row in the data file, its id if that is a text or a number, and the reason."""
-
-    row: int
-    id: str | int | None
-    reason: str
+FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
+_UNTIL_LOADED = ("counted_parameters", "projector")
 
 
 @dataclass(frozen=True)
@@ -74,13 +39,6 @@ class Window:
     rows: range
     columns: dict[str, np.ndarray]
     left_out: list[LeftOutRecord]
-
-
-@dataclass(frozen=True)
-class _WindowFile:
-    columns: dict[str, list[float | None]]
-    left_out: list[LeftOutRecord]
-    sha256: str
 
 
 class Store:
@@ -102,53 +60,54 @@ class Store:
         self, folder: Path, rows: range, match: Mapping[str, Any], types: Mapping[str, type], dimension: int = 0
     ) -> None:
         self.folder, self.rows, self.types, self.dimension = folder, rows, types, dimension
-        self.digest = hashlib.sha256(json.dumps(match, sort_keys=True).encode())
+        self.digest = hashlib.sha256(json.dumps([match, list(types)], sort_keys=True).encode())
         write_json(folder / "match.json", match)
         self.file = self._reserve() if dimension else None
-        self.windows = self._read()
+        self.windows: list[Window] = []
+        for path in sorted(folder.glob("window_*")):
+            window = self._read(path)
+            if window is None or (self.windows and self.windows[-1].rows.stop > window.rows.start):
+                print(f"{path} is damaged or of another version: its records are computed again")
+                path.unlink()
+            else:
+                self.windows.append(window)
 
     def _reserve(self) -> IO[bytes]:
         """Take the space of all features now, so that a full disk stops the run before it begins."""
         path, size = self.folder / "features.f16", len(self.rows) * self.dimension * 2
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        needed = 2 * size - (path.stat().st_blocks * 512 if path.is_file() else 0)  # finishing writes them once more
         try:
-            if os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, size)
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(descriptor, 0, size)
+            if shutil.disk_usage(self.folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if not path.is_file() or path.stat().st_size != size:
+                with open(path, "wb") as file:
+                    if size and hasattr(os, "posix_fallocate"):  # not on macOS
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
+            return open(path, "r+b", buffering=0)
         except OSError as error:
-            os.close(descriptor)
-            path.unlink()
             raise UserError(
-                f"cannot reserve {size / 1e9:.3g} GB in {self.folder}: {error.strerror}; free space or name "
-                "another folder"
+                f"cannot reserve {needed / 1e9:.3g} GB in {self.folder}, which the features take twice while they are "
+                f"made: {error.strerror}; free space or name another folder; the same command continues"
             ) from error
-        return os.fdopen(descriptor, "r+b", buffering=0)
 
-    def _read(self) -> list[Window]:
-        windows: list[Window] = []
-        for path in sorted(self.folder.glob("window_*.json")):
-            window = self._window(path)
-            if window is None or (windows and windows[-1].rows.stop > window.rows.start):
-                print(f"{path} is damaged or of another version: its records are computed again")
-                path.unlink()
-            else:
-                windows.append(window)
-        return windows
-
-    def _window(self, path: Path) -> Window | None:
+    def _read(self, path: Path) -> Window | None:
         """A window on disk, or None where its checksum is wrong."""
-        try:
-            content = msgspec.json.decode(path.read_bytes(), type=_WindowFile)
-            start, count = int(path.stem.removeprefix("window_")), len(next(iter(content.columns.values())))
-            columns = {name: _from_json(content.columns[name], kind) for name, kind in self.types.items()}
-            window = Window(range(start, start + count), columns, content.left_out)
-            features = self._read_features(window.rows)
-            inside = self.rows.start <= start and window.rows.stop <= self.rows.stop
-            whole = inside and count > 0 and all(len(values) == count for values in columns.values())
-            return window if whole and content.sha256 == self._checksum(window, features) else None
-        except (OSError, ArithmeticError, ValueError, TypeError, LookupError, StopIteration):
+        name = re.fullmatch(r"window_(\d{9})_(\d{9})", path.name)
+        rows = range(int(name[1]), int(name[2])) if name else range(0)
+        if not rows or rows.start < self.rows.start or rows.stop > self.rows.stop:
             return None
+        data = path.read_bytes()
+        features = b"" if self.file is None else os.pread(self.file.fileno(), *self._place(rows))
+        if data[:32] != self._checksum(rows, features, data[32:]):
+            return None
+        left_out, _, numbers = data[32:].partition(b"\n")
+        columns: dict[str, np.ndarray] = {}
+        offset = 0
+        for column, kind in self.types.items():
+            columns[column] = np.frombuffer(numbers, kind, len(rows), offset)
+            offset += columns[column].nbytes
+        return Window(rows, columns, [LeftOutRecord(**entry) for entry in json.loads(left_out)])
 
     def missing(self, size: int) -> list[range]:
         """The rows that are not on disk, in windows of at most `size`."""
@@ -170,21 +129,20 @@ class Store:
         Raises:
             UserError: the disk is full.
         """
-        data = b"" if features is None else features.tobytes()
+        rows, data = window.rows, b"" if features is None else features.tobytes()
         if self.file is not None:
             try:
-                os.pwrite(self.file.fileno(), data, self._offset(window.rows))
+                os.pwrite(self.file.fileno(), data, self._place(rows)[1])
                 os.fsync(self.file.fileno())
             except OSError as error:
                 raise UserError(
                     f"cannot write to {self.folder}: {error.strerror}; free space; the same command continues"
                 ) from error
-        columns = {
-            name: [value if value - value == 0 else None for value in values.tolist()]
-            for name, values in window.columns.items()
-        }
-        content = asdict(_WindowFile(columns, window.left_out, self._checksum(window, data)))
-        write_json(self.folder / f"window_{window.rows.start:09d}.json", content, indent=None)
+        left_out = json.dumps([asdict(entry) for entry in window.left_out]).encode()
+        numbers = [window.columns[name].astype(kind, copy=False).tobytes() for name, kind in self.types.items()]
+        body = b"".join([left_out, b"\n", *numbers])
+        with whole_file(self.folder / f"window_{rows.start:09d}_{rows.stop:09d}") as file:
+            file.write(self._checksum(rows, data, body) + body)
         self.windows = sorted([*self.windows, window], key=lambda window: window.rows.start)
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -198,32 +156,80 @@ class Store:
         """The records that the windows on disk left out."""
         return [entry for window in self.windows for entry in window.left_out]
 
-    def features(self) -> torch.Tensor:
+    def features(self) -> np.ndarray:
         """The features of all rows, float16 `[n, d]`, memory-mapped."""
         shape = (len(self.rows), self.dimension)
         if self.file is None or not len(self.rows):
-            return torch.empty(shape, dtype=torch.float16)
-        return torch.from_numpy(np.memmap(self.file, np.float16, "r+", shape=shape))
+            return np.empty(shape, np.float16)
+        return np.memmap(self.file, np.float16, "r+", shape=shape)
 
-    def remove(self) -> None:
-        """Remove everything from disk."""
-        shutil.rmtree(self.folder)
-
-    def _read_features(self, rows: range) -> bytes:
-        size = len(rows) * self.dimension * 2
-        return b"" if self.file is None else os.pread(self.file.fileno(), size, self._offset(rows))
-
-    def _checksum(self, window: Window, features: bytes) -> str:
+    def _checksum(self, rows: range, features: bytes, body: bytes) -> bytes:
         digest = self.digest.copy()
-        digest.update(features)
-        for name in self.types:
-            digest.update(window.columns[name].tobytes())
-        digest.update(json.dumps([window.rows.start, [asdict(entry) for entry in window.left_out]]).encode())
-        return digest.hexdigest()
+        for part in (str(rows).encode(), features, body):
+            digest.update(part)
+        return digest.digest()
 
-    def _offset(self, rows: range) -> int:
-        return (rows.start - self.rows.start) * self.dimension * 2
+    def _place(self, rows: range) -> tuple[int, int]:
+        """How many bytes the features of rows take in their file, and from where on."""
+        bytes_a_row = self.dimension * 2
+        return len(rows) * bytes_a_row, (rows.start - self.rows.start) * bytes_a_row
 
 
-def _from_json(values: list[float | None], kind: type) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], kind)
+def is_complete(folder: Path, chunk_idx: int) -> bool:
+    """Whether a chunk's final files are there and whole; then nothing else is left of it."""
+    manifest, output = (folder / form.format(chunk_idx) for form in FINAL_FILES[:2])
+    if not manifest.is_file():
+        return False
+    try:
+        checksum = json.loads(manifest.read_bytes())["sha256"]
+    except (ValueError, LookupError, TypeError):
+        checksum = None
+    if not output.is_file() or sha256_of(output) != checksum:
+        print(f"{output} or its manifest is damaged or missing: computed again")
+        return False
+    if (progress := folder / f"progress_{chunk_idx}").is_dir():
+        shutil.rmtree(progress)
+    return True
+
+
+def refuse_other_runs(folder: Path, match: Match) -> None:
+    """Refuse to go on with a chunk of a run that differs, and to put chunks of different runs in one folder.
+
+    Raises:
+        UserError: what differs.
+    """
+    for path in sorted([*folder.glob("progress_*/match.json"), *folder.glob("manifest_*.json")]):
+        try:
+            content = json.loads(path.read_bytes())
+            other = match_of_manifest(content if path.name.startswith("manifest") else {"match": content})
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # removed meanwhile, or damaged: the checksums of its windows tell what is still of use
+        differences = []
+        for name in COMMON_KEYS if other.chunk_idx != match.chunk_idx else [key.name for key in fields(Match)]:
+            there, here = getattr(other, name), getattr(match, name)
+            unknown = here is None and name in _UNTIL_LOADED
+            if there != here and not unknown and not (name == "projector" and there.startswith(here)):
+                differences.append(f"{name} {shown(str(there), 24)}, now {shown(str(here), 24)}")
+        if differences:
+            raise UserError(
+                f"{path} is of a run that differs: {', '.join(differences)}; give the same arguments, name another "
+                "folder, or start afresh (overwrite)"
+            )
+
+
+def begin_chunk(folder: Path, match: Match, overwrite: bool) -> Store:
+    """The windows of a chunk that are on disk, to go on with; without final files, and what killed runs left of them.
+
+    Raises:
+        UserError: the folder's files are of another run, or the disk is too small.
+    """
+    progress = folder / f"progress_{match.chunk_idx}"
+    if overwrite:
+        shutil.rmtree(progress, ignore_errors=True)
+    else:
+        refuse_other_runs(folder, match)
+    for name in [form.format(match.chunk_idx) for form in FINAL_FILES]:
+        for path in [folder / name, *folder.glob(f".{name}.*.tmp")]:
+            path.unlink(missing_ok=True)
+    types = {name: kind for name, kind in COLUMNS.items() if match.has(name)}
+    return Store(progress, match.rows, asdict(match), types, match.proj_dim)

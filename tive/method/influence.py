@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +24,13 @@ BLOCK_ROWS = 64
 _Result = TypeVar("_Result")
 
 
-class Span(Protocol):
-    """The features of consecutive records, which one thread works on: rows `start .. start + rows - 1`."""
+@dataclass(frozen=True)
+class Span:
+    """Consecutive records from `start` on, which one thread works on; `load` gives their features, `[rows, d]`."""
 
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    def load(self) -> torch.Tensor:
-        """The features `f`, floating point `[rows, d]`."""
+    start: int
+    rows: int
+    load: Callable[[], torch.Tensor]
 
 
 def group_means(
