@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tive.data.conversations import image_paths, to_llava
-from tive.data.forms import FORMS, count_tags, from_llava
+from tive.data.conversations import FORMS, from_llava, image_paths, to_llava
 from tive.data.images import format_and_size, store_image
+from tive.data.media import IMAGE_TAG
 from tive.data.problems import kept_rows, listing_beside, refuse_bad_records
 from tive.data.records import (
     Records,
@@ -36,15 +36,15 @@ from tive.data.records import (
     name_of,
     open_records,
     whole_records,
-    write_raw,
     write_records,
+    write_texts,
 )
 from tive.data.scan import check_chunk, scan_records
 from tive.data.shards import schema_of, write_shards
 from tive.data.trained import form_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
-from tive.util.text import listed
+from tive.util.text import is_unicode, listed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,12 +67,6 @@ def parse_arguments() -> argparse.Namespace:
         "--to", choices=(*FORMS, "parquet"), help="form of the records (default: each as it is, byte for byte)"
     )
     parser.add_argument(
-        "--image",
-        choices=("string", "list"),
-        default="string",
-        help="with --to llava: the one image of a record as a path, or as a list of one (default: %(default)s)",
-    )
-    parser.add_argument(
         "--image_folder", metavar="DIR", help="where images go that lie in rows; to parquet, where they lie"
     )
     parser.add_argument(
@@ -81,35 +75,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@dataclass
-class Found:
-    """What the pass found."""
+def converted(
+    records: Records, rows: list[int], arguments: argparse.Namespace, notes: dict[str, list[int]]
+) -> Iterator[bytes]:
+    """Yield the text of each of the rows in its new form.
 
-    with_system: int = 0
-    uneven_tags: int = 0
-    first_uneven: str = ""
-
-
-def converted(arguments: argparse.Namespace, records: Records, rows: list[int], found: Found) -> Iterator[bytes]:
-    """Yield the text of each of the rows in its new form, counting on the way.
+    Args:
+        notes: rows with a system prompt are added to its list `system`, those with more or fewer tags than images to
+            `uneven`.
 
     Raises:
         UserError: records are of no known form, or hold what the new one has no place for (all are listed beside the
             target).
     """
     problems: dict[int, str] = {}
-    for row, record in zip(rows, whole_records(records, rows if arguments.drop else None), strict=True):
+    for row, record in zip(rows, whole_records(records, rows), strict=True):
         try:
             llava = unpacked(to_llava(record), arguments.image_folder)
-            yield text_of(from_llava(llava, arguments.to, arguments.image == "list"))
+            yield text_of(from_llava(llava, arguments.to))
         except (ValueError, RecursionError) as error:
             problems[row] = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
             continue
-        found.with_system += isinstance(llava.get("system"), str)
-        tags, images = count_tags(llava)
-        if tags != images:
-            found.uneven_tags += 1
-            found.first_uneven = found.first_uneven or name_of(row, record)
+        if isinstance(llava.get("system"), str):
+            notes["system"].append(row)
+        if sum(turn["value"].count(IMAGE_TAG) for turn in llava["conversations"]) != len(image_paths(llava)):
+            notes["uneven"].append(row)
     refuse_bad_records(records, problems, listing_beside(arguments.target_path))
 
 
@@ -150,10 +140,8 @@ def text_of(record: dict[str, Any]) -> bytes:
         ValueError: it holds a number beyond what JSON can write.
     """
     try:
-        try:
-            return json.dumps(record, ensure_ascii=False, allow_nan=False, default=str).encode()
-        except UnicodeEncodeError:
-            return json.dumps(record, allow_nan=False, default=str).encode()
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=str)
+        return (text if is_unicode(text) else json.dumps(record, default=str)).encode()
     except ValueError as error:
         raise ValueError("holds a number that is not finite") from error
 
@@ -162,35 +150,30 @@ def main() -> None:
     arguments = parse_arguments()
     target = Path(arguments.target_path)
     refuse_same_file(arguments.source_path, target)
-    if arguments.image == "list" and arguments.to != "llava":
-        raise UserError("--image list goes with --to llava; the other forms have `images`, always a list")
     if arguments.to == "parquet" and arguments.drop:
         raise UserError("--drop goes without --to parquet; write the data without them first, then convert that")
     records = open_records(arguments.source_path)
     has_images = isinstance(records, TableRecords) and records.image_columns
     if has_images and arguments.to in FORMS and arguments.image_folder is None:
         raise UserError(f"{records.path} has images in its rows; name a folder for them with --image_folder")
-    rows = kept_rows(records, arguments.drop)
-    found = Found()
+    rows, notes = kept_rows(records, arguments.drop), defaultdict[str, list[int]](list)
     if arguments.to == "parquet":
         write_parquet(target, records, arguments.image_folder or "")
     elif arguments.to is not None:
-        write_raw(target, converted(arguments, records, rows, found), lines=target.suffix == ".jsonl")
+        write_texts(target, converted(records, rows, arguments, notes), lines=target.suffix == ".jsonl")
     elif isinstance(records, TableRecords):
         write_records(target, records, rows)
     else:
-        kept = set(rows)
-        texts = (bytes(text) for row, text in enumerate(records.texts()) if row in kept)
-        write_raw(target, texts, lines=target.suffix == ".jsonl")
+        write_texts(target, records.texts(rows), lines=target.suffix == ".jsonl")
     print(f"Wrote {len(rows):,} records to {target}.")
     if arguments.drop:
         print(f"{len(records) - len(rows):,} records are left out, those listed in {listed(arguments.drop)}.")
-    if found.with_system and arguments.to == "llava":
-        print(f"{found.with_system:,} have a system prompt under `system`: LLaVA does not train on it.")
-    if found.uneven_tags and arguments.to != "llava":
+    if notes["system"] and arguments.to == "llava":
+        print(f"{len(notes['system']):,} have a system prompt under `system`: LLaVA does not train on it.")
+    if (uneven := notes["uneven"]) and arguments.to != "llava":
         print(
-            f"{found.uneven_tags:,} have more or fewer <image> tags than images; LLaMA-Factory asks for as many; "
-            f"the first: {found.first_uneven}"
+            f"{len(uneven):,} have more or fewer <image> tags than images; LLaMA-Factory asks for as many; the first: "
+            f"{name_of(uneven[0], records[uneven[0]])}"
         )
 
 

@@ -17,7 +17,7 @@ from tive.data.conversations import image_of
 from tive.data.labels import Rules, add_key, read_rules, replace_key
 from tive.data.media import IMAGE_KEYS, is_empty, name_of_image
 from tive.data.problems import listing_beside, refuse_bad_records
-from tive.data.records import Records, TableRecords, check_suffix, name_of, open_records, write_raw, write_records
+from tive.data.records import Records, TableRecords, check_suffix, name_of, open_records, write_records, write_texts
 from tive.data.scan import described_keys
 from tive.data.tasks import no_task, task_or_problem
 from tive.util.errors import UserError, run
@@ -147,7 +147,7 @@ def write_labels(arguments: argparse.Namespace, records: Records, labels: Labels
             change = replace_key if row in labels.with_key else add_key
             yield text if row in labels.kept else change(text, key, labels.tasks[row])
 
-    write_raw(arguments.target_path, texts(), records.is_lines)
+    write_texts(arguments.target_path, texts(), records.is_lines)
 
 
 def show(rules: Rules, records: Records, labels: Labels, split: bool) -> None:

@@ -17,8 +17,7 @@ from PIL import Image
 
 from tests.helpers.records import MEDIA
 from tive.data import shards
-from tive.data.conversations import image_paths, to_llava
-from tive.data.forms import FORMS, count_tags, from_llava
+from tive.data.conversations import FORMS, from_llava, image_paths, to_llava
 from tive.data.media import media_of
 from tive.data.records import open_records
 from tive.data.shards import schema_of, write_shards
@@ -152,9 +151,7 @@ def test_whatever_a_record_holds_it_converts_or_says_why(record):
 
 
 def test_an_image_as_a_string_and_as_a_list_of_one_are_the_same():
-    listed = from_llava(to_llava(LLAVA), "llava", image_list=True)
-    assert listed == {**LLAVA, "image": ["coco/33471.jpg"]}
-    assert to_llava(listed) == LLAVA
+    assert to_llava({**LLAVA, "image": ["coco/33471.jpg"]}) == LLAVA
 
 
 @pytest.mark.parametrize("images", [{"images": []}, {"images": None}, {"image": ""}, {"image": None}, {}])
@@ -195,11 +192,6 @@ def test_the_tag_of_a_record_without_an_image_is_only_text():
     assert to_llava(parts) == record
 
 
-def test_tags_and_images_are_counted():
-    assert count_tags(LLAVA) == (1, 1)
-    assert count_tags({**LLAVA, "image": ["a", "b"]}) == (1, 2)
-
-
 def says(role, content):
     return {"role": role, "content": content}
 
@@ -222,7 +214,7 @@ REFUSED = {
     "a turn that is a text": ({"messages": ["hello"]}, "a turn 0 that is not an object"),
     "a tool's turn": ({"messages": [says("user", "x"), says("tool", "y")]}, "a turn 1 whose `role`"),
     "a function call": ({"conversations": [{"from": "function_call", "value": "x"}]}, "a turn 0 whose `from`"),
-    "no content": ({"messages": [{"role": "assistant", "tool_calls": []}]}, "neither a text nor a list"),
+    "no content": ({"messages": [{"role": "assistant", "tool_calls": []}]}, "without a text `content`"),
     "a role that is a list": ({"messages": [says(["user"], "x")]}, "a turn 0 whose `role` a list is none of"),
     "an unknown part": ({"messages": [says("user", [{"type": "video"}])]}, "a part in turn 0"),
     "a part that is a text": ({"messages": [says("user", ["x"])]}, "a part in turn 0"),
@@ -282,12 +274,6 @@ def test_the_command_converts_there_and_back(tmp_path, form):
     assert "1 have a system prompt under `system`" in done.stdout
 
 
-def test_the_list_form_of_the_image_can_be_asked_for(tmp_path):
-    done, written = convert(tmp_path, json.dumps([LLAVA]), "--to", "llava", "--image", "list")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(written)[0]["image"] == ["coco/33471.jpg"]
-
-
 def test_tags_that_do_not_fit_the_images_are_told(tmp_path):
     untagged = {**LLAVA, "conversations": LLAVA["conversations"][2:]}
     done, _ = convert(tmp_path, json.dumps([LLAVA, untagged]), "--to", "messages")
@@ -328,7 +314,6 @@ def test_a_list_of_other_data_drops_nothing(tmp_path, listing, said):
 MISTAKES = {
     "the same file": ("[]", ["--target_path", "{folder}/a.json"], "the source itself"),
     "no such source": ("[]", ["--source_path", "{folder}/none.json"], "none.json"),
-    "a list without its form": ("[]", ["--image", "list", "--to", "parts"], "--image list"),
     "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') has no `conversations`"),
     "a number that is not finite": ('[{"conversations": [], "x": NaN}]', ["--to", "llava"], "not finite"),
     "a number that overflows": ('[{"conversations": [], "x": 1e999}]', ["--to", "messages"], "not finite"),

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
-from tive.data.conversations import to_llava
-from tive.data.forms import from_llava
+from tive.data.conversations import from_llava, to_llava
 from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
 from tive.data.records import open_records
 from tive.data.scan import scan_records

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.records import GOOD_TURNS, JSON_VALUES, NEAR_RECORDS, RECORDS, record_with, write
 from tive.data.conversations import image_of
-from tive.data.records import chunk_range, name_of, open_records, write_raw, write_records
+from tive.data.records import chunk_range, name_of, open_records, write_records, write_texts
 from tive.data.scan import refuse_problems, scan_records
 from tive.data.trained import form_problem, problem_of
 from tive.util.errors import UserError
@@ -137,7 +137,7 @@ def test_chosen_records_are_written_as_they_came_repeated_and_in_the_order_asked
 
 
 def test_json_lines_keep_one_record_a_line_however_it_was_laid_out(tmp_path):
-    write_raw(tmp_path / "a.jsonl", (json.dumps(record, indent=1).encode() for record in RECORDS), lines=True)
+    write_texts(tmp_path / "a.jsonl", (json.dumps(record, indent=1).encode() for record in RECORDS), lines=True)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == RECORDS
 
@@ -149,6 +149,6 @@ def test_nothing_is_written_when_the_records_break_off(tmp_path):
 
     target = write(tmp_path / "b.json", b"what was there")
     with pytest.raises(UserError, match="gone"):
-        write_raw(target, breaks_off())
+        write_texts(target, breaks_off())
     assert target.read_bytes() == b"what was there"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["b.json"]

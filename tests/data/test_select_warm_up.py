@@ -14,8 +14,7 @@ import pytest
 
 import select_warm_up_data
 from tests.helpers.feature_files import call, mixture, record, refusal
-from tive.data.conversations import to_llava
-from tive.data.forms import from_llava
+from tive.data.conversations import from_llava, to_llava
 from tive.data.records import open_records
 
 main = select_warm_up_data.main

@@ -8,8 +8,6 @@ surrogate pair, 1e999), and it tells what is wrong with the rest.
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
 import math
 import mmap
@@ -27,12 +25,12 @@ from tqdm import tqdm
 from tive.data.containers import open_data_file
 from tive.data.parquet import TableRecords, is_table, open_table, write_table
 from tive.util.errors import UserError
-from tive.util.files import whole_file
+from tive.util.files import sha256_of, whole_file
 from tive.util.text import shown_value
 
 MAX_RECORD_BYTES = 64 << 20
-_BLOCK = 4 << 20
-_SPACE = re.compile(rb"[ \t\n\r]*")
+_START = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\n\r]*")
+_SPACE = re.compile(r"[ \t\n\r]*")
 _GAP = re.compile(rb"[ \t\n\r]*,?[ \t\n\r]*")
 
 _parse_strictly = msgspec.json.Decoder().decode
@@ -75,20 +73,22 @@ class JsonRecords:
         texts = tqdm(self.texts(), f"Reading {self.path.name}", len(self), unit=" records", delay=2)
         return (self._parsed(row, text) for row, text in enumerate(texts))
 
-    def texts(self) -> Iterator[memoryview]:
-        """The text of every record in turn, as it stands in the file."""
+    def texts(self, rows: Iterable[int] | None = None) -> Iterator[memoryview]:
+        """The text of every record in turn, or of those of `rows`, as it stands in the file."""
         with open_data_file(self.path) as file:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+        starts, lengths = self.starts, self.lengths
+        if rows is not None:
+            rows = np.fromiter(rows, np.int64)
+            starts, lengths = starts[rows], lengths[rows]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             yield content[start : start + length]
 
     def _parsed(self, row: int, raw: bytes | memoryview) -> Any:
         try:
             return parse_record(raw)
-        except RecursionError as error:
-            raise _damaged(self.path, "a record is nested too deeply", row, int(self.starts[row])) from error
-        except ValueError as error:
-            raise _damaged(self.path, f"not JSON: {error}", row, int(self.starts[row])) from error
+        except (RecursionError, ValueError) as error:
+            raise _damaged(self.path, error, row, int(self.starts[row])) from error
 
 
 # What every room reads: length, a record by row, all in turn, fingerprint, path; and `write_records`.
@@ -118,19 +118,15 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     if is_table(path):
         return open_table(path)
     with open_data_file(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise UserError(f"{path}: the file is empty; download it again")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    position = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
-    position = _after(_SPACE, content, position)
+        is_empty = not os.fstat(file.fileno()).st_size
+        content = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    position = _START.match(content).end()  # type: ignore[union-attr]  # it matches nothing too
     first = content[position : position + 1]
-    if first == b"":
-        raise UserError(f"{path}: the file is empty; download it again")
     if first not in (b"[", b"{"):
-        raise UserError(f"{path}: neither a JSON list of records nor JSON Lines; name a data file, or convert this one")
+        what = "neither a JSON list of records nor JSON Lines; name a data file, or convert this one"
+        raise UserError(f"{path}: {what if first else 'the file is empty; download it again'}")
     is_lines = first == b"{"
-    fingerprint, is_text = _read_through(content)
-    places = _places(content, position, is_lines) if is_text else None
+    places = _places(content, position, is_lines)
     if places is None:
         places = _places_slowly(path, content, position, is_lines)
     if not len(places):
@@ -139,33 +135,20 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     if lengths.max() > MAX_RECORD_BYTES:
         row = int(np.argmax(lengths > MAX_RECORD_BYTES))
         raise _damaged(path, f"one record above {MAX_RECORD_BYTES >> 20} MiB", row, int(starts[row]))
-    return JsonRecords(path, fingerprint, starts, lengths, is_lines)
+    return JsonRecords(path, sha256_of(path), starts, lengths, is_lines)
 
 
-def _damaged(path: Path, what: str, row: int, position: int) -> UserError:
+def _damaged(path: Path, what: str | Exception, row: int, position: int) -> UserError:
+    if isinstance(what, UnicodeDecodeError):
+        what = f"not UTF-8 text ({what.reason}; iconv turns another encoding into it)"
+    elif isinstance(what, RecursionError):
+        what = "a record is nested too deeply"
+    elif isinstance(what, ValueError):
+        what = f"not JSON: {getattr(what, 'msg', what)}, or the file breaks off"
     return UserError(f"{path}: {what} (record {row}, byte {position}); repair or download the file again")
 
 
-def _after(pattern: re.Pattern[bytes], content: mmap.mmap, position: int) -> int:
-    return pattern.match(content, position).end()  # type: ignore[union-attr]  # the patterns match nothing too
-
-
-def _read_through(content: mmap.mmap) -> tuple[str, bool]:
-    """The SHA-256 of a file, and whether it is UTF-8."""
-    digest, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
-    for start in range(0, len(content), _BLOCK):
-        block = content[start : start + _BLOCK]
-        digest.update(block)
-        try:
-            # A block of ASCII needs no look, unless a letter of the block before goes on in it.
-            if is_text and not (block.isascii() and not decoder.getstate()[0]):
-                decoder.decode(block, start + _BLOCK >= len(content))
-        except UnicodeDecodeError:
-            is_text = False
-    return digest.hexdigest(), is_text
-
-
-def _places(content: mmap.mmap, position: int, is_lines: bool) -> np.ndarray | None:
+def _places(content: mmap.mmap | bytes, position: int, is_lines: bool) -> np.ndarray | None:
     """Start and length of each record, int64 `[n, 2]`; None where msgspec refuses the file."""
     try:
         raws = (_split_lines if is_lines else _split_list)(memoryview(content)[position:])
@@ -175,66 +158,55 @@ def _places(content: mmap.mmap, position: int, is_lines: bool) -> np.ndarray | N
     starts = np.empty_like(lengths)
     position += not is_lines
     for row, length in enumerate(lengths.tolist()):
-        starts[row] = position = _after(_GAP, content, position)
+        starts[row] = position = _GAP.match(content, position).end()  # type: ignore[union-attr]  # it matches nothing too
         position += length
     return np.stack([starts, lengths], axis=1)
 
 
-def _places_slowly(path: Path, content: mmap.mmap, position: int, is_lines: bool) -> np.ndarray:
-    """`_places` by Python's reader.
+def _places_slowly(path: Path, content: mmap.mmap | bytes, position: int, is_lines: bool) -> np.ndarray:
+    """`_places` by Python's reader, of the whole file as text; a `UserError` says what is wrong with it, and where."""
+    undecoded: UnicodeDecodeError | None = None
+    try:
+        text = str(memoryview(content)[position:], "utf-8")
+    except UnicodeDecodeError as error:
+        undecoded, text = error, str(memoryview(content)[position : position + error.start], "utf-8")
+    spans: list[tuple[int, int]] = []
 
-    Raises:
-        UserError: what is wrong with the file, and where.
-    """
-    places: list[tuple[int, int]] = []
-    is_closed, size = False, 0
-    position = _after(_SPACE, content, position + (not is_lines))
-    if not is_lines and content[position : position + 1] == b"]":
-        position, is_closed = _after(_SPACE, content, position + 1), True
-    while position < len(content) if is_lines else not is_closed:
-        size = _length_slowly(path, content, position, len(places), max(4096, 2 * size))
-        places.append((position, size))
-        position = _after(_SPACE, content, position + size)
-        if not is_lines:
-            mark = content[position : position + 1]
-            if mark not in (b",", b"]"):
-                what = "not JSON: a comma or the closing bracket is missing, or the file breaks off"
-                raise _damaged(path, what, len(places), position)
-            position, is_closed = _after(_SPACE, content, position + 1), mark == b"]"
-    if position < len(content):
-        raise _damaged(path, "text stands after the end of the list", len(places), position)
-    return np.array(places, np.int64).reshape(-1, 2)
+    def after_space(at: int) -> int:
+        return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
 
+    def damaged(what: str | Exception, at: int) -> UserError:
+        return _damaged(path, undecoded or what, len(spans), position + len(text[:at].encode()))
 
-def _length_slowly(path: Path, content: mmap.mmap, position: int, row: int, size: int) -> int:
-    """The bytes of the record that begins at `position`, looked for in a piece of `size` bytes, then in longer ones."""
-    reason = "it does not end"
-    while True:
-        is_last = position + size >= len(content)
+    at = after_space(0 if is_lines else 1)
+    is_closed = not is_lines and text[at : at + 1] == "]"
+    at = after_space(at + is_closed)
+    while at < len(text) if is_lines else not is_closed:
         try:
-            text = codecs.utf_8_decode(content[position : position + size], "strict", is_last)[0]
-            end = _parse_leniently(text)[1]
-            # A number or a word at the end of the piece may go on.
-            if end < len(text) or is_last:
-                return len(text[:end].encode())
-        except RecursionError as error:
-            raise _damaged(path, "a record is nested too deeply", row, position) from error
-        except UnicodeDecodeError as error:
-            what = f"not UTF-8 text ({error.reason}; iconv turns another encoding into it)"
-            raise _damaged(path, what, row, position) from error
-        except ValueError as error:
-            reason = getattr(error, "msg", str(error))
-            if is_last:
-                raise _damaged(path, f"not JSON: {reason}, or the file breaks off", row, position) from error
-        if size > MAX_RECORD_BYTES:
-            what = f"not JSON: {reason}, or one record above {MAX_RECORD_BYTES >> 20} MiB"
-            raise _damaged(path, what, row, position)
-        size *= 2
+            end = _parse_leniently(text, at)[1]
+        except (RecursionError, ValueError) as error:
+            raise damaged(error, at) from error
+        spans.append((at, end))
+        at = after_space(end)
+        if not is_lines:
+            is_closed = text[at : at + 1] == "]"
+            if not is_closed and text[at : at + 1] != ",":
+                raise damaged("not JSON: a comma or the closing bracket is missing, or the file breaks off", at)
+            at = after_space(at + 1)
+    if undecoded or at < len(text):
+        raise damaged("text stands after the end of the list", at)
+    places, last = [], 0
+    for start, end in spans:
+        position += len(text[last:start].encode())
+        places.append((position, len(text[start:end].encode())))
+        position, last = position + places[-1][1], end
+    return np.array(places, np.int64).reshape(-1, 2)
 
 
 def whole_records(records: Records, rows: Sequence[int] | None = None) -> Iterator[Any]:
     """Some records in turn, or all, with the bytes of the images in their rows."""
-    if rows is None and not (isinstance(records, TableRecords) and records.image_columns):
+    is_all = rows is None or len(rows) == len(records)
+    if is_all and not (isinstance(records, TableRecords) and records.image_columns):
         return iter(records)  # read from front to back
     rows = range(len(records)) if rows is None else rows
     return (records[row] for row in tqdm(rows, f"Reading {records.path.name}", unit=" records", delay=2))
@@ -260,20 +232,45 @@ def write_records(
     columns: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write the records of `rows`, in that order: of JSON as a JSON list, each byte for byte as it came; of a table as
-    Parquet, with its schema and metadata.
+    Parquet, with its schema and metadata. A `UserError` where the file cannot be written, or its name is of the other
+    kind.
 
     Args:
         columns: of a table's columns, those that get other values, or are new; a text for each of `rows`.
-
-    Raises:
-        UserError: the file cannot be written, or its name is of the other kind.
     """
     check_suffix(path, records)
     with whole_file(path) as file:
-        if isinstance(records, TableRecords):
-            write_table(file, records, rows, columns or {})
+        copy_records(file, records, rows, columns)
+
+
+def copy_records(
+    file: BinaryIO, records: Records, rows: Iterable[int], columns: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """`write_records` into an open file."""
+    if isinstance(records, TableRecords):
+        write_table(file, records, rows, columns or {})
+    else:
+        _write_texts(file, records.texts(rows), lines=False)
+
+
+def write_texts(path: str | os.PathLike[str], texts: Iterable[bytes | memoryview], lines: bool = False) -> None:
+    """Write the text of records as a JSON list, or as JSON Lines; whole or not at all."""
+    with whole_file(path) as file:
+        _write_texts(file, texts, lines)
+
+
+def _write_texts(file: BinaryIO, texts: Iterable[bytes | memoryview], lines: bool) -> None:
+    empty = True
+    for text in texts:
+        if lines:
+            # JSON strings hold no bare line break: those that stand here are white space between tokens.
+            file.write(bytes(text).replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
         else:
-            copy_records(file, records, rows)
+            file.write(b"[\n" if empty else b",\n")
+            file.write(text)
+        empty = False
+    if not lines:
+        file.write(b"[]\n" if empty else b"\n]\n")
 
 
 def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
@@ -282,37 +279,6 @@ def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
     with whole_file(target) as file:
         np.save(file, rows)
     return target
-
-
-def copy_records(file: BinaryIO, records: Records, rows: Iterable[int]) -> None:
-    """`write_records` into an open file."""
-    if isinstance(records, TableRecords):
-        write_table(file, records, rows, {})
-        return
-    with open(records.path, "rb") as source:
-        descriptor = source.fileno()
-        append_raw(file, (os.pread(descriptor, int(records.lengths[row]), int(records.starts[row])) for row in rows))
-
-
-def write_raw(path: str | os.PathLike[str], texts: Iterable[bytes], lines: bool = False) -> None:
-    """Write the text of records as a JSON list, or as JSON Lines; whole or not at all."""
-    with whole_file(path) as file:
-        append_raw(file, texts, lines)
-
-
-def append_raw(file: BinaryIO, texts: Iterable[bytes], lines: bool = False) -> None:
-    """`write_raw` into an open file."""
-    empty = True
-    for text in texts:
-        if lines:
-            # JSON strings hold no bare line break: those that stand here are white space between tokens.
-            file.write(text.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
-        else:
-            file.write(b"[\n" if empty else b",\n")
-            file.write(text)
-        empty = False
-    if not lines:
-        file.write(b"[]\n" if empty else b"\n]\n")
 
 
 def name_of(row: int, record: Any) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tive.data.conversations import to_llava
-from tive.data.forms import from_llava
+from tive.data.conversations import from_llava, to_llava
 from tive.data.images import BadImage, find_image
 from tive.data.media import Image
 from tive.data.records import Records, name_of

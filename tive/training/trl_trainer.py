@@ -17,8 +17,11 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
 
-from tive.data.conversations import image_paths, images_of  # noqa: E402
-from tive.data.forms import from_llava  # noqa: E402
+from tive.data.conversations import (  # noqa: E402
+    from_llava,
+    image_paths,
+    images_of,
+)
 from tive.data.images import BadImage, read_image  # noqa: E402
 from tive.data.records import name_of, open_records  # noqa: E402
 from tive.data.trained import conversation_of, is_trained_on  # noqa: E402
