@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tive.selection.options import GRADIENTS, OVER_TARGETS, LessOptions
+from tive.selection.options import CHOICES, LessOptions, stem_of
 from tive.util.errors import run
 
 EXAMPLES = """
@@ -44,18 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--p", type=float, default=0.05, help="share of all records to select, above 0 and up to 1 (0.05)")
     add("--task_key", default="dataset", help="where a target record names its subtask: KEY, KEY.KEY or KEY:SEPARATOR")
     add("--weights", type=float, nargs="+", metavar="W", help="of the checkpoints (mean logged learning rates)")
-    add(
-        "--over_targets",
-        default="max",
-        choices=OVER_TARGETS,
-        help="how subtasks become one score (max)",
-    )
-    add(
-        "--gradient",
-        default="adam",
-        choices=GRADIENTS,
-        help="what the records' features must be of (adam)",
-    )
+    over_targets, gradients = CHOICES["over_targets"], CHOICES["gradient"]
+    add("--over_targets", default="max", choices=over_targets, help="how subtasks become one score (max)")
+    add("--gradient", default="adam", choices=gradients, help="what the records' features must be of (adam)")
     add("--rows_only", action="store_true", help="write no records, only the numbers of their rows")
     add("--device", default="cpu", help="where the passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
@@ -72,13 +63,14 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
-    from tive.selection.mixture import bar, read_mixture
-    from tive.selection.writing import check_writable, files_of, write_selection
+    from tive.selection.files import check_writable, files_of, write_selection
+    from tive.selection.mixture import bar, read_mixture, reasons_left_out, record_scores
     from tive.util.device import usable_device
 
     device = usable_device(arguments.device)
     check_writable(arguments.save_path)
-    files = files_of(arguments.save_path, options.stem(arguments.task_key), arguments.data_path, arguments.rows_only)
+    stem = stem_of(options, arguments.task_key, ())
+    files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)
     read_ahead(*arguments.train)  # while the records are parsed
     mixture = read_mixture(arguments.data_path, arguments.task_key)
     target = read_mixture(arguments.target_data, arguments.task_key)
@@ -86,9 +78,11 @@ def main() -> None:
     checkpoints = less.open_checkpoints(arguments.train, arguments.target, mixture, target, options.gradient, missing)
     checkpoint_weights = less.weights_of(checkpoints, options.weights)
     groups, target_left_out = less.target_groups(target, checkpoints, Path(arguments.save_path) / "bad_records.json")
-    reasons = less.records_left_out(checkpoints)
-    printing.print_checkpoints(checkpoints, checkpoint_weights)
-    printing.print_target_warnings(less.repeated_in(target, mixture), target_left_out)
+    reasons: dict[int, str] = {}
+    for checkpoint in checkpoints:  # a record needs a gradient at each
+        reasons = reasons_left_out(checkpoint.train, record_scores(checkpoint.train)) | reasons
+    repeated = less.repeated_in(target, mixture)
+    printing.print_checkpoints(checkpoints, checkpoint_weights, repeated, target_left_out)
 
     def products_of_checkpoints() -> Iterator[np.ndarray]:
         for checkpoint in checkpoints:

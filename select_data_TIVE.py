@@ -6,14 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from tive.selection.options import (
-    INSTANCE_SCORES,
-    ROUNDINGS,
-    SAMPLINGS,
-    TASK_BUDGETS,
-    TiveOptions,
-    excluded_tasks,
-)
+from tive.selection.options import CHOICES, TASK_BUDGETS, TiveOptions, excluded_tasks, stem_of
 from tive.util.errors import run
 
 EXAMPLES = """
@@ -81,15 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         help="budgets from the records that have features (step 1's --per_task), and a uniform draw from all",
     )
     add("--at_most_once", action="store_true", help="what a budget has above its task's records goes to other tasks")
-    add("--instance_score", default="influence", choices=INSTANCE_SCORES, help="what decides within it (influence)")
-    add(
-        "--sampling",
-        default="weighted",
-        choices=SAMPLINGS,
-        help="by weight, the best, or varied (weighted)",
-    )
+    scores, samplings, roundings = (CHOICES[name] for name in ("instance_score", "sampling", "rounding"))
+    add("--instance_score", default="influence", choices=scores, help="what decides within it (influence)")
+    add("--sampling", default="weighted", choices=samplings, help="by weight, the best, or varied (weighted)")
     add("--drop_below", type=float, metavar="GAIN", help="leave out records whose visual gain is smaller, such as 0")
-    add("--rounding", default="down", choices=ROUNDINGS, help="budgets to whole records: down loses the rest (down)")
+    add("--rounding", default="down", choices=roundings, help="budgets to whole records: down loses the rest (down)")
     add("--rows_only", action="store_true", help="write no records, only the numbers of their rows")
     add("--device", default="cpu", help="where the two passes are computed: cpu, cuda or cuda:K (cpu)")
     return parser.parse_args()
@@ -99,12 +88,14 @@ def main() -> None:
     arguments = parse_arguments()
     options = TiveOptions(**{name: getattr(arguments, name) for name in TiveOptions.__dataclass_fields__})
     # Imported after the arguments are read, so that --help does not wait for torch.
+    import numpy as np
+
     from tive.features.lookup import open_features, read_ahead
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
+    from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.printing import print_choice, print_files
-    from tive.selection.writing import check_writable, files_of, write_selection
     from tive.util.device import usable_device
 
     device = usable_device(arguments.device)
@@ -112,33 +103,35 @@ def main() -> None:
     read_ahead(*arguments.gradient_path)  # while the records are parsed
     mixture = read.read_mixture(arguments.data_path, arguments.task_key)
     features = open_features(arguments.gradient_path, mixture.records, arguments.chunk_num)
-    read.refuse_adam(features)
+    read.refuse_gradients(features, ("sgd", "none"), "TIVE selects by plain ones (select_data_LESS.py takes Adam's)")
     if not options.from_sample:
         missing = Path(arguments.save_path) / "missing" / "records.json"
         read.refuse_missing(features, mixture, missing, "; or select from_sample")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
-    stem = options.stem(mixture.task_names, arguments.task_key)
+    stem = stem_of(options, arguments.task_key, mixture.task_names)
     files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)
 
     scores = read.record_scores(features, options.columns)
     reasons = read.reasons_left_out(features, scores, options)
     read.refuse_problems(mixture, reasons, Path(arguments.save_path) / "bad_records.json")
     points = None
-    if read.has_gradients(features) and not options.from_sample:
-        groups = read.counted_groups(mixture.task, is_excluded(mixture.task_names, options), reasons)
+    if "norm" in scores and not options.from_sample:
+        groups = np.where(is_excluded(mixture.task_names, options)[mixture.task], -1, mixture.task)
+        groups[list(reasons)] = -1  # in no mean
         spans = features.spans()
         with read.bar("Task means", len(groups)) as done:
             means, lengths = group_means(spans, groups, device, done.update)
         with read.bar("Influence", len(groups)) as done:
             influence = products(spans, means, groups, lengths, device, done.update)
-        reasons |= read.reasons_of_features(lengths, groups)
+        for row in np.flatnonzero((groups >= 0) & ~(np.isfinite(lengths) & (lengths > 0))).tolist():
+            reasons[row] = "features are zero" if lengths[row] == 0 else "features not finite"
         scores = {"norm": scores["norm"], "influence": influence} | scores
         if options.sampling == "clusters":
             points = read.whitened_points(features, lengths, arguments.save_path)
 
     chosen = choose(mixture.task_names, mixture.task, scores, reasons, options, points)
     write_selection(files, mixture, chosen, vars(arguments), features)
-    print_choice(chosen, mixture.task, options)
+    print_choice(chosen, options)
     print_files(files, chosen)
 
 

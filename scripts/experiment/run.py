@@ -27,8 +27,7 @@ from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers,
 from tive.features.launch import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
-from tive.selection.reading import find_summary, read_selection
-from tive.selection.summary import SUMMARY_END
+from tive.selection.files import SUMMARY_END, find_summaries, read_selection
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 from tive.util.files import read_json
@@ -134,7 +133,7 @@ def select(folder: Path, run: Run) -> Path:
 
 def q_at_half(folder: Path) -> float:
     """The q where the effective sample size of influence is half of the records."""
-    _, sizes, curves = choice_curves(read_selection(find_summary(select(folder, Run("tive", 0)))))
+    _, sizes, curves = choice_curves(read_selection(*find_summaries(select(folder, Run("tive", 0)))))
     q = q_where(sizes @ curves / sizes.sum(), 0.5)
     if q is None:
         raise UserError("no q halves the effective sample size of influence")
@@ -156,7 +155,7 @@ class Trainer:
         """Train a run from the base, or nothing for the base itself, and evaluate: rows of the CSV."""
         self.reference.model.load_state_dict(self.start, strict=False)
         if run != BASE:
-            summary = find_summary(select(self.folder, run))
+            (summary,) = find_summaries(select(self.folder, run))
             subset = summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
             records = encoded(self.reference, self.folder, subset)
             train(self.reference, records, self.plan.epochs, RATE, BATCH, run.seed)

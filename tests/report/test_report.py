@@ -406,7 +406,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path: Path, capsys: 
         (["tasks", 1, "task"], "captions", "twice"),
         (["tasks", 1, "task"], "unknown", "row #11"),
         (["tasks", 1, "selected"], 4, "'vqa'"),
-        (["arguments", "q"], "<b>", "`$.arguments.q`"),
+        (["arguments", "q"], "<b>", "`$.q`"),
         (["arguments"], None, "`$.arguments`"),
         (["inputs", "data_path"], 3, "`$.inputs.data_path`"),
         (["inputs", "image_folder"], [], "`$.inputs.image_folder`"),

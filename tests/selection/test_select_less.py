@@ -17,9 +17,9 @@ import torch
 import select_data_LESS
 from tests.helpers.feature_files import call, mixture, random_features, record, refusal, write_features
 from tive.method.target import checkpoint_weights, mean_rates_since, round_robin, votes
+from tive.selection.files import find_summaries, read_selection
 from tive.selection.less import repeated_in
 from tive.selection.mixture import read_mixture
-from tive.selection.reading import find_summary, read_selection
 
 main = select_data_LESS.main
 STEPS = (105, 211)
@@ -214,9 +214,9 @@ def test_records_are_written_as_they_came_in_the_order_of_the_data(made: Made, t
 
 def test_what_is_written_is_read_by_the_same_code(made: Made, tmp_path: Path) -> None:
     call(main, *made.arguments(tmp_path), "--p", 0.2)
-    read = read_selection(find_summary(tmp_path))
+    read = read_selection(find_summaries(tmp_path)[0])
     assert read.summary.method == "LESS" and int(read.drawn.sum()) == 15
-    assert {"score", "rank", "score_a", "score_b", "score_c"} <= read.numbers.keys()
+    assert {"score", "rank", "score_a", "score_b", "score_c"} <= read.columns.keys()
 
 
 def test_a_record_without_a_gradient_at_one_checkpoint_is_never_chosen(own: Made, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
         [],
         "target_211 holds adam gradients, and a target's are taken as they are",
     ),
-    "sgd as training": (as_it_is(105), [], "train_105 holds sgd gradients of the records"),
+    "sgd as training": (as_it_is(105), [], "train_105 holds sgd gradients"),
     "scores alone as training": (
         lambda folder: write_features(
             folder / "train_105",
@@ -331,7 +331,7 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
             change=set_match(**match_of(105, "none")),
         ),
         [],
-        "train_105 holds none gradients of the records; take Adam's",
+        "train_105 holds none gradients",
     ),
     "adam where sgd was asked for": (lambda folder: None, ["--gradient", "sgd"], "train_105 holds adam gradients"),
     "two forms": (

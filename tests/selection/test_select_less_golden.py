@@ -11,7 +11,7 @@ import pytest
 import select_data_LESS
 from tests.helpers.feature_files import call
 from tests.helpers.less import CHECKPOINTS, EXPECTED, GOLDEN, run_less
-from tive.selection.reading import find_summary, read_selection
+from tive.selection.files import find_summaries, read_selection
 
 main = select_data_LESS.main
 
@@ -35,7 +35,7 @@ def golden_paths(folder: Path, out: Path) -> list[str | Path | float]:
 
 def test_from_checkpoints_to_the_golden_scores(golden: Path, tmp_path: Path) -> None:
     call(main, *golden_paths(golden, tmp_path), "--p", 0.25)
-    outcome = read_selection(find_summary(tmp_path))
+    outcome = read_selection(find_summaries(tmp_path)[0])
     expected = np.array(EXPECTED["subtask_scores"])
     scores = np.stack([outcome.column(f"score_{name}") for name in EXPECTED["subtasks"]], axis=1)
     assert np.abs(scores - expected).max() < 0.03
@@ -47,7 +47,7 @@ def test_from_checkpoints_to_the_golden_scores(golden: Path, tmp_path: Path) -> 
 
 def test_the_ranking_is_the_golden_one_where_scores_are_apart(golden: Path, tmp_path: Path) -> None:
     call(main, *golden_paths(golden, tmp_path), "--p", 0.25)
-    outcome = read_selection(find_summary(tmp_path))
+    outcome = read_selection(find_summaries(tmp_path)[0])
     ranks, scores = outcome.column("rank"), np.array(EXPECTED["scores"])
     apart = [(a, b) for a in range(40) for b in range(40) if scores[a] > scores[b] + 0.03]
     assert len(apart) > 250 and all(ranks[a] < ranks[b] for a, b in apart)

@@ -449,10 +449,10 @@ def test_a_run_that_fails_overwrites_nothing(made, tmp_path, capsys, monkeypatch
     call(main, *paths(made[0], tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tive.selection.writing._write_scores", full_disk)
+    monkeypatch.setattr("tive.selection.files.csv.writer", full_disk)
     assert "No space left" in refusal(capsys, main, *paths(made[0], tmp_path), "--seed", 5)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

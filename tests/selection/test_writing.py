@@ -14,11 +14,18 @@ import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
 from tive.data.records import open_records
 from tive.features.lookup import open_features
+from tive.selection.files import (
+    Chosen,
+    Files,
+    Task,
+    check_writable,
+    files_of,
+    find_summaries,
+    read_selection,
+    write_selection,
+)
 from tive.selection.mixture import NO_TASK, read_mixture
-from tive.selection.options import TiveOptions
-from tive.selection.reading import find_summary, read_selection
-from tive.selection.summary import Task
-from tive.selection.writing import Chosen, Files, check_writable, files_of, write_selection
+from tive.selection.options import TiveOptions, stem_of
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 
@@ -158,7 +165,7 @@ def test_rows_only_writes_all_of_a_selection_but_its_records(made, capsys):
         f"{stem}{end}" for end in ("_rows.npy", "_scores.csv", "_summary.json")
     }
     rows = np.load(folder / "out" / f"{stem}_rows.npy")
-    summary = read_selection(find_summary(folder / "out")).summary
+    summary = read_selection(find_summaries(folder / "out")[0]).summary
     assert (summary.subset.file, summary.subset.records) == (f"{stem}_rows.npy", len(rows))
     assert summary.subset.sha256 == sha256_of(folder / "out" / f"{stem}_rows.npy")
     call(main, *arguments)
@@ -168,7 +175,7 @@ def test_rows_only_writes_all_of_a_selection_but_its_records(made, capsys):
 
 def test_names_of_tasks_that_suit_no_file_name_are_replaced_and_stay_apart():
     stems = {
-        TiveOptions(exclude_tasks=tasks).stem(["a/b", "a", "b", "a+b", "none", "x" * 300], "dataset")
+        stem_of(TiveOptions(exclude_tasks=tasks), "dataset", ["a/b", "a", "b", "a+b", "none", "x" * 300])
         for tasks in (("a/b",), ("a", "b"), ("a+b",), (), ("none",), ("x" * 300,))
     }
     assert len(stems) == 6
@@ -231,7 +238,7 @@ def test_a_folder_without_gradients_selects_by_its_scores_as_one_with_them(witho
             assert subset.read_bytes() == (folder / "other" / subset.name).read_bytes()
     for summary in (folder / "other").glob("*_summary.json"):
         selection = read_selection(summary)
-        assert "norm" not in selection.numbers and all(task.value is None for task in selection.tasks)
+        assert "norm" not in selection.columns and all(task.value is None for task in selection.tasks)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +261,10 @@ def test_what_a_folder_without_gradients_lacks_is_refused_with_the_remedy(withou
 def test_what_is_read_is_what_was_written(made):
     folder, arguments = made
     call(main, *arguments, "--instance_score", "loss", "--q", 2)
-    selection = read_selection(find_summary(folder / "out"))
+    selection = read_selection(find_summaries(folder / "out")[0])
     names, lines = columns(folder / "out" / f"{selection.stem}_scores.csv")
-    assert list(selection.numbers) == names[3:-2]
-    for name, column in selection.numbers.items():
+    assert list(selection.columns) == names[3:-2]
+    for name, column in selection.columns.items():
         assert column.tolist() == [float(line[name] or "nan") for line in lines] or np.isnan(column).any()
     assert [selection.tasks[index].name for index in selection.task] == [line["task"] for line in lines]
     assert selection.summary.method == "TIVE" and selection.summary.arguments["instance_score"] == "loss"
@@ -274,7 +281,7 @@ def write_other(folder: Path, data: Path) -> Files:
     files = files_of(folder, "Less_p_0.2", data)
     task = Task(NO_TASK, records=count, counted=count - 1, selected=int(times.sum()), distinct=int(times.sum()))
     details = {"checkpoints": [{"step": 105, "weight": 0.6}]}
-    chosen = Chosen((task,), numbers, times, {3: "features are zero"}, "LESS", details)
+    chosen = Chosen([task], numbers, times, {3: "features are zero"}, "LESS", details)
     write_selection(files, mixed, chosen, {"p": 0.2}, open_features(data.parent / "features", mixed.records))
     return files
 
@@ -283,10 +290,10 @@ def test_another_methods_selection_is_written_and_read_by_the_same_code(made):
     folder, _ = made
     files = write_other(folder / "less", folder / "data.json")
     assert files.subset.name == "Less_p_0.2.json" and len(json.loads(files.subset.read_text())) == 16
-    selection = read_selection(find_summary(folder / "less"))
-    assert list(selection.numbers) == ["score", "rank", "score_vqa, part"]
+    selection = read_selection(find_summaries(folder / "less")[0])
+    assert list(selection.columns) == ["score", "rank", "score_vqa, part"]
     assert selection.summary.method == "LESS" and selection.summary.details["checkpoints"][0]["weight"] == 0.6
-    assert selection.left_out == {3: "features are zero"}
+    assert [(entry.row, entry.reason) for entry in selection.summary.left_out] == [(3, "features are zero")]
     assert selection.column("score")[0] == -1
 
 
@@ -304,4 +311,4 @@ def test_a_scores_file_of_other_columns_is_refused_with_those_it_must_have(made,
     path = folder / "out" / "Tive_q_0.001_p_0.15_scores.csv"
     path.write_text(f"{header}\n" + path.read_text().partition("\n")[2])
     with pytest.raises(UserError, match="the columns are not row,id,task, scores, times_selected,left_out"):
-        read_selection(find_summary(folder / "out"))
+        read_selection(find_summaries(folder / "out")[0])

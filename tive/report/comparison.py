@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tive.evaluation.results import INTERVAL, Evaluation, tables
 from tive.report import plots
 from tive.report.page import Block, Plot, Section, Table, by_name, name
-from tive.selection.reading import Selection
+from tive.selection.files import Selection
 from tive.util.errors import UserError
 from tive.util.text import percent, plural, short
 
@@ -83,7 +83,7 @@ def means(selections: Mapping[str, Selection]) -> Section:
     rows |= {number: (one, one.drawn) for number, one in selections.items()}
     columns: dict[str, list[str]] = {}
     for key in MEANS:
-        if all(key in one.numbers for one in selections.values()):
+        if all(key in one.columns for one in selections.values()):
             values = [one.column(key)[members] for one, members in rows.values()]
             known = [column[np.isfinite(column)] for column in values]
             columns[key.replace("_", " ")] = [short(float(column.mean()) if len(column) else None) for column in known]

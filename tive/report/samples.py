@@ -16,7 +16,7 @@ from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
 from tive.data.records import Records, open_records
 from tive.report.page import Block, Card, Cards, Section, name
-from tive.selection.reading import Selection
+from tive.selection.files import Selection
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, plural, short, shown
 
@@ -84,7 +84,7 @@ def open_samples(selection: Selection, count: int, data_path: str | None, image_
 def groups_of_tasks(selection: Selection, column: str) -> list[Group]:
     """Each task's records, by a score."""
     return [
-        Group(task.name, plural(task.records, "record"), column, selection.rows_of(index))
+        Group(task.name, plural(task.records, "record"), column, np.flatnonzero(selection.task == index))
         for index, task in enumerate(selection.tasks)
     ]
 
@@ -113,8 +113,8 @@ def sample_records(
 
 def _card(selection: Selection, row: int, column: str, samples: Samples) -> Card:
     """A record with its scores: the one that it is shown for, then the others, without those for other subtasks."""
-    columns = [column, *(key for key in selection.numbers if key != column and not key.startswith("score_"))]
-    scores = [f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {short(selection.numbers[key][row])}" for key in columns]
+    columns = [column, *(key for key in selection.columns if key != column and not key.startswith("score_"))]
+    scores = [f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {short(selection.columns[key][row])}" for key in columns]
     drawn = int(selection.times_selected[row])
     return Card(row, name(selection.ids[row]), drawn, " · ".join(scores), *read_sample(samples, row))
 

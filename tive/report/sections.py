@@ -18,10 +18,9 @@ from tive.method.value import effective_sample_size, instance_weights
 from tive.report import plots
 from tive.report.page import Block, Plot, Section, Table, by_name, facts, name
 from tive.report.samples import Group, Samples, groups_of_tasks, sample_records
+from tive.selection.files import Selection, Size
 from tive.selection.less import Subtask
-from tive.selection.options import SCORE_COLUMNS
-from tive.selection.reading import Selection
-from tive.selection.summary import Size
+from tive.selection.options import column_of
 from tive.util.errors import UserError
 from tive.util.text import DASH, duration, memory, percent, plural, short, shown
 
@@ -92,11 +91,11 @@ def tive_sections(selection: Selection, samples: Samples) -> list[Section]:
     sections = [
         distributions(selection, column, labels, captions.get(column, ""))
         for column, labels in COLUMNS.items()
-        if column in selection.numbers
+        if column in selection.columns
     ]
     sections.append(choice(selection))
     for column, end in ENDS.items():
-        if column in selection.numbers:
+        if column in selection.columns:
             sections.append(sample_records(selection, end, groups_of_tasks(selection, column), samples))
     return sections
 
@@ -207,10 +206,10 @@ def choice_curves(selection: Selection) -> tuple[list[int], np.ndarray, np.ndarr
 
     The score is the one that the selection asked for; the influence where it drew at random.
     """
-    score = SCORE_COLUMNS.get(str(selection.summary.arguments.get("instance_score")), "influence")
-    values, tasks, sizes, curves = selection.column(score), [], [], []
+    score = str(selection.summary.arguments.get("instance_score", "random")).replace("random", "influence")
+    values, tasks, sizes, curves = selection.column(column_of(score)), [], [], []
     for index, task in enumerate(selection.tasks):
-        scores = values[selection.rows_of(index)]
+        scores = values[selection.task == index]
         scores = scores[np.isfinite(scores)]
         if not task.excluded and len(scores):
             tasks.append(index)
@@ -250,7 +249,7 @@ def less_sections(selection: Selection, samples: Samples) -> list[Section]:
     everyone, groups = np.arange(len(selection.ids)), []
     for subtask in targets:
         column, about = f"score_{subtask.name}", f"{plural(subtask.records, 'record')} of the target"
-        if column not in selection.numbers:
+        if column not in selection.columns:
             raise UserError(f"the scores file of {selection.stem} has no {shown(column, 60)}; make the selection again")
         groups.append(Group(subtask.name, about, column, everyone))
     return [

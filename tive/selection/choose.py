@@ -22,10 +22,9 @@ from tive.method.value import (
     task_value,
     value_error,
 )
+from tive.selection.files import Chosen, Task
 from tive.selection.mixture import NO_TASK
-from tive.selection.options import BUDGET_COLUMNS, SCORE_COLUMNS, TiveOptions
-from tive.selection.summary import Task
-from tive.selection.writing import Chosen
+from tive.selection.options import WITHOUT_SCORES, TiveOptions, column_of
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, command, listed, shown
 
@@ -47,7 +46,8 @@ def choose(
     options: TiveOptions,
     points: np.ndarray | None = None,
 ) -> Chosen:
-    """Task values, task budgets, instance weights, and the records drawn.
+    """Task values, task budgets, instance weights, and the records drawn; a `UserError` where every task is excluded,
+    one that is not has no record left or too few in the sample, or none gets a whole record.
 
     Args:
         task_names: the T tasks.
@@ -60,10 +60,6 @@ def choose(
     Returns:
         The columns are the scores and `weight`, `softmax(q * score)` over the record's task. From a sample, the tasks
         have errors, and the details `records_per_task`, which would bring all errors of budgets under `AIM`.
-
-    Raises:
-        UserError: every task is excluded, one that is not has no record left or too few in the sample, or none gets a
-            whole record.
     """
     excluded = is_excluded(task_names, options)
     if excluded.all():
@@ -72,39 +68,64 @@ def choose(
     usable[list(reasons)] = False
     known = usable & np.any([np.isfinite(values) for values in scores.values()], axis=0)
     rows_of = np.split(np.argsort(task, kind="stable"), np.cumsum(np.bincount(task, minlength=len(task_names)))[:-1])
-    counted, measured = ([rows[kept[rows]] for rows in rows_of] for kept in (usable, known))
+    counted = [rows[usable[rows]] for rows in rows_of]
     included = np.flatnonzero(~excluded).tolist()
-    for index in included:
-        _refuse_empty(task_names[index], rows_of[index], counted[index], measured[index], reasons)
+    measured = [rows_of[index][known[rows_of[index]]] for index in included]
+    for index, rows in zip(included, measured, strict=True):
+        _check_task(task_names[index], rows_of[index], counted[index], len(rows), reasons)
 
-    sizes, there = np.array([len(counted[index]) for index in included]), [measured[index] for index in included]
-    values = {
-        rule: _values(rule, scores, [rows_of[index] for index in included], there) for rule in options.budget_rules
-    }
-    budgets, whole = _budgets(values, sizes, len(task), options)
+    values: dict[str, np.ndarray] = {}  # of each rule, what the budgets are in proportion to
+    for rule in options.budget_rules:
+        if rule in WITHOUT_SCORES:
+            values[rule] = np.array([len(rows_of[index]) if rule == "size" else 1.0 for index in included], np.float64)
+        else:
+            values[rule] = np.array([task_value(scores[column_of(rule)][rows]) for rows in measured])
+            if not values[rule].sum() > 0:
+                raise UserError(f"the mean {rule} of every task is 0; choose another task_budget")
     parts = {rule: task_budgets(of_rule, options.p, len(task)) for rule, of_rule in values.items()}
+    sizes = np.array([len(counted[index]) for index in included])
+    budgets = mean_budgets(list(values.values()), options.p, len(task))
+    if options.at_most_once:
+        budgets = capped(budgets, sizes)
+    whole = rounded(budgets, options.rounding)
+    if not whole.any():
+        raise UserError(
+            f"p = {options.p} of {len(task):,} records in {len(sizes):,} tasks is less than one record for every task; "
+            "give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
+        )
     errors: list[dict[str, Any]] = [{} for _ in included]
     details = {}
     if options.from_sample:
-        errors, details["records_per_task"] = _errors(values, scores, there, sizes, options.p * len(task))
+        errors, details["records_per_task"] = _errors(values, scores, measured, sizes, options.p * len(task))
 
+    deciding = scores[options.score_column] if options.score_column else np.zeros(len(task))
     weights, times = np.full(len(task), np.nan), np.zeros(len(task), np.int64)
     tasks = [
         Task(name, records=len(rows), counted=len(left), selected=0, distinct=0, excluded=True)
         for name, rows, left in zip(task_names, rows_of, counted, strict=True)
     ]
     for place, index in enumerate(included):
-        rows, records = counted[index], int(whole[place])
-        instance_scores = _instance_scores(options, scores, rows)
-        weights[rows] = instance_weights(instance_scores, options.q)
+        name, rows, records = task_names[index], counted[index], int(whole[place])
+        of_rows = deciding[rows].astype(np.float64)
+        if options.score_column == "visual_gain":
+            of_rows = np.nan_to_num(of_rows, nan=0.0)  # images that a record does not have take nothing off its loss
+        weights[rows] = instance_weights(of_rows, options.q)
         each, rest = divmod(records, len(rows))
         times[rows] = each  # a budget above the records takes each so often, and draws the rest
-        times[rows[_drawn(instance_scores, rows, rest, task_names[index], options, points)]] += 1
+        if options.sampling == "top":
+            drawn = draw_top(of_rows, rest)
+        elif options.sampling == "weighted" or not rest:
+            drawn = draw(of_rows, options.q, rest, options.seed, name)
+        else:
+            assert points is not None
+            clusters = k_means(points[rows], min(rest, MAX_CLUSTERS), options.seed, name)
+            drawn = draw_from_clusters(*clusters, rest)
+        times[rows[drawn]] += 1
         tasks[index] = Task(
-            task_names[index],
+            name,
             records=len(rows_of[index]),
             counted=len(rows),
-            value=task_value(scores["norm"][measured[index]]) if "norm" in scores else None,
+            value=task_value(scores["norm"][measured[place]]) if "norm" in scores else None,
             basis=float(values[options.budget_rules[0]][place]) if len(parts) == 1 else None,
             budget=records,
             budget_before_rounding=float(budgets[place]),
@@ -114,13 +135,11 @@ def choose(
             effective_sample_size=effective_sample_size(weights[rows]),
             **errors[place],
         )
-    return Chosen(tuple(tasks), {**scores, "weight": weights}, times, dict(reasons), details=details)
+    return Chosen(tasks, {**scores, "weight": weights}, times, dict(reasons), details=details)
 
 
-def _refuse_empty(
-    task: str, rows: np.ndarray, counted: np.ndarray, measured: np.ndarray, reasons: Mapping[int, str]
-) -> None:
-    """Raise a `UserError` where no record of a task is left, none has scores, or one alone, which tells no error."""
+def _check_task(task: str, rows: np.ndarray, counted: np.ndarray, measured: int, reasons: Mapping[int, str]) -> None:
+    """A `UserError` where no record of a task is left, none has scores, or one alone, which tells no error."""
     name = shown(task, LABEL_LIMIT)
     if not len(counted):
         row = int(rows[0])
@@ -128,49 +147,11 @@ def _refuse_empty(
             f"all {len(rows)} records of task {name} are left out (record {row}: {reasons[row]}); repair them and take "
             "their gradients again, or exclude the task"
         )
-    if len(measured) < min(2, len(counted)):
+    if measured < min(2, len(counted)):
         raise UserError(
-            f"{len(measured)} of {len(counted):,} records of task {name} have features; take those of {FEW} of every "
+            f"{measured} of {len(counted):,} records of task {name} have features; take those of {FEW} of every "
             f"task ({command('select_warm_up_data.py', per_task='1000')} draws more), or exclude the task"
         )
-
-
-def _values(
-    rule: str, scores: Mapping[str, np.ndarray], rows_of: Sequence[np.ndarray], measured: Sequence[np.ndarray]
-) -> np.ndarray:
-    """What each task's budget is in proportion to, `[T]`: its records, 1, or the mean of a score over the measured."""
-    if rule == "size":
-        return np.array([float(len(rows)) for rows in rows_of])
-    if rule == "equal":
-        return np.ones(len(rows_of))
-    values = np.array([task_value(scores[BUDGET_COLUMNS[rule]][rows]) for rows in measured])
-    if not values.sum() > 0:
-        raise UserError(f"the mean {rule} of every task is 0; choose another task_budget")
-    return values
-
-
-def _budgets(
-    values: Mapping[str, np.ndarray], sizes: np.ndarray, records: int, options: TiveOptions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each task's budget before and after rounding, both `[T]`.
-
-    Args:
-        values: `[T]` by rule.
-        sizes: int `[T]`, the records that can be drawn.
-
-    Raises:
-        UserError: no task gets a whole record.
-    """
-    budgets = mean_budgets(list(values.values()), options.p, records)
-    if options.at_most_once:
-        budgets = capped(budgets, sizes)
-    whole = rounded(budgets, options.rounding)
-    if not whole.any():
-        raise UserError(
-            f"p = {options.p} of {records:,} records in {len(sizes):,} tasks is less than one record for every task; "
-            "give a larger p" + (", or rounding largest_remainder" if options.rounding == "down" else "")
-        )
-    return budgets, whole
 
 
 def _errors(
@@ -181,15 +162,14 @@ def _errors(
     total: float,
 ) -> tuple[list[dict[str, Any]], int]:
     """What a sample leaves open: the errors of each task, as fields of `Task`, and the records a task to plan for."""
-    counts = np.array([len(rows) for rows in measured])
     means, covariances = np.array(list(values.values())), np.zeros((len(sizes), len(values), len(values)))
     for place, rows in enumerate(measured):
-        looked_at = [
-            scores[BUDGET_COLUMNS[rule]][rows] if rule in BUDGET_COLUMNS else np.zeros(len(rows)) for rule in values
-        ]
         if len(rows) > 1:
+            looked_at = [
+                np.zeros(len(rows)) if rule in WITHOUT_SCORES else scores[column_of(rule)][rows] for rule in values
+            ]
             covariances[place] = np.cov(looked_at, ddof=1)
-    errors, intervals = budget_errors(means, covariances, counts, sizes, total)
+    errors, intervals = budget_errors(means, covariances, np.array([*map(len, measured)]), sizes, total)
     of_tasks = [
         {
             "sampled": len(rows),
@@ -200,25 +180,3 @@ def _errors(
         for rows, size, error, interval in zip(measured, sizes, errors, intervals, strict=True)
     ]
     return of_tasks, records_for_error(means, covariances, sizes, AIM)
-
-
-def _instance_scores(options: TiveOptions, scores: Mapping[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    if options.instance_score == "random" or options.from_sample:
-        return np.zeros(len(rows))
-    values = scores[SCORE_COLUMNS[options.instance_score]][rows].astype(np.float64)
-    # Images that a record does not have take nothing off its loss.
-    return np.nan_to_num(values, nan=0.0) if options.instance_score == "visual_gain" else values
-
-
-def _drawn(
-    scores: np.ndarray, rows: np.ndarray, number: int, task: str, options: TiveOptions, points: np.ndarray | None
-) -> np.ndarray:
-    """Which `number` of a task's records are drawn: indices into `rows`, sorted."""
-    if options.sampling == "top":
-        return draw_top(scores, number)
-    if options.sampling == "weighted":
-        return draw(scores, options.q, number, options.seed, task)
-    assert points is not None
-    if not number:
-        return np.empty(0, np.int64)
-    return draw_from_clusters(*k_means(points[rows], min(number, MAX_CLUSTERS), options.seed, task), number)

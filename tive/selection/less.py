@@ -23,108 +23,26 @@ from tive.method.target import (
     votes,
 )
 from tive.method.value import rounded_down
-from tive.selection.mixture import Mixture, reasons_left_out, record_scores, refuse_missing, refuse_problems
+from tive.selection.files import Chosen, Task
+from tive.selection.mixture import (
+    Mixture,
+    reasons_left_out,
+    record_scores,
+    refuse_gradients,
+    refuse_missing,
+    refuse_problems,
+)
 from tive.selection.options import LessOptions
-from tive.selection.summary import Task
-from tive.selection.writing import Chosen
 from tive.util.errors import UserError
 
 
 @dataclass(frozen=True)
 class CheckpointFeatures:
-    """One checkpoint's features: of the records, and of the target."""
+    """One checkpoint's features, of the records and of the target; `match` is what those of the records are."""
 
     train: Features
     target: Features
-
-    @property
-    def match(self) -> Match:
-        """What the features of the records are."""
-        return match_of(self.train)
-
-
-def open_checkpoints(
-    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str, missing: Path
-) -> list[CheckpointFeatures]:
-    """The features of every checkpoint, in the order in which `train` first names them, verified to be of one space.
-
-    Args:
-        train, target: folders, each of one checkpoint; several of one checkpoint where each has a part of the records.
-        missing: gets the records without features, a folder for each checkpoint and side.
-
-    Raises:
-        UserError: a checkpoint has folders of one side alone, folders are of other data or of another gradient, or one
-            adds nothing.
-    """
-    of_records, of_target = _by_checkpoint(train, mixture), _by_checkpoint(target, target_data)
-    for here, there, whose in ((of_records, of_target, "target's"), (of_target, of_records, "records'")):
-        if alone := [features.folder for model, features in here.items() if model not in there]:
-            raise UserError(
-                f"{alone[0]}: no folder has the {whose} features of its checkpoint; give the records' and the target's "
-                "of every checkpoint"
-            )
-    checkpoints = [CheckpointFeatures(features, of_target[model]) for model, features in of_records.items()]
-    for number, checkpoint in enumerate(checkpoints):
-        _check_gradients(checkpoint, gradient)
-        refuse_other_space(checkpoint.train, checkpoint.target)
-        refuse_missing(checkpoint.train, mixture, missing / f"train_{number}" / "records.json")
-        refuse_missing(checkpoint.target, target_data, missing / f"target_{number}" / "records.json")
-    if len(kinds := {checkpoint.match.gradient: str(checkpoint.train.folder) for checkpoint in checkpoints}) > 1:
-        listed = ", ".join(f"{folder} {kind}" for kind, folder in kinds.items())
-        raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
-    return checkpoints
-
-
-def _by_checkpoint(folders: Sequence[str], of: Mixture) -> dict[str, Features]:
-    """The features of each checkpoint, by its model."""
-    parts: dict[str, list[Features]] = {}
-    for folder in folders:
-        features = open_features(folder, of.records)
-        parts.setdefault(match_of(features).model, []).append(features)
-    return {model: joined(features) for model, features in parts.items()}
-
-
-def _check_gradients(checkpoint: CheckpointFeatures, gradient: str) -> None:
-    here, there = checkpoint.match.gradient, match_of(checkpoint.target).gradient
-    if there != "sgd":
-        raise UserError(
-            f"{checkpoint.target.folder} holds {there} gradients, and a target's are taken as they are; take them "
-            "again in another folder (gradient sgd)"
-        )
-    if here == "none" or (here == "sgd") != (gradient == "sgd"):
-        remedy = "leave gradient sgd out"
-        if here in ("sgd", "none"):
-            remedy = "take Adam's in another folder (gradient adam), or select by plain ones (gradient sgd)"
-        raise UserError(f"{checkpoint.train.folder} holds {here} gradients of the records; {remedy}")
-
-
-def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float] | None) -> np.ndarray:
-    """`w_i` of every checkpoint, `[C]`, in their order; they sum to 1.
-
-    Args:
-        given: in place of the mean learning rates that the trainer logged.
-
-    Raises:
-        UserError: there are not as many as checkpoints, or no learning rates were logged.
-    """
-    if given is not None:
-        if len(given) != len(checkpoints):
-            raise UserError(
-                f"{len(given)} weights for {len(checkpoints)} checkpoints; give one for each, in their order"
-            )
-        return checkpoint_weights(np.array(given))
-    logged = [checkpoint.train.chunks[0].manifest.get("learning_rates") or {} for checkpoint in checkpoints]
-    order = np.argsort([checkpoint.match.checkpoint or 0 for checkpoint in checkpoints], kind="stable")
-    counts, sums = (np.array([rates.get(key, 0) for rates in logged])[order] for key in ("logged", "sum"))
-    if (np.diff(counts, prepend=0) <= 0).any() or (np.diff(sums, prepend=0) < 0).any() or not sums.any():
-        raise UserError(
-            f"{', '.join(str(checkpoint.train.folder) for checkpoint in checkpoints)}: the learning rates that the "
-            "trainer logged up to these checkpoints (trainer_state.json) tell no weights: there are none, they are "
-            "zero, or of different trainings; give the checkpoints' weights"
-        )
-    rates = np.empty(len(checkpoints))
-    rates[order] = mean_rates_since(sums, counts)
-    return checkpoint_weights(rates)
+    match: Match
 
 
 @dataclass(frozen=True)
@@ -144,16 +62,82 @@ class Subtask:
     selected: int
 
 
+def open_checkpoints(
+    train: Sequence[str], target: Sequence[str], mixture: Mixture, target_data: Mixture, gradient: str, missing: Path
+) -> list[CheckpointFeatures]:
+    """The features of every checkpoint, in the order in which `train` first names them; a `UserError` where a
+    checkpoint has folders of one side alone, or folders are of other data, another space or gradient, or add nothing.
+
+    Args:
+        train, target: folders, each of one checkpoint; several of one checkpoint where each has a part of the records.
+        missing: gets the records without features, a folder for each checkpoint and side.
+    """
+    of_records, of_target = _by_checkpoint(train, mixture), _by_checkpoint(target, target_data)
+    for here, there, whose in ((of_records, of_target, "target's"), (of_target, of_records, "records'")):
+        if alone := [features.folder for model, features in here.items() if model not in there]:
+            raise UserError(
+                f"{alone[0]}: no folder has the {whose} features of its checkpoint; give the records' and the target's "
+                "of every checkpoint"
+            )
+    checkpoints = [CheckpointFeatures(one, of_target[model], match_of(one)) for model, one in of_records.items()]
+    wanted: tuple[str, ...] = ("sgd",)
+    why = "plain ones were asked for (without gradient sgd, Adam's are taken)"
+    if gradient == "adam":
+        wanted, why = ("adam", "adam_release"), "LESS selects by Adam's (gradient sgd takes plain ones)"
+    for number, checkpoint in enumerate(checkpoints):
+        refuse_gradients(checkpoint.target, ("sgd",), "a target's are taken as they are")
+        refuse_gradients(checkpoint.train, wanted, why)
+        refuse_other_space(checkpoint.train, checkpoint.target)
+        refuse_missing(checkpoint.train, mixture, missing / f"train_{number}" / "records.json")
+        refuse_missing(checkpoint.target, target_data, missing / f"target_{number}" / "records.json")
+    if len(kinds := {checkpoint.match.gradient: str(checkpoint.train.folder) for checkpoint in checkpoints}) > 1:
+        listed = ", ".join(f"{folder} {kind}" for kind, folder in kinds.items())
+        raise UserError(f"the checkpoints' gradients are of different forms ({listed}); take them all in one form")
+    return checkpoints
+
+
+def _by_checkpoint(folders: Sequence[str], of: Mixture) -> dict[str, Features]:
+    """The features of each checkpoint, by its model."""
+    parts: dict[str, list[Features]] = {}
+    for folder in folders:
+        features = open_features(folder, of.records)
+        parts.setdefault(match_of(features).model, []).append(features)
+    return {model: joined(features) for model, features in parts.items()}
+
+
+def weights_of(checkpoints: Sequence[CheckpointFeatures], given: Sequence[float] | None) -> np.ndarray:
+    """`w_i` of every checkpoint, `[C]`, in their order; they sum to 1. A `UserError` where there are not as many as
+    checkpoints, or no learning rates were logged.
+
+    Args:
+        given: in place of the mean learning rates that the trainer logged.
+    """
+    if given is not None:
+        if len(given) != len(checkpoints):
+            raise UserError(f"{len(given)} weights for {len(checkpoints)} checkpoints; give one for each, in order")
+        return checkpoint_weights(np.array(given))
+    logged = [checkpoint.train.chunks[0].manifest.get("learning_rates") or {} for checkpoint in checkpoints]
+    order = np.argsort([checkpoint.match.checkpoint or 0 for checkpoint in checkpoints], kind="stable")
+    counts, sums = (np.array([rates.get(key, 0) for rates in logged])[order] for key in ("logged", "sum"))
+    if (np.diff(counts, prepend=0) <= 0).any() or (np.diff(sums, prepend=0) < 0).any() or not sums.any():
+        raise UserError(
+            f"{', '.join(str(checkpoint.train.folder) for checkpoint in checkpoints)}: the learning rates that the "
+            "trainer logged up to these checkpoints (trainer_state.json) tell no weights: there are none, they are "
+            "zero, or of different trainings; give the checkpoints' weights"
+        )
+    rates = np.empty(len(checkpoints))
+    rates[order] = mean_rates_since(sums, counts)
+    return checkpoint_weights(rates)
+
+
 def target_groups(
     target: Mixture, checkpoints: Sequence[CheckpointFeatures], listing: Path
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """The subtask of each target record, int `[M]`, -1 where the gradient pass left it out, and the reasons by row.
+    """The subtask of each target record, int `[M]`, -1 where the gradient pass left it out, and the reasons by row; a
+    `UserError` where a record has no subtask, a gradient is zero or not finite, or a subtask has no record left.
 
     Args:
         listing: where target records that cannot be used are listed.
-
-    Raises:
-        UserError: a record has no subtask, a gradient is zero or not finite, or a subtask has no record left.
     """
     reasons: dict[int, str] = {}
     for checkpoint in checkpoints:
@@ -180,14 +164,6 @@ def target_groups(
     return groups, reasons
 
 
-def records_left_out(checkpoints: Sequence[CheckpointFeatures]) -> dict[int, str]:
-    """Why records of the mixture have no score, by row: at some checkpoint they have no gradient."""
-    reasons: dict[int, str] = {}
-    for checkpoint in checkpoints:
-        reasons = reasons_left_out(checkpoint.train, record_scores(checkpoint.train)) | reasons
-    return reasons
-
-
 def repeated_in(target: Mixture, mixture: Mixture) -> list[int]:
     """Rows of the target whose system prompt, turns and images are those of a record of the mixture."""
     rows_of: dict[bytes, list[int]] = {}
@@ -204,7 +180,7 @@ def choose_for_target(
     reasons: Mapping[int, str],
     options: LessOptions,
 ) -> Chosen:
-    """The best `p` of the records.
+    """The best `p` of the records; a `UserError` where that is none.
 
     Args:
         scores: `[N, J]`, each record's score for each subtask; NaN where its features are zero or not finite.
@@ -214,9 +190,6 @@ def choose_for_target(
     Returns:
         The columns are `score` over all subtasks, `rank` (1 for the best), and `score_{name}` of each subtask; NaN for
         a record that was left out. The details are the `subtasks`.
-
-    Raises:
-        UserError: `p` of the records is none.
     """
     records = len(scores)
     number = rounded_down(options.p * records)
@@ -238,33 +211,25 @@ def choose_for_target(
     times = np.zeros(records, np.int64)
     times[order[:number]] = 1
 
-    usable = np.isfinite(score)
+    usable, drawn = np.isfinite(score), times > 0
     sizes, counted, selected = (
         np.bincount(mixture.task[rows], minlength=len(mixture.task_names)).tolist()
-        for rows in (slice(None), usable, times > 0)
+        for rows in (slice(None), usable, drawn)
     )
     tasks = map(Task, mixture.task_names, sizes, counted, selected, selected)
-    taken = scores[times > 0]
-    best = taken.argmax(axis=1)
+    best = scores[drawn].argmax(axis=1)
     if options.over_targets == "round_robin":
-        best = (ranks[times > 0].astype(np.int64) - 1) % scores.shape[1]
+        best = (ranks[drawn].astype(np.int64) - 1) % scores.shape[1]
     of_target, of_best = (np.bincount(places, minlength=scores.shape[1]) for places in (groups[groups >= 0], best))
-    means, means_of_taken = scores[usable].mean(axis=0), taken.mean(axis=0)
-    subtasks = map(
-        Subtask, target.task_names, of_target.tolist(), means.tolist(), means_of_taken.tolist(), of_best.tolist()
-    )
-    columns = {"score": score, "rank": ranks, **columns}
-    return Chosen(tuple(tasks), columns, times, reasons, "LESS", {"subtasks": list(subtasks)})
+    means = (scores[rows].mean(axis=0).tolist() for rows in (usable, drawn))
+    subtasks = [*map(Subtask, target.task_names, of_target.tolist(), *means, of_best.tolist())]
+    return Chosen([*tasks], {"score": score, "rank": ranks, **columns}, times, reasons, "LESS", {"subtasks": subtasks})
 
 
 def target_details(
     target: Mixture, checkpoints: Sequence[CheckpointFeatures], weights: np.ndarray, left_out: Mapping[int, str]
 ) -> dict[str, Any]:
-    """What the summary says of the target and of the checkpoints with their weights `w_i`.
-
-    Args:
-        left_out: why target records count in no mean, by row.
-    """
+    """What the summary says of the target, of its records that count in no mean, and of the checkpoints."""
     return {
         "target_data": str(target.records.path),
         "target_sha256": target.records.fingerprint,

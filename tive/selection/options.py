@@ -5,55 +5,55 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, listed, shown
 
-# The scores file's column of each instance score; the task budgets of these names are in proportion to its mean.
-SCORE_COLUMNS = {
-    "influence": "influence",
-    "norm": "norm",
-    "loss": "loss",
-    "length": "supervised_tokens",
-    "el2n": "el2n",
-    "visual_gain": "visual_gain",
+# The scores file's column of a score or budget that is called otherwise.
+_COLUMNS = {"difficulty": "norm", "length": "supervised_tokens"}
+# The budgets that look at no score.
+WITHOUT_SCORES = ("size", "equal")
+TASK_BUDGETS = ("difficulty", "loss", "length", "el2n", *WITHOUT_SCORES)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "instance_score": ("influence", "norm", "loss", "length", "el2n", "visual_gain", "random"),
+    "sampling": ("weighted", "top", "clusters"),
+    "rounding": ("down", "largest_remainder"),
+    "gradient": ("adam", "sgd"),
+    "over_targets": ("max", "mean", "vote", "round_robin"),
 }
-BUDGET_COLUMNS = {"difficulty": "norm", "loss": "loss", "length": "supervised_tokens", "el2n": "el2n"}
-INSTANCE_SCORES = (*SCORE_COLUMNS, "random")
-TASK_BUDGETS = (*BUDGET_COLUMNS, "size", "equal")
-SAMPLINGS = ("weighted", "top", "clusters")
-ROUNDINGS = ("down", "largest_remainder")
-GRADIENTS = ("adam", "sgd")
-OVER_TARGETS = ("max", "mean", "vote", "round_robin")
 # Cosines span 2 at most, so up to this q no weight within a task is more than 1.02 times another.
 UNIFORM_Q = 0.01
 # LLaVA's captions, which the paper leaves out; other mixtures need not have them.
 DEFAULT_EXCLUDED = "textcaps"
 
 
+def column_of(name: str) -> str:
+    """The scores file's column of an instance score, or of what a task budget is the mean of."""
+    return _COLUMNS.get(name, name)
+
+
 @dataclass(frozen=True)
 class TiveOptions:
-    """What `select_data_TIVE.py` chooses: the paper's selection, unless said otherwise.
+    """What `select_data_TIVE.py` chooses, the paper's selection unless said otherwise; a `UserError` where a value is
+    not one of those below, or two do not go together.
 
     Attributes:
         p: share of all records to select, above 0 and up to 1.
         q: sharpness of the instance weights `softmax(q * score)`, from 0 up.
         task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`, or several with `+` between:
             the mean of their shares.
-        instance_score: what decides within a task, one of `INSTANCE_SCORES`.
+        instance_score: what decides within a task.
         sampling: a `weighted` draw, the `top` scores, or the records nearest to the centres of `clusters`.
-        rounding: of the budgets, `down` or `largest_remainder`.
+        rounding: of the budgets.
         at_most_once: what a task's budget has above its records goes to the other tasks.
         from_sample: budgets from the records that have features, and a uniform draw from all.
         drop_below: leaves out the records whose visual gain is smaller; None for none.
         seed: of the draw.
         exclude_tasks: names of tasks from which nothing is drawn.
-
-    Raises:
-        UserError: a value is not one of those, or two do not go together.
     """
 
     p: float = 0.15
@@ -86,30 +86,22 @@ class TiveOptions:
         return tuple(name for name in TASK_BUDGETS if name in self.task_budget.split("+"))
 
     @property
+    def score_column(self) -> str | None:
+        """The column that decides within a task; None where all its records are alike."""
+        return None if self.from_sample or self.instance_score == "random" else column_of(self.instance_score)
+
+    @property
     def columns(self) -> set[str]:
-        """The columns of scores that decide."""
-        columns = {BUDGET_COLUMNS[name] for name in self.budget_rules if name in BUDGET_COLUMNS}
-        if not self.from_sample and self.instance_score != "random":
-            columns |= {SCORE_COLUMNS[self.instance_score]}
-        if self.sampling == "clusters":
-            columns |= {"influence"}  # which needs the same features
+        """All columns of scores that are needed; clusters need the features, as the influence does."""
+        columns = {column_of(rule) for rule in self.budget_rules if rule not in WITHOUT_SCORES}
+        columns |= {self.score_column} if self.score_column else set()
+        columns |= {"influence"} if self.sampling == "clusters" else set()
         return columns | ({"visual_gain"} if self.drop_below is not None else set())
-
-    def stem(self, task_names: Sequence[str], task_key: str) -> str:
-        """`Tive_q_{q}_p_{p}`, as the release names it, and every choice that differs from the default.
-
-        Two selections of the same data and features have the same name only where every choice is the same.
-        """
-        excluded = ""
-        if set(self.exclude_tasks) != set(TiveOptions.exclude_tasks) & set(task_names):
-            excluded = _name_part(sorted(self.exclude_tasks)) if self.exclude_tasks else "none"
-        ordered = replace(self, task_budget="+".join(self.budget_rules))
-        return _stem(f"Tive_q_{float(self.q)}_p_{float(self.p)}", ordered, task_key, exclude_tasks=excluded)
 
 
 @dataclass(frozen=True)
 class LessOptions:
-    """What `select_data_LESS.py` chooses: LESS's selection, unless said otherwise.
+    """What `select_data_LESS.py` chooses, LESS's selection unless said otherwise; a `UserError` as of `TiveOptions`.
 
     Attributes:
         p: share of all records to select, above 0 and up to 1.
@@ -117,9 +109,6 @@ class LessOptions:
             `round_robin`: the subtasks take turns.
         gradient: of the training records, as Adam applies it (`adam`, of either form) or as it is (`sgd`).
         weights: of the checkpoints, in their order; None for the mean logged learning rates.
-
-    Raises:
-        UserError: a value is not one of those.
     """
 
     p: float = 0.05
@@ -130,16 +119,34 @@ class LessOptions:
     def __post_init__(self) -> None:
         _check_values(self)
 
-    def stem(self, task_key: str) -> str:
-        """`Less_p_{p}`, and every choice that differs from the default."""
-        return _stem(f"Less_p_{float(self.p)}", self, task_key)
+
+# What a value must be, and how messages call that.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "p": (lambda p: 0 < p <= 1, "a share above 0 and up to 1"),
+    "q": (lambda q: 0 <= q < math.inf, "a number from 0 up"),
+    "task_budget": (
+        lambda text: Counter(text.split("+")) <= Counter(TASK_BUDGETS),
+        f"one of {', '.join(TASK_BUDGETS)}, or some of them, each once, with + between",
+    ),
+    "drop_below": (lambda gain: gain is None or math.isfinite(gain), "a number, such as 0"),
+    "seed": (lambda seed: seed >= 0, "a number from 0 up"),
+    "weights": (
+        lambda weights: weights is None or (all(0 <= w < math.inf for w in weights) and any(weights)),
+        "numbers from 0 up, one of them above 0",
+    ),
+}
+_VALUES |= {name: (choices.__contains__, f"one of {', '.join(choices)}") for name, choices in CHOICES.items()}
+
+
+def _check_values(options: TiveOptions | LessOptions) -> None:
+    for name, (is_valid, wanted) in _VALUES.items():
+        if hasattr(options, name) and not is_valid(value := getattr(options, name)):
+            raise UserError(f"{name} {value} cannot be; give {wanted}")
 
 
 def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks that are named for exclusion, one by one or with commas between; `none` is no task.
-
-    Raises:
-        UserError: a task that is named is not there, unless it is the default's.
+    """The tasks that are named for exclusion, one by one or with commas between; `none` is no task. A `UserError` where
+    the data has no such task, unless it is the default's.
     """
     known = set(task_names)
     names = {name.strip() for text in wanted for name in ([text] if text in known else text.split(","))} - {""}
@@ -153,51 +160,27 @@ def excluded_tasks(wanted: Sequence[str], task_names: Sequence[str]) -> tuple[st
     return tuple(sorted(names & known))
 
 
-def _is_sum(text: str) -> bool:
-    names = text.split("+")
-    return set(names) <= set(TASK_BUDGETS) and len(set(names)) == len(names)
+def stem_of(options: TiveOptions | LessOptions, task_key: str, task_names: Sequence[str]) -> str:
+    """`Tive_q_{q}_p_{p}`, as the release names it, or `Less_p_{p}`; and every choice that differs from the default.
 
-
-def _one_of(names: Sequence[str]) -> tuple[Callable[[Any], bool], str]:
-    return names.__contains__, f"one of {', '.join(names)}"
-
-
-# What a value must be, and how messages call that.
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "p": (lambda p: 0 < p <= 1, "a share above 0 and up to 1"),
-    "q": (lambda q: 0 <= q < math.inf, "a number from 0 up"),
-    "task_budget": (_is_sum, f"one of {', '.join(TASK_BUDGETS)}, or some of them, each once, with + between"),
-    "instance_score": _one_of(INSTANCE_SCORES),
-    "sampling": _one_of(SAMPLINGS),
-    "rounding": _one_of(ROUNDINGS),
-    "drop_below": (lambda gain: gain is None or math.isfinite(gain), "a number, such as 0"),
-    "seed": (lambda seed: seed >= 0, "a number from 0 up"),
-    "over_targets": _one_of(OVER_TARGETS),
-    "gradient": _one_of(GRADIENTS),
-    "weights": (
-        lambda weights: weights is None or (all(0 <= w < math.inf for w in weights) and any(weights)),
-        "numbers from 0 up, one of them above 0",
-    ),
-}
-
-
-def _check_values(options: TiveOptions | LessOptions) -> None:
-    for name, value in vars(options).items():
-        is_valid, wanted = _VALUES.get(name, (lambda _: True, ""))
-        if not is_valid(value):
-            raise UserError(f"{name} {value} cannot be; give {wanted}")
-
-
-def _stem(first: str, options: TiveOptions | LessOptions, task_key: str, **given: str) -> str:
-    """`first`, and every option that differs from its default; `given` has those that are written otherwise."""
-    parts = {"p": "", "q": ""}
+    Two selections of the same data and features have the same name only where every choice is the same.
+    """
+    parts = {}
     for field in fields(options):
         value = getattr(options, field.name)
-        text = "+".join(map(str, value)) if isinstance(value, tuple) else "yes" if value is True else str(value)
-        parts.setdefault(field.name, "" if value == field.default else text)
-    parts |= given | {"task_key": "" if task_key == "dataset" else _name_part([task_key])}
+        if value != field.default and field.name not in ("p", "q"):
+            text = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            parts[field.name] = "yes" if value is True else text
+    stem = f"Less_p_{float(options.p)}"
+    if isinstance(options, TiveOptions):
+        stem, excluded = f"Tive_q_{float(options.q)}_p_{float(options.p)}", sorted(options.exclude_tasks)
+        if "task_budget" in parts:
+            parts["task_budget"] = "+".join(options.budget_rules)
+        is_default = excluded == [name for name in (DEFAULT_EXCLUDED,) if name in task_names]
+        parts["exclude_tasks"] = "" if is_default else _name_part(excluded) if excluded else "none"
+    parts["task_key"] = "" if task_key == "dataset" else _name_part([task_key])
     named = {"task_budget": "budget", "instance_score": "score", "exclude_tasks": "exclude"}
-    return "_".join([first, *(f"{named.get(name, name)}-{part}" for name, part in parts.items() if part)])
+    return "_".join([stem, *(f"{named.get(name, name)}-{part}" for name, part in parts.items() if part)])
 
 
 def _name_part(texts: list[str]) -> str:

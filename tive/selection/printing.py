@@ -1,24 +1,23 @@
-"""What the two selections print: tables, what a reader of them should know, and which files there are."""
+"""What the two selections print: tables, what a reader of them may want to act on, and which files there are."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tive.method.value import mean_budgets, rounded_down
 from tive.selection.choose import AIM, FEW
+from tive.selection.files import Chosen, Files, Task
 from tive.selection.less import CheckpointFeatures, Subtask
-from tive.selection.options import BUDGET_COLUMNS, TiveOptions
-from tive.selection.summary import Task
-from tive.selection.writing import Chosen, Files
+from tive.selection.options import WITHOUT_SCORES, TiveOptions
 from tive.util.text import LABEL_LIMIT, listed, percent, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
-_NAMED = 8
 
 
 def print_files(files: Files, chosen: Chosen) -> None:
@@ -26,169 +25,142 @@ def print_files(files: Files, chosen: Chosen) -> None:
     size = f"{selected:,} records, {selected / records:.2%} of {records:,}"
     about = {files.subset: size, files.rows: "their rows" if files.subset else size}
     about |= {files.scores: "the scores of every record", files.summary: "arguments, hashes, tasks"}
-    lines = [f"{file}  ({text})" for file, text in about.items() if file]
-    print("written:", "\n         ".join(lines))
+    print("written:", "\n         ".join(f"{file}  ({text})" for file, text in about.items() if file))
 
 
-def print_choice(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> None:
-    """Print the tasks' table, how much the weights decide, and what was left out.
-
-    Args:
-        task: int `[N]`, each record's task.
-    """
-    total = {"task": "total", "records": f"{len(task):,}", "budget": f"{_budget(chosen):,.1f}"}
-    total |= {"selected": f"{chosen.times_selected.sum():,}"}
-    _print_rows([*(_row(entry, options) for entry in chosen.tasks), total])
-    for sentence in _sentences(chosen, task, options):
-        print(sentence)
-
-
-def _print_rows(rows: Sequence[Mapping[str, str]]) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of rows that have their cells by column; some may lack columns."""
     columns = max((tuple(row) for row in rows), key=len)
-    print_table([columns, *(tuple(row.get(column, "") for column in columns) for row in rows)])
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    print_table([columns, *(tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in cells)])
     print()
 
 
-def _row(task: Task, options: TiveOptions) -> dict[str, str]:
-    row = {"task": task.name, "records": f"{task.records:,}"}
+def print_choice(chosen: Chosen, options: TiveOptions) -> None:
+    """Print the tasks' table and sentences on it."""
+    included = [task for task in chosen.tasks if not task.excluded]
+    records, selected = len(chosen.times_selected), int(chosen.times_selected.sum())
+    total = sum(task.budget_before_rounding or 0 for task in included)
+    sums = {"task": "total", "records": records, "budget": f"{total:,.1f}", "selected": selected}
+    _print_rows([*(_row(task, options) for task in chosen.tasks), sums])
+    print(f"sampling: {_sampling(included, options)}")
+    if options.from_sample:
+        _print_errors(chosen, included)
+    whole, without = rounded_down(total), [task.name for task in included if not task.selected]
+    lost = whole - selected
+    if lost > (0 if without else whole / 100):
+        print(
+            f"rounding down loses {lost:,} of {whole:,} records ({percent(lost / whole)}); rounding largest_remainder "
+            f"selects exactly {whole:,}"
+        )
+    if without:
+        print(f"{len(without):,} of {len(included):,} tasks get nothing ({listed(without)}); raise p to reach them")
+    if small := [*_small_shares(included, total, options, records)]:
+        more = f" and {len(small) - 8:,} more" if len(small) > 8 else ""
+        print(
+            f"budget below a fifth of the task's share of the records: {', '.join(small[:8])}{more} "
+            "(docs/selection.md, Budgets)"
+        )
+    if repeated := [
+        f"{task.name} ({task.selected:,} of {task.distinct:,} records)"
+        for task in included
+        if task.selected > task.distinct
+    ]:
+        print(
+            f"taken more than once, because the budget is above the records: {listed(repeated)}; at_most_once gives "
+            "what is over to the other tasks"
+        )
+    _print_left_out(chosen, "count in no mean and are never drawn")
+
+
+def _row(task: Task, options: TiveOptions) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": task.name, "records": task.records}
     if task.excluded:
         return row | {"selected": "excluded"}
     if task.sampled is not None:
-        row["with features"] = f"{task.sampled:,}"
+        row["with features"] = task.sampled
     if task.value is not None:
-        row["mean gradient norm"] = f"{task.value:.4g}"
-        if task.value_error is not None:
-            row["mean gradient norm"] += f" ± {task.value_error:.2g}"
+        error = "" if task.value_error is None else f" ± {task.value_error:.2g}"
+        row["mean gradient norm"] = f"{task.value:.4g}{error}"
     row |= {f"by {rule}": f"{part:,.1f}" for rule, part in (task.budget_parts or {}).items()}
-    if options.task_budget in BUDGET_COLUMNS and options.task_budget != "difficulty":
+    if task.basis is not None and options.task_budget not in ("difficulty", *WITHOUT_SCORES):
         row[f"mean {options.task_budget}"] = f"{task.basis:.4g}"
     row["budget"] = f"{task.budget_before_rounding:,.1f}"
     if task.budget_interval is not None:
         row["95%"] = " to ".join(f"{end:,.1f}" for end in task.budget_interval)
-    row["selected"] = f"{task.selected:,}"
+    row["selected"] = task.selected
     if not options.from_sample:
         row["effective sample size"] = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
     return row
 
 
-def _budget(chosen: Chosen) -> float:
-    """The records that there were to spend, before rounding."""
-    return sum(task.budget_before_rounding or 0 for task in chosen.tasks)
-
-
-def _sentences(chosen: Chosen, task: np.ndarray, options: TiveOptions) -> Iterator[str]:
-    included = [entry for entry in chosen.tasks if not entry.excluded]
+def _sampling(included: Sequence[Task], options: TiveOptions) -> str:
+    """What decides within a task, and of weights how near to uniform they are."""
     if options.sampling == "top":
-        yield f"sampling: the highest {options.instance_score} of each task; q and seed play no part"
-    elif options.sampling == "clusters":
-        yield "sampling: the records nearest to the centres of clusters of each task's features; q plays no part"
-    elif options.instance_score == "random" or options.from_sample:
-        yield "sampling: every record of a task is as likely as any other; q plays no part"
-    else:
-        yield _weights(chosen, task, included, options)
-    if options.from_sample:
-        yield from _sample(chosen, included)
-    yield from _rounding(chosen, included)
-    yield from _small_shares(chosen, included, options)
-    if repeated := [
-        f"{entry.name} ({entry.selected:,} of {entry.distinct:,} records)"
-        for entry in included
-        if entry.selected > entry.distinct
-    ]:
-        yield (
-            f"taken more than once, because the budget is above the records: {listed(repeated)}; at_most_once gives "
-            "what is over to the other tasks"
-        )
-    if options.at_most_once and (full := [entry.name for entry in included if entry.selected == entry.counted]):
-        yield f"taken whole: {listed(full)}; what their budgets have over went to the other tasks in proportion"
-    yield from _left_out(chosen, "count in no mean and are never drawn")
-
-
-def _weights(chosen: Chosen, task: np.ndarray, included: Sequence[Task], options: TiveOptions) -> str:
-    """How near to uniform the draw is, in words and numbers."""
-    ratio = 1.0
-    for index, entry in enumerate(chosen.tasks):
-        if not entry.excluded:
-            weights = chosen.columns["weight"][task == index]
-            with np.errstate(divide="ignore"):
-                ratio = max(ratio, float(np.nanmax(weights) / np.nanmin(weights)))
-    share = min((entry.effective_sample_size or 0) / entry.counted for entry in included)
-    numbers = (
-        f"within a task the largest weight is at most {ratio:.{6 if ratio < 2 else 2}g} times the smallest, and the "
-        f"effective sample size at least {share:.2%} of its records"
+        return f"the highest {options.instance_score} of each task; q and seed play no part"
+    if options.sampling == "clusters":
+        return "the records nearest to the centres of clusters of each task's features; q plays no part"
+    if options.score_column is None:
+        return "every record of a task is as likely as any other; q plays no part"
+    share = min((task.effective_sample_size or 0) / task.counted for task in included)
+    size = f"the effective sample size of every task is at least {share:.2%} of its records"
+    if share <= 0.99:
+        return f"the draw leans towards high {options.instance_score} at q = {options.q}: {size}"
+    return (
+        f"all but uniform at q = {options.q}: {size}. Raise q to let {options.instance_score} decide "
+        "(docs/selection.md, Choosing q)"
     )
-    if share > 0.99:
-        return (
-            f"sampling: all but uniform at q = {options.q}: {numbers}. Raise q to let {options.instance_score} decide "
-            "(docs/selection.md, Choosing q)"
-        )
-    kind = "leans towards" if share > 0.5 else "is decided by"
-    return f"sampling: the draw {kind} high {options.instance_score} at q = {options.q}: {numbers}"
 
 
-def _sample(chosen: Chosen, included: Sequence[Task]) -> Iterator[str]:
-    """What a reader of budgets from a sample should know."""
+def _print_errors(chosen: Chosen, included: Sequence[Task]) -> None:
+    """Print how sure budgets from a sample are, and what makes them surer."""
     sampled, records = (sum(numbers) for numbers in zip(*((t.sampled or 0, t.records) for t in included), strict=True))
     # The middle of an interval is the budget before what at_most_once takes from it.
     errors = [(task.budget_error or 0) / math.sqrt(math.prod(task.budget_interval or (1, 1))) for task in included]
-    yield (
+    print(
         f"from a sample: {sampled:,} of {records:,} records have features; the largest standard error of a budget is "
         f"{max(errors):.1%} of it ({shown(included[int(np.argmax(errors))].name, LABEL_LIMIT)}); "
         f"{chosen.details['records_per_task']:,} records a task bring all under {AIM:.0%}"
     )
     if few := [f"{task.name} ({task.sampled})" for task in included if (task.sampled or 0) < min(FEW, task.counted)]:
-        yield f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}"
+        print(f"fewer than {FEW} records have features, so that the error itself is uncertain: {listed(few)}")
 
 
-def _rounding(chosen: Chosen, included: Sequence[Task]) -> Iterator[str]:
-    """What rounding the budgets costs, where it is more than 1% of the records or all of a task's."""
-    total, selected = rounded_down(_budget(chosen)), int(chosen.times_selected.sum())
-    without = [task.name for task in included if not task.selected]
-    if not without and total - selected <= total / 100:
-        return
-    parts, remedy = [], "raise p to reach them"
-    if selected < total:
-        parts.append(f"rounding down loses {total - selected:,} of {total:,} records ({percent(1 - selected / total)})")
-        remedy = f"rounding largest_remainder selects exactly {total:,}"
-    if without:
-        parts.append(f"{len(without):,} of {len(included):,} tasks get nothing ({listed(without)})")
-    yield f"{', and '.join(parts)}; {remedy}"
-
-
-def _small_shares(chosen: Chosen, included: Sequence[Task], options: TiveOptions) -> Iterator[str]:
-    """Tasks that get far less than their share of the records, and what other budgets would give them."""
-    records = np.array([task.records for task in included])
-    shares = _budget(chosen) * records / records.sum()
+def _small_shares(included: Sequence[Task], total: float, options: TiveOptions, records: int) -> Iterator[str]:
+    """The tasks that get far less than their share of the records, and what other rules would give them."""
+    shares = total * np.array([task.records for task in included]) / sum(task.records for task in included)
     values = {"equal": [np.ones(len(included))]}
     if all(task.value is not None for task in included):
         values["difficulty+equal"] = [np.array([task.value for task in included]), *values["equal"]]
     values.pop("+".join(options.budget_rules), None)
-    others = {name: mean_budgets(rules, options.p, len(chosen.times_selected)) for name, rules in values.items()}
-    small = []
+    others = {name: mean_budgets(rules, options.p, records) for name, rules in values.items()}
     for place, task in enumerate(included):
         if (task.budget_before_rounding or 0) < SMALL_SHARE * shares[place]:
-            remedies = ", ".join(f"with {name} {budgets[place]:,.0f}" for name, budgets in others.items())
+            remedies = ", ".join(f"with {rule} {budgets[place]:,.0f}" for rule, budgets in others.items())
             name = shown(task.name, LABEL_LIMIT)
-            small.append(f"{name} ({task.selected:,}, by its records {shares[place]:,.0f}; {remedies})")
-    if small:
-        more = f" and {len(small) - _NAMED:,} more" if len(small) > _NAMED else ""
-        yield (
-            f"budget below a fifth of the task's share of the records: {', '.join(small[:_NAMED])}{more} "
-            "(docs/selection.md, Budgets)"
-        )
+            yield f"{name} ({task.selected:,}, by its records {shares[place]:,.0f}; {remedies})"
 
 
-def _left_out(chosen: Chosen, effect: str) -> Iterator[str]:
-    """How many records were left out, and the three reasons that most of them have."""
+def _print_left_out(chosen: Chosen, effect: str) -> None:
+    """Print how many records were left out, and the three reasons that most of them have."""
     common = Counter(chosen.reasons.values()).most_common(4)
     if common:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in common[:3]) + (", ..." if common[3:] else "")
-        yield f"left out: {len(chosen.reasons):,} records that {effect} ({reasons})"
+        print(f"left out: {len(chosen.reasons):,} records that {effect} ({reasons})")
 
 
-def print_checkpoints(checkpoints: Sequence[CheckpointFeatures], weights: np.ndarray) -> None:
-    """Print the checkpoints' table."""
+def print_checkpoints(
+    checkpoints: Sequence[CheckpointFeatures],
+    weights: np.ndarray,
+    repeated: Sequence[int],
+    target_left_out: Mapping[int, str],
+) -> None:
+    """Print the checkpoints' table, and warnings of few checkpoints and of target records.
+
+    Args:
+        repeated: target records that the mixture holds too.
+        target_left_out: target records without a gradient.
+    """
     _print_rows(
         [
             {
@@ -202,10 +174,6 @@ def print_checkpoints(checkpoints: Sequence[CheckpointFeatures], weights: np.nda
     )
     if len(checkpoints) == 1:
         print("warning: one checkpoint only; LESS adds up several, which tell more than the last one alone")
-
-
-def print_target_warnings(repeated: Sequence[int], target_left_out: Mapping[int, str]) -> None:
-    """Warn of target records that the mixture holds too, and of those without a gradient."""
     if repeated:
         print(
             f"warning: {len(repeated):,} target records are also records of the mixture (the first: target record "
@@ -220,15 +188,14 @@ def print_target_warnings(repeated: Sequence[int], target_left_out: Mapping[int,
 
 
 def print_target_choice(chosen: Chosen) -> None:
-    """Print the tables of tasks and of subtasks, the subtasks that no selected record serves best, and what was left
-    out."""
+    """Print the tables of tasks and of subtasks, and the subtasks that no selected record serves best."""
     whole = Task("total", len(chosen.times_selected), 0, int(chosen.times_selected.sum()), 0)
     _print_rows(
         [
             {
                 "task": task.name,
-                "records": f"{task.records:,}",
-                "selected": f"{task.selected:,}",
+                "records": task.records,
+                "selected": task.selected,
                 "share of the task": percent(task.selected / task.records),
             }
             for task in (*chosen.tasks, whole)
@@ -239,10 +206,10 @@ def print_target_choice(chosen: Chosen) -> None:
         [
             {
                 "subtask": subtask.name,
-                "target records": f"{subtask.records:,}",
+                "target records": subtask.records,
                 "mean score": f"{subtask.mean_score:.4f}",
                 "mean score of the selected": f"{subtask.mean_score_of_selected:.4f}",
-                "best served by it": f"{subtask.selected:,}",
+                "best served by it": subtask.selected,
             }
             for subtask in subtasks
         ]
@@ -252,5 +219,4 @@ def print_target_choice(chosen: Chosen) -> None:
             f"{len(without):,} of {len(subtasks):,} subtasks have no selected record that serves them best: "
             f"{listed(without)} (docs/less.md, Over the subtasks)"
         )
-    for sentence in _left_out(chosen, "have no score and are never selected"):
-        print(sentence)
+    _print_left_out(chosen, "have no score and are never selected")
