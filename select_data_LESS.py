@@ -63,8 +63,8 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
-    from tive.selection.files import check_writable, files_of, write_selection
     from tive.selection.mixture import bar, read_mixture, reasons_left_out, record_scores
+    from tive.selection.output import check_writable, files_of, write_selection
     from tive.util.device import usable_device
 
     device = usable_device(arguments.device)

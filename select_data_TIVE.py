@@ -94,7 +94,7 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
-    from tive.selection.files import check_writable, files_of, write_selection
+    from tive.selection.output import check_writable, files_of, write_selection
     from tive.selection.printing import print_choice, print_files
     from tive.util.device import usable_device
 

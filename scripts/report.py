@@ -12,7 +12,7 @@ from tive.report.comparison import comparison, evaluations
 from tive.report.page import Page, write_page
 from tive.report.samples import open_samples
 from tive.report.sections import selection_sections
-from tive.selection.files import SUMMARY_END, Selection, find_summaries, read_selection
+from tive.selection.output import SUMMARY_END, Selection, find_summaries, read_selection
 from tive.util.errors import UserError, run
 from tive.util.text import percent, plural, shown
 

@@ -27,7 +27,7 @@ from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers,
 from tive.features.launch import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
-from tive.selection.files import SUMMARY_END, find_summaries, read_selection
+from tive.selection.output import SUMMARY_END, find_summaries, read_selection
 from tive.util.errors import UserError
 from tive.util.errors import run as run_script
 from tive.util.files import read_json

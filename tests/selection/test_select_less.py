@@ -17,9 +17,9 @@ import torch
 import select_data_LESS
 from tests.helpers.feature_files import call, mixture, random_features, record, refusal, write_features
 from tive.method.target import checkpoint_weights, mean_rates_since, round_robin, votes
-from tive.selection.files import find_summaries, read_selection
 from tive.selection.less import repeated_in
 from tive.selection.mixture import read_mixture
+from tive.selection.output import find_summaries, read_selection
 
 main = select_data_LESS.main
 STEPS = (105, 211)

@@ -11,7 +11,7 @@ import pytest
 import select_data_LESS
 from tests.helpers.feature_files import call
 from tests.helpers.less import CHECKPOINTS, EXPECTED, GOLDEN, run_less
-from tive.selection.files import find_summaries, read_selection
+from tive.selection.output import find_summaries, read_selection
 
 main = select_data_LESS.main
 

@@ -452,7 +452,7 @@ def test_a_run_that_fails_overwrites_nothing(made, tmp_path, capsys, monkeypatch
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tive.selection.files.csv.writer", full_disk)
+    monkeypatch.setattr("tive.selection.output.csv.writer", full_disk)
     assert "No space left" in refusal(capsys, main, *paths(made[0], tmp_path), "--seed", 5)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -14,7 +14,9 @@ import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
 from tive.data.records import open_records
 from tive.features.lookup import open_features
-from tive.selection.files import (
+from tive.selection.mixture import NO_TASK, read_mixture
+from tive.selection.options import TiveOptions, stem_of
+from tive.selection.output import (
     Chosen,
     Files,
     Task,
@@ -24,8 +26,6 @@ from tive.selection.files import (
     read_selection,
     write_selection,
 )
-from tive.selection.mixture import NO_TASK, read_mixture
-from tive.selection.options import TiveOptions, stem_of
 from tive.util.errors import UserError
 from tive.util.files import sha256_of
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tive.evaluation.results import INTERVAL, Evaluation, tables
 from tive.report import plots
 from tive.report.page import Block, Plot, Section, Table, by_name, name
-from tive.selection.files import Selection
+from tive.selection.output import Selection
 from tive.util.errors import UserError
 from tive.util.text import percent, plural, short
 

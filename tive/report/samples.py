@@ -16,7 +16,7 @@ from tive.data.images import BadImage, read_image
 from tive.data.media import StoredImage
 from tive.data.records import Records, open_records
 from tive.report.page import Block, Card, Cards, Section, name
-from tive.selection.files import Selection
+from tive.selection.output import Selection
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, plural, short, shown
 

@@ -18,9 +18,9 @@ from tive.method.value import effective_sample_size, instance_weights
 from tive.report import plots
 from tive.report.page import Block, Plot, Section, Table, by_name, facts, name
 from tive.report.samples import Group, Samples, groups_of_tasks, sample_records
-from tive.selection.files import Selection, Size
 from tive.selection.less import Subtask
 from tive.selection.options import column_of
+from tive.selection.output import Selection, Size
 from tive.util.errors import UserError
 from tive.util.text import DASH, duration, memory, percent, plural, short, shown
 

@@ -22,9 +22,9 @@ from tive.method.value import (
     task_value,
     value_error,
 )
-from tive.selection.files import Chosen, Task
 from tive.selection.mixture import NO_TASK
 from tive.selection.options import WITHOUT_SCORES, TiveOptions, column_of
+from tive.selection.output import Chosen, Task
 from tive.util.errors import UserError
 from tive.util.text import LABEL_LIMIT, command, listed, shown
 

@@ -23,7 +23,6 @@ from tive.method.target import (
     votes,
 )
 from tive.method.value import rounded_down
-from tive.selection.files import Chosen, Task
 from tive.selection.mixture import (
     Mixture,
     reasons_left_out,
@@ -33,6 +32,7 @@ from tive.selection.mixture import (
     refuse_problems,
 )
 from tive.selection.options import LessOptions
+from tive.selection.output import Chosen, Task
 from tive.util.errors import UserError
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from tive.method.value import mean_budgets, rounded_down
 from tive.selection.choose import AIM, FEW
-from tive.selection.files import Chosen, Files, Task
 from tive.selection.less import CheckpointFeatures, Subtask
 from tive.selection.options import WITHOUT_SCORES, TiveOptions
+from tive.selection.output import Chosen, Files, Task
 from tive.util.text import LABEL_LIMIT, listed, percent, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
