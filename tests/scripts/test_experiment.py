@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -12,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.experiment import mixture, plan, statistics, tables
+from scripts.experiment import mixture, plan, tables
 from scripts.experiment.plan import FULL, SMALL, Run, runs
-from scripts.experiment.results import measures
-from scripts.experiment.statistics import Difference, difference, holm_levels, verdict
+from scripts.experiment.tables import holm_levels, interval, is_below, is_equal, measures, p_value, shown
 from tests.helpers.packages import write_packages
 from tive.util.errors import UserError
 
@@ -28,17 +28,19 @@ RESULTS = ROOT / "docs" / "results"
     ("freedom", "probability", "t"),
     [(1, 0.95, 12.7062), (2, 0.95, 4.3027), (7, 0.95, 2.3646), (7, 0.99, 3.4995), (30, 0.95, 2.0423)],
 )
-def test_quantiles_are_those_of_students_table(freedom, probability, t):
-    cell = Difference(t, 1.0, freedom)
-    assert cell.half_width(1 - probability) == pytest.approx(t, abs=1e-4)
-    assert cell.p == pytest.approx(1 - probability, abs=1e-5)
+def test_intervals_and_p_values_are_those_of_students_table(freedom, probability, t):
+    pairs = np.linspace(-1, 1, freedom + 1)
+    pairs += t * pairs.std(ddof=1) / math.sqrt(len(pairs))  # so the interval ends at 0
+    mean, low, high = interval(pairs, 1 - probability)
+    assert low == pytest.approx(0, abs=1e-4) and high == pytest.approx(2 * mean, abs=1e-4)
+    if len(pairs) >= plan.FEWEST_SEEDS:
+        assert p_value(pairs) == pytest.approx(1 - probability, abs=1e-5)
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():
     numbers = np.random.default_rng(0)
-    cells = [difference(numbers.normal(0.3, 1.0, 8)) for _ in range(1500)]
-    covered = np.mean([abs(cell.mean - 0.3) <= cell.half_width() for cell in cells])
-    assert abs(covered - 0.95) < 0.02
+    intervals = [interval(numbers.normal(0.3, 1.0, 8)) for _ in range(1500)]
+    assert abs(np.mean([low <= 0.3 <= high for _, low, high in intervals]) - 0.95) < 0.02
 
 
 def test_holm_stops_at_the_first_that_fails():
@@ -46,42 +48,20 @@ def test_holm_stops_at_the_first_that_fails():
     assert holm_levels([0.3, 0.001, 0.04]) == pytest.approx([0.0, 0.05 / 3, 0.025])
 
 
-BELOW, ABOVE = difference([-1.0, -1.1, -0.9]), difference([1.0, 1.1, 0.9])
-WIDE, TINY = difference([-9.0, 9.0, 1.0]), difference([0.01, -0.02, 0.015])
-UNSURE = difference([-0.3, 0.3, 0.01])
+UNSURE, TINY = [-0.3, 0.3, 0.01], [0.01, -0.02, 0.015]
+BELOW, ABOVE = [-1.0, -1.1, -0.9], [1.0, 1.1, 0.9]
 
 
 @pytest.mark.parametrize(
-    ("cells", "word"),
-    [
-        ([BELOW, BELOW], "yes"),
-        ([ABOVE, ABOVE], "no"),
-        ([TINY, TINY], "no"),
-        ([BELOW, ABOVE], "undecided"),
-        ([BELOW, WIDE], "undecided"),
-        ([BELOW, TINY], "undecided"),
-        ([UNSURE, UNSURE], "undecided"),
-    ],
+    ("pairs", "below", "equal"),
+    [(BELOW, "yes", "no"), (ABOVE, "no", "no"), (TINY, "no", "yes"), (UNSURE, "undecided", "undecided")],
 )
-def test_the_answer_is_yes_or_no_only_where_every_cell_says_so(cells, word):
-    assert verdict(cells, [2.0, 2.0], 0.05) == word
+def test_the_answer_is_yes_or_no_only_where_the_whole_interval_says_so(pairs, below, equal):
+    assert is_below(pairs, 0.2, 0.05) == below and is_equal(pairs, 0.2) == equal
 
 
 def test_a_hypothesis_that_holms_procedure_does_not_reach_is_not_answered_with_yes():
-    assert verdict([BELOW, BELOW], [2.0, 2.0], 0.0) == "undecided"
-
-
-@pytest.mark.parametrize(
-    ("pairs", "word"),
-    [
-        ([0.01, -0.02, 0.015], "yes"),
-        ([1.0, 1.1, 0.9], "no"),
-        ([-1.0, -1.1, -0.9], "no"),
-        ([-0.3, 0.3, 0.01], "undecided"),
-    ],
-)
-def test_two_arms_are_equal_only_where_the_whole_interval_lies_within_the_margin(pairs, word):
-    assert tables.within(difference(pairs), 0.2) == word
+    assert is_below(BELOW, 0.2, 0.0) == "undecided"
 
 
 def test_every_compared_arm_has_the_seeds_that_an_answer_needs():
@@ -94,12 +74,12 @@ def test_every_compared_arm_has_the_seeds_that_an_answer_needs():
 
 def test_a_mixture_has_the_plans_records_and_of_no_task_a_held_out_picture_or_question(tmp_path):
     write_packages(tmp_path / "packages")
-    mixture.make_mixture(tmp_path, SMALL.sizes, lambda questions: [f"About {text}" for text in questions])
+    mixture.make_mixture(tmp_path, SMALL, lambda questions: [f"About {text}" for text in questions])
     made = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("captions", "mixture", "held_out")}
     counted = Counter(record["dataset"] for record in made["mixture"])
-    assert counted == {task: SMALL.sizes.of(task) for task in counted} and len(counted) == 8
-    assert set(Counter(record["dataset"] for record in made["held_out"]).values()) == {SMALL.sizes.held_out}
-    assert len(made["captions"]) == SMALL.sizes.captions and set(plan.SHORT) < set(counted)
+    assert counted == {task: SMALL.records_of(task) for task in counted} and len(counted) == 8
+    assert set(Counter(record["dataset"] for record in made["held_out"]).values()) == {SMALL.held_out}
+    assert len(made["captions"]) == SMALL.captions and set(plan.SHORT) < set(counted)
 
     def seen(name, key):
         return {key(record) for record in made[name]}
@@ -117,7 +97,9 @@ def test_a_mixture_has_the_plans_records_and_of_no_task_a_held_out_picture_or_qu
 def test_a_task_with_too_few_examples_is_named(tmp_path):
     write_packages(tmp_path / "packages")
     with pytest.raises(UserError, match="country"):
-        mixture.make_mixture(tmp_path, plan.Sizes(40, {}, 2, 4), lambda questions: [None for _ in questions])
+        mixture.make_mixture(
+            tmp_path, dataclasses.replace(SMALL, records=40), lambda questions: [None for _ in questions]
+        )
     assert not (tmp_path / "mixture.json").exists()
 
 
@@ -141,24 +123,20 @@ def test_differences_are_paired_by_seed_and_too_few_give_no_answer():
     arms = {"random": 5.0, "equal": 5.0, "tive": 4.9, "tive_from_sample": 4.9, "difficulty_equal": 4.5}
     measured = measured_of(4, **arms)
     assert tables.paired(measured, "tive", "random") == pytest.approx([-0.1] * 4)
-    words = {said.hypothesis: said.word for said in tables.answers(measured | {Run("all", 0): {"mean": 3.0}})}
-    assert words == {
-        "difficulty_equal below random": "yes",
-        "difficulty_equal below equal": "yes",
-        "difficulty_equal below tive": "yes",
-        "tive_from_sample equal to tive": "yes",
+    answers = dict(row[:2] for row in tables.answer_rows(measured | {Run("all", 0): {"mean": 3.0}})[1:])
+    assert answers == {
+        "difficulty_equal below random": "**yes**",
+        "difficulty_equal below equal": "**yes**",
+        "difficulty_equal below tive": "**yes**",
+        "tive_from_sample equal to tive": "**yes**",
     }
-    assert {said.word for said in tables.answers(measured_of(2, **arms))} == {"not run"}
-    assert tables.answers(measured)[-1].word == "not run"  # without all records there is no gap to measure by
+    assert {row[1] for row in tables.answer_rows(measured_of(2, **arms))[1:]} == {"**not run**"}
+    assert tables.answer_rows(measured)[-1][1] == "**not run**"  # without all records there is no gap to measure by
 
 
-def test_the_difference_of_equal_runs_is_no_difference():
-    assert difference([0.0, 0.0]).p == 1.0 and statistics.LEVEL == 0.05
-
-
-def test_of_a_single_pair_no_error_is_known():
-    cell = difference([0.5])
-    assert cell.mean == 0.5 and math.isnan(cell.error) and cell.freedom == 0
+def test_equal_runs_do_not_differ_and_of_a_single_pair_no_interval_is_shown():
+    assert p_value([0.0, 0.0, 0.0]) == 1.0 and tables.LEVEL == 0.05
+    assert shown([0.5]) == "+0.5000" and shown([]) == "-"
 
 
 def tables_of(text: str) -> dict[str, list[list[str]]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from scripts.experiment import run
-from scripts.experiment.plan import SMALL, runs
-from scripts.experiment.results import BASE, read_csv, read_losses, write_csv
+from scripts.experiment.plan import BASE, SMALL, runs
 from scripts.experiment.smollm2 import missing
+from scripts.experiment.tables import read_csv, read_losses, write_csv
 from tests.helpers.packages import write_packages
 from tive.util.errors import UserError
 
