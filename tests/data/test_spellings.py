@@ -131,6 +131,15 @@ REFUSED = {
         {"messages": [says("user", "x"), says("assistant", "y")], "rejected_response": "z"},
         "`rejected_response`",
     ),
+    "a preferred answer without turns": (
+        {"prompt": [says("user", "x")], "chosen": [says("assistant", "y")]},
+        "`chosen`",
+    ),
+    "a judged answer": ({"messages": [says("user", "x"), says("assistant", "y")], "label": False}, "`label`"),
+    "a system prompt that is a list": (
+        {"messages": [says("user", "x"), says("assistant", "y")], "system": ["z"]},
+        "`system`",
+    ),
     "tools": ({"messages": [says("user", "x"), says("assistant", "y")], "tools": [{"name": "a"}]}, "`tools`"),
     "an option of the template": (
         {"messages": [says("user", "x"), says("assistant", "y")], "chat_template_kwargs": {"enable_thinking": False}},
@@ -179,6 +188,10 @@ def test_the_answers_of_a_prompt_are_not_trained_on():
     assert [is_trained_on(turn) for turn in turns if turn["from"] == "gpt"] == [False, True]
 
 
+def test_a_text_that_holds_an_empty_list_of_tools_says_nothing():
+    assert form_problem(record_with(("human", "a"), ("gpt", "b")) | {"tools": "[]"}) is None
+
+
 @pytest.mark.parametrize("empty", [None, "", [], {}, [None]])
 @pytest.mark.parametrize("key", ["messages", "image", "images", "video", "tools", "objects", "rejected", "system"])
 def test_an_empty_key_is_no_key(key, empty):
@@ -202,9 +215,7 @@ OTHER_TAGS = [
 
 @pytest.mark.parametrize("mark", [*OTHER_TAGS, ""])
 def test_images_without_a_tag_are_counted_and_what_stands_there_is_named(tmp_path, mark):
-    records = [
-        record_with(("human", text), ("gpt", "a"), image="0.png") for text in ("<image>\nb", f"{mark}b", f"{mark}c")
-    ]
+    records = [record_with(("human", text), ("gpt", "a"), image="0.png") for text in ("<image>\nb", "b", f"{mark}c")]
     scan = scan_records(open_records(write(tmp_path / "a.json", json.dumps(records))), problem_of)
     (note,) = tag_notes(scan, range(3))
     assert "2 records" in note and "record 1" in note and (not mark or f"`{mark}`" in note)

@@ -228,7 +228,7 @@ def _part(part: Any, index: int) -> tuple[str, Any]:
             raise ValueError(f"has an image part in turn {index} that names more than one image, or none")
         value = named[0].removeprefix("file://") if named else number
     else:
-        raise ValueError(f"has a part in turn {index} that is neither a text nor an image")
+        raise ValueError(f"has a part in turn {index} that is neither a text nor an image (type {shown_value(kind)})")
     for key, other in rest.items():
         if key not in NOTES and not is_empty(other):
             raise ValueError(f"has `{shown(key, 40)}` in a part of turn {index}, which is not followed; remove the key")

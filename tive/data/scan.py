@@ -25,6 +25,9 @@ from tive.data.trained import plain_images
 from tive.util.errors import UserError
 from tive.util.text import command, listed
 
+# Records without a tag that are read again for what stands there instead.
+_LOOKED_INTO = 100
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -147,8 +150,9 @@ def tag_notes(scan: Scan, rows: range) -> list[str]:
             f"first: record {tags[0]}); where an image is meant, name it under `image`"
         )
     if images := [row for row in scan.images_alone if row in rows]:
-        mark = placeholder_in(to_llava(scan.records[images[0]])["conversations"])
-        instead = f", in which `{mark}` stands" if mark else ""
+        marks = (placeholder_in(to_llava(scan.records[row])["conversations"]) for row in images[:_LOOKED_INTO])
+        mark = next(filter(None, marks), None)
+        instead = f"; `{mark}` stands in some" if mark else ""
         notes.append(
             f"{len(images):,} records name an image and have no {IMAGE_TAG} in their text, and the model does not see "
             f"it (the first: record {images[0]}{instead}); write {IMAGE_TAG} where the image belongs"

@@ -45,13 +45,14 @@ def conversation_of(record: Any) -> dict[str, Any]:
 
 def _followed(record: Any) -> dict[str, Any]:
     """`conversation_of`, whatever keys its turns have."""
+    if isinstance(record, dict) and (key := _acted_on(record)):
+        raise ValueError(
+            f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
+        )
     conversation = to_llava(record)
     turns = conversation["conversations"]
-    for key in sorted(record.keys() & _ACTED_ON):
-        if not is_empty(record[key]):
-            raise ValueError(
-                f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
-            )
+    if not isinstance(conversation.get("system", ""), str):
+        raise ValueError("has a `system` that is not a text; write the system prompt as one")
     if not is_empty(record.get("objects")):
         for mark in ("<bbox>", "<ref-object>"):
             if any(mark in turn["value"] for turn in turns):
@@ -65,6 +66,16 @@ def _followed(record: Any) -> dict[str, Any]:
     if not turns:
         raise ValueError("has no turns")
     return conversation
+
+
+def _acted_on(record: dict[str, Any]) -> str | None:
+    """A key of a record that trainers act on and that is not followed here."""
+    for key in sorted(record.keys() & _ACTED_ON):
+        if not is_empty(record[key]) and record[key] not in ("[]", "{}"):  # a list of tools is mostly JSON in a text
+            return key
+    # TRL's and ms-swift's KTO: whether the answer is a good one.
+    is_kto = isinstance(record.get("label"), bool) and is_empty(record.get("conversations"))
+    return "label" if is_kto else None
 
 
 def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
