@@ -119,8 +119,8 @@ def main() -> None:
     from tive.features.gradient_pass import PassOptions, compute_chunk
     from tive.features.launch import compute_open_chunks, place_of
     from tive.features.step import gradient_kind, load_step
-    from tive.models import ModelFiles, family_of
-    from tive.models.common import base_folder
+    from tive.models import ModelFiles, family_of, pads_images
+    from tive.models.checkpoint import base_folder
     from tive.util.device import device_of, dtype_of
 
     place = place_of(a.num_chunks, a.chunk_idx, os.environ)
@@ -165,7 +165,7 @@ def main() -> None:
     options = PassOptions(
         folder=Path(a.output_file),
         image_folder=a.image_folder,
-        read_image=partial(open_image, padded=family.pads_images(files)) if a.check_images == "full" else None,
+        read_image=partial(open_image, padded=pads_images(files)) if a.check_images == "full" else None,
         skip_bad=a.on_bad_record == "skip",
         overwrite=a.overwrite,
         batch_size=a.batch_size,

@@ -95,7 +95,7 @@ def main() -> None:
     from tive.features.launch import hold
     from tive.features.loader import workers_beside
     from tive.models import ModelFiles, family_of
-    from tive.models.common import base_folder
+    from tive.models.checkpoint import base_folder
     from tive.models.training_record import versions_of
     from tive.util.device import device_name, device_of, dtype_of
     from tive.util.text import print_table

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tive.features.batches import Batches
 from tive.models import Encoded, Family, LeftOut, ModelFiles, Reference, family_of
-from tive.models.common import base_folder, target_modules
+from tive.models.checkpoint import base_folder
+from tive.models.common import target_modules
 from tive.util.device import device_of, dtype_of
 from tive.util.errors import UserError
 

@@ -6,12 +6,10 @@ import argparse
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tive.method.gradients import gradient_features
 from tive.method.projection import make_projector, project
-from tive.models import Collated
-from tive.models.common import PIECE, losses_at_supervised, losses_of_logits, supervised_tokens
+from tive.models.common import PIECE, collated, losses_at_supervised
 from tive.util.device import device_of, forget_peak, peak_memory
 
 HIDDEN, RANK, MATRICES, VOCABULARY = 4096, 128, 256, 32000
@@ -51,15 +49,15 @@ def run(arguments: argparse.Namespace) -> None:
 def loss_memory(arguments: argparse.Namespace, device: torch.device, pieces: bool) -> float:
     """GiB that the losses of every token and their gradients need; the hidden states are narrow."""
     labels = [np.ones(arguments.tokens + 1, np.int64)] * arguments.batch_size
-    supervised = Collated({}, supervised_tokens(labels, arguments.tokens + 1)).to(device).supervised
+    batch = collated({}, labels, arguments.tokens + 1).to(device)
     hidden = torch.randn(arguments.batch_size, arguments.tokens + 1, 256, device=device).requires_grad_()
     head = torch.nn.Linear(256, VOCABULARY, bias=False, device=device).requires_grad_(False)
     forget_peak(device)
     before = peak_memory(device)
-    losses: Tensor
+    states = hidden.flatten(0, 1)[batch.positions]
     if pieces:
-        losses = losses_at_supervised(hidden, head, supervised).losses
+        losses = losses_at_supervised(states, head, batch).losses
     else:
-        losses = losses_of_logits(head(hidden.flatten(0, 1)[supervised.positions]), supervised).losses
+        losses = torch.nn.functional.cross_entropy(head(states).float(), batch.targets, reduction="none")
     losses.sum().backward()
     return (peak_memory(device) - before) / 2**30

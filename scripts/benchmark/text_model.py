@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tive.models import Collated, Encoded, RecordLosses, Reference
-from tive.models.common import IGNORE, losses_at_supervised, supervised_tokens
+from tive.models.common import IGNORE, collated, losses_at_supervised
 
 VOCABULARY = 4096
 LORA_RANK = 8
@@ -54,11 +54,11 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
     tokens = np.stack([record.inputs for record in records])
     labels = tokens.copy()
     labels[:, : tokens.shape[1] - records[0].supervised] = IGNORE
-    return Collated({"input_ids": torch.from_numpy(tokens)}, supervised_tokens(list(labels), tokens.shape[1]))
+    return collated({"input_ids": torch.from_numpy(tokens)}, list(labels), tokens.shape[1])
 
 
 def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
     """Losses of records of one length."""
     batch = (records if isinstance(records, Collated) else collate(reference, records)).to(reference.device)
     hidden = reference.model.model(**batch.inputs, use_cache=False).last_hidden_state
-    return losses_at_supervised(hidden, reference.model.lm_head, batch.supervised, el2n)
+    return losses_at_supervised(hidden.flatten(0, 1)[batch.positions], reference.model.lm_head, batch, el2n)

@@ -82,7 +82,7 @@ def plain_answer(reference, prompt, max_new_tokens: int) -> str:
 
 def test_answers_of_a_batch_are_those_of_a_plain_loop_one_token_after_the_other(golden):
     records = encode_golden(golden)[:14]
-    prompts = [answer.prompt for record in records for answer in llava.answers(golden.processor, record)]
+    prompts = [prompt for record in records for prompt, _ in llava.answers(golden.processor, record)]
     shown = [prompt for prompt in prompts if prompt.inputs.pixels is not None]
     texts = [prompt for prompt in prompts if prompt.inputs.pixels is None]
     for batch in (shown[:5], texts[:5], [*shown[5:8], *texts[5:7]]):
@@ -96,17 +96,17 @@ def test_the_answers_of_a_record_are_its_turns_each_behind_all_that_came_before(
         turns = turns[turns[0]["from"] == "gpt" :]
         expected = [" ".join(turn["value"].split()) for turn in turns if turn["from"] == "gpt"]
         answers = llava.answers(golden.processor, encoded)
-        assert [" ".join(answer.expected.split()) for answer in answers] == expected[: len(answers)]
+        assert [" ".join(text.split()) for _, text in answers] == expected[: len(answers)]
         assert len(answers) == len(expected) or encoded.length == golden.processor.max_length
-        for answer in answers:
-            whole, before = encoded.inputs.ids, answer.prompt.inputs.ids
+        for prompt, _ in answers:
+            whole, before = encoded.inputs.ids, prompt.inputs.ids
             assert (whole[: len(before)] == before).all() and encoded.inputs.labels[len(before)] != IGNORE
 
 
 def test_an_answer_cut_at_the_maximum_length_is_not_asked_for(golden):
     encoded = encode_golden(golden)[0]
-    last = llava.answers(golden.processor, encoded)[-1]
-    shorter = replace(golden.processor, max_length=last.prompt.length + 1)
+    last, _ = llava.answers(golden.processor, encoded)[-1]
+    shorter = replace(golden.processor, max_length=last.length + 1)
     assert len(llava.answers(shorter, encoded)) == len(llava.answers(golden.processor, encoded)) - 1
 
 
@@ -128,8 +128,8 @@ def test_an_answer_that_the_model_itself_gives_is_exact(golden, tmp_path):
     records = []
     for record in (record for record in RECORDS if "image" in record):
         encoded = llava.encode(golden.processor, record, str(GOLDEN / "images"))
-        first = llava.answers(golden.processor, encoded)[0]
-        (text,) = llava.generate(golden, [first.prompt], 4)
+        first, _ = llava.answers(golden.processor, encoded)[0]
+        (text,) = llava.generate(golden, [first], 4)
         if record["conversations"][0]["from"] == "human" and any(map(str.isalnum, text)):
             records.append({**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": text}]})
         if len(records) == 3:

@@ -46,8 +46,8 @@ def test_the_first_token_of_an_answer_is_the_most_probable_after_all_that_comes_
             best = reference.model(**inputs, use_cache=False).logits[0].argmax(dim=-1)
         answers = native.answers(reference.processor, encoded)
         asked += len(answers)
-        texts = native.generate(reference, [answer.prompt for answer in answers], 1)
-        ends = [int(best[answer.prompt.length - 1]) for answer in answers]
+        texts = native.generate(reference, [prompt for prompt, _ in answers], 1)
+        ends = [int(best[prompt.length - 1]) for prompt, _ in answers]
         assert texts == [tokenizer.decode([number], skip_special_tokens=True).strip() for number in ends]
     assert asked
 
@@ -59,7 +59,7 @@ def test_the_answers_of_a_record_are_its_turns(model):
         turns = record["conversations"]
         turns = turns[turns[0]["from"] == "gpt" :]
         expected = [turn["value"].strip() for turn in turns if turn["from"] == "gpt"]
-        answers = [answer.expected for answer in native.answers(reference.processor, encoded)]
+        answers = [expected for _, expected in native.answers(reference.processor, encoded)]
         assert answers and set(answers) <= set(expected)
 
 
@@ -67,7 +67,7 @@ def test_generation_leaves_the_model_as_it_was():
     reference = loaded("qwen2_5_vl")
     before = reference.model.generation_config
     ((_, encoded), *_) = encoded_records("qwen2_5_vl", reference)
-    native.generate(reference, [native.answers(reference.processor, encoded)[0].prompt], 2)
+    native.generate(reference, [native.answers(reference.processor, encoded)[0][0]], 2)
     assert reference.model.generation_config is before
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -76,7 +77,7 @@ REFUSED: dict[str, tuple[Callable[[SimpleNamespace], object], str]] = {
     "a base of another config": (lambda m: edit(m.base / "config.json", rope_theta=5e5), "config.json is another"),
     "another tower": (lambda m: other_weights(m.tower), "the vision tower"),
     "an unknown template": (
-        lambda m: write_record(m.lora, dataclasses.replace(m.record, template="mpt")),
+        lambda m: write_record(m.lora, msgspec.structs.replace(m.record, template="mpt")),
         "the template mpt is none of v1",
     ),
     "another aspect ratio": (lambda m: edit(m.lora / "config.json", image_aspect_ratio="square"), "image_aspect_ratio"),
@@ -120,7 +121,7 @@ def test_what_is_not_computed_is_refused_before_anything_is_loaded(model: Simple
 
 def test_another_base_has_another_identity(model: SimpleNamespace) -> None:
     before = llava.identity(model.files)
-    write_record(model.lora, dataclasses.replace(model.record, template="llava_llama_2"))
+    write_record(model.lora, msgspec.structs.replace(model.record, template="llava_llama_2"))
     template = llava.identity(model.files)
     write_record(model.lora, model.record)
     assert llava.identity(model.files) == before != template

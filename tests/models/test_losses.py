@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tive.models import common
-from tive.models.common import IGNORE, Supervised, losses_at_supervised, supervised_tokens
+from tive.models import Collated, RecordLosses, common
+from tive.models.common import IGNORE, collated, losses_at_supervised
 
 WIDTH, WORDS = 8, 50
 
 
-def batch(seed: int = 0) -> tuple[torch.Tensor, list[np.ndarray], Supervised]:
+def batch(seed: int = 0) -> tuple[torch.Tensor, list[np.ndarray], Collated]:
     """Hidden states of three records of unlike length, and their labels."""
     random = np.random.default_rng(seed)
     labels = [np.where(random.random(size) < 0.6, random.integers(0, WORDS, size), IGNORE) for size in (17, 30, 9)]
     hidden = torch.randn(3, 30, WIDTH, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    return hidden, labels, supervised_tokens(labels, 30)
+    return hidden, labels, collated({}, labels, 30)
+
+
+def losses_of(hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], of: Collated, **more) -> RecordLosses:
+    return losses_at_supervised(hidden.flatten(0, 1)[of.positions], head, of, **more)
 
 
 def test_each_record_has_the_mean_of_its_supervised_tokens() -> None:
     hidden, labels, supervised = batch()
     head = nn.Linear(WIDTH, WORDS)
-    computed = losses_at_supervised(hidden, head, supervised, el2n=True)
+    computed = losses_of(hidden, head, supervised, el2n=True)
     for row, record in enumerate(labels):
         logits, targets = head(hidden[row, : len(record) - 1]), torch.from_numpy(record[1:])
         kept = targets != IGNORE
@@ -37,10 +43,10 @@ def test_each_record_has_the_mean_of_its_supervised_tokens() -> None:
 def test_pieces_give_the_same_losses_and_gradients(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, _, supervised = batch()
     head = nn.Linear(WIDTH, WORDS)
-    whole = losses_at_supervised(hidden, head, supervised, el2n=True)
+    whole = losses_of(hidden, head, supervised, el2n=True)
     (wanted,) = torch.autograd.grad(whole.losses.sum(), hidden)
     monkeypatch.setattr(common, "PIECE", piece)
-    pieces = losses_at_supervised(hidden, head, supervised, el2n=True)
+    pieces = losses_of(hidden, head, supervised, el2n=True)
     torch.testing.assert_close(pieces.losses, whole.losses, rtol=1e-6, atol=0)
     torch.testing.assert_close(pieces.el2n, whole.el2n, rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(pieces.losses.sum(), hidden)
@@ -62,7 +68,7 @@ def test_no_more_logits_than_a_piece_are_in_memory(monkeypatch: pytest.MonkeyPat
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        computed = losses_at_supervised(hidden, watched, supervised)
+        computed = losses_of(hidden, watched, supervised)
     assert max(made) <= 7 < len(supervised.targets) == sum(made)
     assert not [shape for shape in kept if WORDS in shape and shape != head.weight.T.shape]
     computed.losses.sum().backward()

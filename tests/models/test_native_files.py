@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -182,7 +183,10 @@ def test_the_base_has_to_be_the_one_that_the_training_recorded(
     native.load(files, CPU, torch.float32)
     printed = capsys.readouterr().out
     assert "questions and answers" in printed and "chat template" not in printed
-    write_record(Path(files.model_path), replace(record, template="another", settings={"assistant_only_loss": True}))
+    write_record(
+        Path(files.model_path),
+        msgspec.structs.replace(record, template="another", settings={"assistant_only_loss": True}),
+    )
     native.load(files, CPU, torch.float32)
     printed = capsys.readouterr().out
     assert "another chat template" in printed and "questions" not in printed

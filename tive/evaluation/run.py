@@ -124,13 +124,13 @@ def answers_of(
     def generated(batch: Sequence[Encoded]) -> list[str]:
         return family.generate(reference, batch, max_new_tokens)
 
-    asked = [(row, answer) for row, record in records.items() for answer in family.answers(reference.processor, record)]
+    asked = [(row, *pair) for row, record in records.items() for pair in family.answers(reference.processor, record)]
     exact: Counter[int] = Counter()
-    for batch, texts in batches.compute(generated, enumerate(answer.prompt for _, answer in asked)):
+    for batch, texts in batches.compute(generated, enumerate(prompt for _, prompt, _ in asked)):
         for (number, _), text in zip(batch, texts, strict=True):
-            row, answer = asked[number]
-            exact[row] += is_exact(text, answer.expected)
-    return Counter(row for row, _ in asked), exact
+            row, _, expected = asked[number]
+            exact[row] += is_exact(text, expected)
+    return Counter(row for row, *_ in asked), exact
 
 
 def results_of(store: Store, content: Sequence[str]) -> list[HeldOutResult]:

@@ -46,6 +46,15 @@ class ModelFiles:
     max_pixels: int | None = None
     load_in_4bit: bool = False
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.model_path)
+
+    @property
+    def base(self) -> Path:
+        """Where language model and tokenizer come from: the adapter's base, or a whole model's own folder."""
+        return Path(self.model_base or self.model_path)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -67,45 +76,31 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Supervised:
-    """The S supervised tokens of a batch `[B, T]`, known before anything is sent to a device.
+class Collated:
+    """The records of a batch `[B, T]` as tensors, on the CPU or on a device, with its S supervised tokens.
 
     Attributes:
-        positions: int64 `[S]`: where each is predicted, one before it, counted through the flattened batch.
+        inputs: the family's own.
+        positions: int64 `[S]`: where each supervised token is predicted, one before it, in the flattened batch.
         targets: int64 `[S]`: their ids.
         owners: int64 `[S]`: their records.
         counts: float32 `[B]`: how many each record has.
     """
 
+    inputs: dict[str, Tensor]
     positions: Tensor
     targets: Tensor
     owners: Tensor
     counts: Tensor
 
-
-@dataclass(frozen=True)
-class Collated:
-    """The records of a batch as tensors, on the CPU or on a device; `inputs` belong to the family."""
-
-    inputs: dict[str, Tensor]
-    supervised: Supervised
-
     def each(self, change: Callable[[Tensor], Tensor]) -> Collated:
         """The same with every tensor changed."""
-        inputs = {name: change(part) for name, part in self.inputs.items()}
-        return Collated(inputs, Supervised(*(change(part) for part in vars(self.supervised).values())))
+        inputs, *supervised = vars(self).values()
+        return Collated({name: change(part) for name, part in inputs.items()}, *map(change, supervised))
 
     def to(self, device: torch.device) -> Collated:
         """The same on a device; from pinned memory nothing waits for the copy."""
         return self.each(lambda part: part.to(device, non_blocking=True))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer that a record asks for: all that stands before it, ready to be put in a batch, and its text."""
-
-    prompt: Encoded
-    expected: str
 
 
 @dataclass(frozen=True)
@@ -160,9 +155,6 @@ class Family(Protocol):
         It is not asked about a plain record (`tive.data.trained.plain_images`), which every family reads.
         """
 
-    def pads_images(self, files: ModelFiles) -> bool:
-        """Whether images are padded to a square, so that one long side alone can make them too large."""
-
     def encode(self, processor: Any, record: dict[str, Any], image_folder: str) -> Encoded:
         """One record, in a loader's worker; raises `LeftOut` with the reason why it has no gradient."""
 
@@ -174,14 +166,20 @@ class Family(Protocol):
     ) -> RecordLosses:
         """The losses of a batch, collated or not, with the graph that their gradients need; reads nothing back."""
 
-    def answers(self, processor: Any, record: Encoded) -> list[Answer]:
-        """Each answer of a record that can be asked for, the true earlier turns before it.
+    def answers(self, processor: Any, record: Encoded) -> list[tuple[Encoded, str]]:
+        """Each answer of a record that can be asked for: all that stands before it, as a record, and its text.
 
         One that was cut at the maximum length cannot be, nor one before an image that a later turn brings.
         """
 
     def generate(self, reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         """What the model answers to prompts of one group, greedily, cut after `max_new_tokens` tokens."""
+
+
+def pads_images(files: ModelFiles) -> bool:
+    """Whether a model's images are padded to a square, so that one long side alone can make them too large."""
+    config = files.folder / "config.json"
+    return config.is_file() and read_object(config).get("image_aspect_ratio") == "pad"
 
 
 def family_of(files: ModelFiles) -> Family:
@@ -195,8 +193,8 @@ def family_of(files: ModelFiles) -> Family:
     """
     from tive.models import bunny, llava, native
 
-    folder = Path(files.model_path)
-    is_adapter, config = (folder / "adapter_config.json").is_file(), folder / "config.json"
+    folder, config = files.folder, files.folder / "config.json"
+    is_adapter = (folder / "adapter_config.json").is_file()
     content = read_object(config) if config.is_file() else {}
     if not is_adapter and not content:
         raise UserError(f"{folder} holds no model: neither adapter_config.json nor config.json")
@@ -207,7 +205,7 @@ def family_of(files: ModelFiles) -> Family:
         return llava
     if model_type.startswith("bunny"):
         return bunny
-    whole = Path(files.model_base or folder) / "config.json"
+    whole = files.base / "config.json"
     if "mm_vision_tower" not in content and whole.is_file() and "vision_config" in read_object(whole):
         return native
     raise UserError(

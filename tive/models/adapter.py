@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models.checkpoint import loading
-from tive.models.common import first_line
+from tive.models.checkpoint import first_line, loading
 from tive.util.errors import UserError
 from tive.util.files import read_object
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
 from tive.data.trained import problem_of
-from tive.models import ModelFiles, Reference, spliced
-from tive.models.checkpoint import load_pretrained, loading, read_config
-from tive.models.common import IGNORE, base_of, decoder_layers, freeze
+from tive.models import ModelFiles, Reference, pads_images, spliced
+from tive.models.checkpoint import library_config, load_pretrained, loading, read_config
+from tive.models.common import IGNORE, decoder_layers, freeze
 from tive.models.spliced import IMAGE_ID
 from tive.util.errors import UserError
 from tive.util.files import read_object
@@ -29,7 +30,7 @@ from tive.util.files import read_object
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "pillow")
 record_problem = problem_of
 encode, answers, generate = spliced.encode, spliced.answers, spliced.generate
-pads_images, collate, record_losses = spliced.pads_images, spliced.collate, spliced.record_losses
+collate, record_losses = spliced.collate, spliced.record_losses
 
 _IN_ONE_GO = (
     "only when training ends, and going on from a checkpoint-N starts the projector afresh: train the reference model "
@@ -59,7 +60,7 @@ def _vision_of(tower: Any) -> Any:
 
 def check_files(files: ModelFiles) -> None:
     """What would not show at loading: files that do not fit each other, settings that are not computed."""
-    folder, base = Path(files.model_path), base_of(files)
+    folder, base = files.folder, files.base
     if files.model_base is None:
         raise UserError(f"{folder}: a whole Bunny model cannot be read, only an adapter; name its base with it")
     config = spliced.check_parts(files, _IN_ONE_GO)
@@ -74,16 +75,8 @@ def check_files(files: ModelFiles) -> None:
             f"the base model {base} is of type {of_base}, the adapter in {folder} was trained as {model_type}; name "
             "the language model that Bunny's trainer started from (an adapter on a Bunny model is not supported)"
         )
-    _language_config(base)
+    library_config(base)
     read_processor(files)
-
-
-def _language_config(base: Path) -> Any:
-    """The base's config, of a language model that the installed transformers has."""
-    from transformers import AutoConfig
-
-    with loading(base):
-        return AutoConfig.from_pretrained(str(base), trust_remote_code=False)
 
 
 def tower_folder(files: ModelFiles) -> Path:
@@ -102,12 +95,11 @@ def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> spl
     """Template and pixels as the files of the reference model, its base and its tower set them."""
     import transformers
 
-    folder, tower = Path(files.model_path), tower_folder(files)
-    config = read_config(folder)
+    tower, config = tower_folder(files), read_config(files.folder)
     maximum = config.get("tokenizer_model_max_length")
     if not isinstance(maximum, int) or maximum < 1:
         raise UserError(
-            f"{folder}/config.json: tokenizer_model_max_length is {maximum}; Bunny's trainer writes the "
+            f"{files.folder}/config.json: tokenizer_model_max_length is {maximum}; Bunny's trainer writes the "
             "model_max_length that it cut records at: put it there"
         )
     # transformers 5 has two, and the other one resizes otherwise than Bunny's.
@@ -121,7 +113,7 @@ def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> spl
             f"{tower}/preprocessor_config.json: images are not resized to the tower's {side} by {side} pixels; "
             "download the tower again"
         )
-    template = read_template(base_of(files), config["model_type"], maximum)
+    template = read_template(files.base, config["model_type"], maximum)
     features = (side // vision.patch_size) ** 2
     return spliced.SplicedProcessor(template, images, pads_images(files), features, maximum, dtype)
 
@@ -129,7 +121,7 @@ def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> spl
 def identity(files: ModelFiles) -> str:
     """What tells one reference model from another: adapter, projector, tokenizer, settings, base and tower."""
     named = ("model_type", "image_aspect_ratio", "mm_projector_type", "tokenizer_model_max_length")
-    config = read_config(Path(files.model_path))
+    config = read_config(files.folder)
     return spliced.identity_of(files, {key: config.get(key) for key in named})
 
 
@@ -140,43 +132,35 @@ def load(
     check_files(files)
     from transformers import AutoModelForCausalLM, SiglipVisionModel
 
-    folder, base = Path(files.model_path), base_of(files)
-    config = _language_config(base)
+    config, kind = library_config(files.base), str(read_config(files.folder).get("mm_projector_type", "mlp2x_gelu"))
     # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
     config.attention_dropout = 0.0
     config.use_cache = False
     language_model = load_pretrained(
-        AutoModelForCausalLM, base, (device, dtype), config=config, trust_remote_code=False
+        AutoModelForCausalLM, files.base, (device, dtype), config=config, trust_remote_code=False
     )
     if language_model.lm_head.bias is not None:
         language_model.lm_head.bias = None  # Bunny's Phi has none
     # A whole SigLIP has a text model beside the tower.
     tower = load_pretrained(SiglipVisionModel, tower_folder(files), (device, dtype), ("text_model.", "logit_"))
-    projector = _projector(folder, tower.config.hidden_size, config.hidden_size, dtype)
-    model, layers = Bunny(language_model, tower, projector), decoder_layers(language_model)
-    spliced.attach_trained(model, folder, layers, dtype)
+    named = re.fullmatch(r"linear|mlp([1-9]\d*)x_gelu", kind)
+    if not named:
+        raise UserError(
+            f"{files.folder}/config.json: the projector {kind} is not supported (supported: mlpNx_gelu and linear); "
+            "train the reference model with mm_projector_type mlp2x_gelu"
+        )
+    widths = [tower.config.hidden_size, *[config.hidden_size] * int(named[1] or 1)]
+    maps = [nn.Linear(*pair, dtype=dtype, device="meta") for pair in pairwise(widths)]
+    projector = nn.Sequential(*[part for layer in maps for part in (nn.GELU(), layer)][1:])
+    model = Bunny(language_model, tower, projector if kind != "linear" else projector[0])
+    layers = decoder_layers(language_model)
+    spliced.attach_trained(model, files.folder, layers, dtype)
     del _vision_of(tower).encoder.layers[-1]  # features are the last but one's
 
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model.to(device).requires_grad_(False).eval()
     freeze(language_model, gradient_checkpointing)
     return Reference(model, layers, language_model.lm_head, read_processor(files, dtype), device, dtype)
-
-
-def _projector(folder: Path, width: int, hidden: int, dtype: torch.dtype) -> nn.Module:
-    """The projector that the config names, without numbers."""
-    kind = str(read_config(folder).get("mm_projector_type", "mlp2x_gelu"))
-    named = re.fullmatch(r"linear|mlp([1-9]\d*)x_gelu", kind)
-    if not named:
-        raise UserError(
-            f"{folder}/config.json: the projector {kind} is not supported (supported: mlpNx_gelu and linear); train "
-            "the reference model with mm_projector_type mlp2x_gelu"
-        )
-    maps = [nn.Linear(width, hidden, dtype=dtype, device="meta")]
-    if kind == "linear":
-        return maps[0]
-    maps += [nn.Linear(hidden, hidden, dtype=dtype, device="meta") for _ in range(int(named[1]) - 1)]
-    return nn.Sequential(*[part for layer in maps for part in (nn.GELU(), layer)][1:])
 
 
 # The template

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tive.models.common import first_line
-from tive.models.training_record import difference
+from tive.models import ModelFiles
+from tive.models.training_record import difference, model_folder
 from tive.util.errors import UserError
-from tive.util.files import read_json, read_object
+from tive.util.files import read_json, read_object, sha256_of
 
-_SHAPE_KEYS = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
 # What stands in a file beside quantised weights, or in their place, in the names of the common libraries; scales are no
 # such thing where they are CLIP's (`logit_scale`) or those of a cache of keys and values (`k_scale`).
 _QUANTIZED = re.compile(
     r"(?<!logit_)(?<!\.[kv]_)scale|zero_point|qweight|qzeros|g_idx|packed|absmax|quant_(state|map)|SCB$|W_q$"
 )
 _QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hqq|w[48]a\d+)(?![a-z])")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it has no text."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -71,6 +76,14 @@ def read_config(folder: Path, in_4bit: bool = False) -> dict[str, Any]:
     return config
 
 
+def library_config(folder: Path) -> Any:
+    """The config of a model that the installed transformers knows; a `UserError` where it does not."""
+    from transformers import AutoConfig
+
+    with loading(folder):
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+
+
 def stored_in_4bit(config: dict[str, Any]) -> bool:
     """Whether a model's weights are stored in 4 bits of bitsandbytes."""
     method = config.get("quantization_config")
@@ -96,17 +109,6 @@ def _quantized_weight(folder: Path) -> str | None:
     return None
 
 
-def refuse_other_shape(folder: Path, base: Path) -> None:
-    """Raise a `UserError` where the config beside an adapter names other sizes than the base's."""
-    config, of_base = read_config(folder), read_config(base)
-    for key in config.keys() & of_base.keys() & _SHAPE_KEYS:
-        if of_base[key] != config[key]:
-            raise UserError(
-                f"the base model {base} has {key} {of_base[key]}, the adapter in {folder} was trained on "
-                f"{config[key]}; name the base that it was trained on"
-            )
-
-
 def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, present: Path | None) -> None:
     """Raise a `UserError` where a model is another one than the training of `folder` recorded."""
     differs = difference(recorded, present) if recorded and present else None
@@ -130,6 +132,41 @@ def print_named_base(folder: Path, base: Path, in_4bit: bool = False) -> None:
             "bits with load_in_4bit)"
         )
     print(f"{folder}/adapter_config.json names the base {named}{note}; taken as trained on {base}")
+
+
+def base_folder(model_base: str) -> str:
+    """The folder of a base model, a folder or a name on huggingface.co that was downloaded; else a `UserError`."""
+    folder = model_folder(model_base)
+    if folder is None:
+        raise UserError(
+            f"the model {model_base} is neither a folder nor a downloaded model; name its folder, or download it with "
+            "`huggingface-cli download`"
+        )
+    return str(folder)
+
+
+def refuse_options(files: ModelFiles, *names: str) -> None:
+    """Raise a `UserError` where an option is set that the family would not look at."""
+    for name in names:
+        if getattr(files, name):
+            raise UserError(
+                f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
+            )
+
+
+def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> str:
+    """SHA-256 over files' content, over names, sizes and sampled content of the weight files in folders, and texts.
+
+    Two bases of one shape differ in nothing but the content; hashing 14 GB of it at each start would cost minutes.
+    """
+    digest = hashlib.sha256()
+    for file in hashed:
+        digest.update(sha256_of(file).encode())
+    for folder in listed:
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+            digest.update(f"{file.name} {file.stat().st_size} {sha256_of(file, sampled=True)}\n".encode())
+    digest.update("\n".join(texts).encode())
+    return digest.hexdigest()
 
 
 def load_pretrained(

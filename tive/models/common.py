@@ -1,17 +1,15 @@
-"""What every family needs: folders, fingerprints, target modules, a frozen model, greedy generation."""
+"""What every family does with a loaded model: freeze it, name its target modules, compute losses, generate answers."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib
 import importlib.util
+import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tive.models import ModelFiles, RecordLosses, Reference, Supervised
-from tive.models.training_record import model_folder
+from tive.models import Collated, RecordLosses, Reference
 from tive.util.errors import UserError
-from tive.util.files import sha256_of
 
 IGNORE = -100
 # Supervised tokens whose logits are in memory at one time: with what is computed of them some 14 bytes a token and
 # word of the vocabulary, 0.9 GB of 32,000 words and 4.4 GB of 152,000.
 PIECE = 2048
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def prepare_torchvision() -> None:
@@ -54,36 +49,6 @@ _DECLARED = torch.library.Library("torchvision", "FRAGMENT")
 prepare_torchvision()
 # peft imports bitsandbytes wherever it is installed, and that warns of kernels for inference that are not.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, or its kind where it has no text."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def base_folder(model_base: str) -> str:
-    """The folder of a base model, a folder or a name on huggingface.co that was downloaded; else a `UserError`."""
-    folder = model_folder(model_base)
-    if folder is None:
-        raise UserError(
-            f"the model {model_base} is neither a folder nor a downloaded model; name its folder, or download it with "
-            "`huggingface-cli download`"
-        )
-    return str(folder)
-
-
-def base_of(files: ModelFiles) -> Path:
-    """The folder that a model's language model and tokenizer come from: the adapter's base, or a whole model's own."""
-    return Path(files.model_path if files.model_base is None else files.model_base)
-
-
-def refuse_options(files: ModelFiles, *names: str) -> None:
-    """Raise a `UserError` where an option is set that the family would not look at."""
-    for name in names:
-        if getattr(files, name):
-            raise UserError(
-                f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
-            )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -134,77 +99,6 @@ def target_modules(reference: Reference, grad_modules: str = "self_attn") -> dic
     return matrices
 
 
-def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> str:
-    """SHA-256 over files' content, over names, sizes and sampled content of the weight files in folders, and texts.
-
-    Two bases of one shape differ in nothing but the content; hashing 14 GB of it at each start would cost minutes.
-    """
-    digest = hashlib.sha256()
-    for file in hashed:
-        digest.update(sha256_of(file).encode())
-    for folder in listed:
-        for file in sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern)):
-            digest.update(f"{file.name} {file.stat().st_size} {sha256_of(file, sampled=True)}\n".encode())
-    digest.update("\n".join(texts).encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def generate_ids(
-    model: Any, embeddings: Tensor, lengths: Sequence[int], ends: Collection[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The most probable token after token, for each prompt of a batch, without the token that ends it.
-
-    Args:
-        embeddings: of the prompts, `[B, T, H]`, padded on the right.
-        lengths: positions of each prompt.
-        ends: tokens that end an answer.
-    """
-    width = max(lengths)
-    mask = torch.zeros(len(lengths), width, dtype=torch.long, device=embeddings.device)
-    moved = torch.zeros_like(embeddings[:, :width])
-    for row, length in enumerate(lengths):  # an answer goes on where its prompt ends: the padding has to lie before it
-        moved[row, width - length :] = embeddings[row, :length]
-        mask[row, width - length :] = 1
-    from transformers import GenerationMixin
-
-    with greedy(model, ends, max_new_tokens):
-        # Not the model's own `generate`: LLaVA's takes no embeddings. Without ids some releases begin with their own.
-        answers = GenerationMixin.generate(
-            model,
-            input_ids=mask.new_zeros(len(lengths), 0),
-            inputs_embeds=moved,
-            attention_mask=mask,
-            use_cache=True,
-        )
-    return [until_end(ids, ends) for ids in answers.tolist()]
-
-
-@contextlib.contextmanager
-def greedy(model: Any, ends: Collection[int], max_new_tokens: int) -> Iterator[None]:
-    """Makes `generate` greedy, whatever sampling or penalty the model's files ask for."""
-    from transformers import GenerationConfig
-
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def until_end(ids: list[int], ends: Collection[int]) -> list[int]:
-    """The ids before the first that ends an answer."""
-    stop = next((index for index, number in enumerate(ids) if number in ends), len(ids))
-    return ids[:stop]
-
-
 # Losses
 
 
@@ -221,19 +115,59 @@ def unpacked(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def supervised_tokens(labels: Sequence[np.ndarray], width: int) -> Supervised:
-    """The supervised tokens of records whose labels are int64 `[t]`, `IGNORE` where nothing is supervised.
+def collated(inputs: dict[str, Tensor], labels: Sequence[np.ndarray], width: int) -> Collated:
+    """A batch with the supervised tokens of its records.
 
     Args:
+        inputs: the family's own.
+        labels: of each record int64 `[t]`, `IGNORE` where nothing is supervised.
         width: positions of a row of the batch.
     """
     places = [np.flatnonzero(row[1:] != IGNORE) for row in labels]
-    return Supervised(
+    return Collated(
+        inputs,
         positions=torch.from_numpy(np.concatenate([place + row * width for row, place in enumerate(places)])),
         targets=torch.from_numpy(np.concatenate([row[place + 1] for row, place in zip(labels, places, strict=True)])),
         owners=torch.from_numpy(np.repeat(np.arange(len(labels)), [len(place) for place in places])),
         counts=torch.tensor([float(len(place)) for place in places]),
     )
+
+
+def losses_at_supervised(
+    states: Tensor, head: Callable[[Tensor], Tensor] | None, batch: Collated, el2n: bool = False
+) -> RecordLosses:
+    """Mean cross-entropy of each record over its supervised tokens, and EL2N.
+
+    Args:
+        states: the last hidden states `[S, H]` at the batch's `positions`.
+        head: maps states `[s, H]` to the vocabulary's logits `[s, V]`; it is called for a piece of all supervised
+            tokens at a time, and once more in the backward pass where there is more than one piece. None where the
+            states are the logits.
+    """
+
+    def of_piece(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (states if head is None else head(states)).float()
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        if not el2n:
+            return losses, losses
+        with torch.no_grad():
+            errors = logits.softmax(dim=1)
+            errors[torch.arange(len(targets), device=targets.device), targets] -= 1
+            return losses, errors.norm(dim=1)
+
+    compute = of_piece
+    if len(states) > PIECE and states.requires_grad:  # else the logits of every piece would stay for the backward pass
+        compute = partial(checkpoint, of_piece, use_reentrant=False, preserve_rng_state=False)
+    pieces = [compute(*piece) for piece in zip(states.split(PIECE), batch.targets.split(PIECE), strict=True)]
+    losses, errors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    def mean_by_record(values: Tensor) -> Tensor:
+        return torch.zeros_like(batch.counts).index_add(0, batch.owners, values) / batch.counts
+
+    return RecordLosses(mean_by_record(losses), mean_by_record(errors) if el2n else None)
+
+
+# Answers
 
 
 def supervised_runs(labels: np.ndarray) -> list[tuple[int, int]]:
@@ -243,48 +177,22 @@ def supervised_runs(labels: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def losses_at_supervised(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], supervised: Supervised, el2n: bool = False
-) -> RecordLosses:
-    """Mean cross-entropy of each record over its supervised tokens, and EL2N.
+@torch.no_grad()
+def greedy(
+    model: Any, generate: Callable[..., Tensor], ends: Collection[int], max_new_tokens: int, **inputs: Tensor
+) -> list[list[int]]:
+    """The ids that `generate` puts behind `input_ids`, of each row those before the first that ends an answer.
 
-    Args:
-        hidden: the last hidden states `[B, T, H]`.
-        head: maps hidden states `[s, H]` to the vocabulary's logits `[s, V]`; is called for a piece of all supervised
-            tokens at a time, and once more in the backward pass where there is more than one piece.
+    The most probable token after token, whatever sampling or penalty the model's files ask for.
     """
-    kept = hidden.flatten(0, 1).index_select(0, supervised.positions)
-    states, targets = kept.split(PIECE), supervised.targets.split(PIECE)
-    compute = partial(_losses_of_tokens, head, el2n=el2n)
-    if len(states) > 1 and kept.requires_grad:  # else the logits of every piece would stay for the backward pass
-        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    return _of_records([compute(*piece) for piece in zip(states, targets, strict=True)], supervised, el2n)
+    from transformers import GenerationConfig
 
-
-def losses_of_logits(logits: Tensor, supervised: Supervised, el2n: bool = False) -> RecordLosses:
-    """`losses_at_supervised` from the logits `[S, V]` of all supervised tokens."""
-    return _of_records([_losses_of_tokens(lambda same: same, logits, supervised.targets, el2n)], supervised, el2n)
-
-
-def _losses_of_tokens(
-    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, el2n: bool
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and EL2N of tokens, each `[s]`; of EL2N zeros where it is not asked for."""
-    logits = head(states).float()
-    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-    if not el2n:
-        return losses, torch.zeros_like(losses)
-    with torch.no_grad():
-        difference = logits.softmax(dim=1)
-        difference[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return losses, difference.norm(dim=1)
-
-
-def _of_records(pieces: list[tuple[Tensor, Tensor]], supervised: Supervised, el2n: bool) -> RecordLosses:
-    """Each record's means, from the losses and EL2N of pieces of all tokens."""
-    losses, errors = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-
-    def mean_by_record(values: Tensor) -> Tensor:
-        return torch.zeros_like(supervised.counts).index_add(0, supervised.owners, values) / supervised.counts
-
-    return RecordLosses(mean_by_record(losses), mean_by_record(errors) if el2n else None)
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends)
+    )
+    try:
+        rows = generate(**inputs, use_cache=True)[:, inputs["input_ids"].shape[1] :].tolist()
+    finally:
+        model.generation_config = before
+    return [list(itertools.takewhile(lambda number: number not in ends, row)) for row in rows]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tive.data.trained import problem_of
-from tive.models import LeftOut, ModelFiles, Reference, spliced
+from tive.models import LeftOut, ModelFiles, Reference, pads_images, spliced
 from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
 from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other
-from tive.models.common import base_of, decoder_layers, freeze
+from tive.models.common import decoder_layers, freeze
 from tive.models.training_record import (
     ASPECT_RATIOS,
     RECORD_FILE,
@@ -37,7 +37,7 @@ from tive.util.packages import check_llava
 LIBRARIES: tuple[str, ...] = ("transformers", "peft", "accelerate")
 record_problem = problem_of
 encode, answers, generate = spliced.encode, spliced.answers, spliced.generate
-pads_images, collate, record_losses = spliced.pads_images, spliced.collate, spliced.record_losses
+collate, record_losses = spliced.collate, spliced.record_losses
 
 # The template of a model without a record: the one that LLaVA-1.5's own scripts name.
 DEFAULT_TEMPLATE = "v1"
@@ -104,7 +104,7 @@ class LlavaTemplate:
 def check_files(files: ModelFiles) -> None:
     """What would not show at loading: files that do not fit each other, settings that are not computed."""
     check_llava()
-    folder, base = Path(files.model_path), base_of(files)
+    folder, base = files.folder, files.base
     config = spliced.check_parts(
         files,
         "when training ends; run finetune_lora.sh, which writes it beside every checkpoint, or go on to the end with "
@@ -152,8 +152,8 @@ def template_of(folder: Path) -> str:
 
 def identity(files: ModelFiles) -> str:
     """What tells one reference model from another: adapter, projector, base, tower, and how records are encoded."""
-    folder = Path(files.model_path)
-    settings = {key: read_config(folder).get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
+    folder, config = files.folder, read_config(files.folder)
+    settings = {key: config.get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
     return spliced.identity_of(files, settings | {"mm_vision_tower": None, "template": template_of(folder)})
 
 
@@ -166,7 +166,7 @@ def load(
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
     from transformers.utils import is_torch_sdpa_available
 
-    folder, base = Path(files.model_path), base_of(files)
+    folder, base = files.folder, files.base
     if read_record(folder) is None:
         print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}")
         if files.model_base is not None:

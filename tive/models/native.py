@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,27 +24,17 @@ from tive.data.media import IMAGE_TAG
 from tive.models import Collated, Encoded, ModelFiles, RecordLosses, Reference, native_encoding
 from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
 from tive.models.checkpoint import (
+    fingerprint,
+    first_line,
+    library_config,
     load_pretrained,
-    loading,
     print_named_base,
     read_config,
+    refuse_options,
     refuse_other,
     stored_in_4bit,
 )
-from tive.models.common import (
-    base_of,
-    decoder_layers,
-    fingerprint,
-    first_line,
-    freeze,
-    greedy,
-    losses_at_supervised,
-    losses_of_logits,
-    refuse_options,
-    supervised_tokens,
-    unpacked,
-    until_end,
-)
+from tive.models.common import collated, decoder_layers, freeze, greedy, losses_at_supervised, unpacked
 from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.models.training_record import RECORD_FILE, read_record, versions_of
@@ -67,31 +56,6 @@ _BATCH_TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (5e-3, 2e-2), to
 
 def check_files(files: ModelFiles) -> None:
     """What can be known of the model without loading it: that its files are there, supported, and fit each other."""
-    _check_library(files.load_in_4bit)
-    refuse_options(files, "vision_tower")
-    folder, base = Path(files.model_path), base_of(files)
-    if files.model_base is not None:
-        check_adapter(folder)
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-            if not _NO_TRAINED_WEIGHTS.fullmatch(file.name):
-                raise UserError(
-                    f"{file}: trained weights beside the adapter are not supported; train with LoRA alone (in ms-swift "
-                    "with freeze_vit true), or with modules_to_save, which the adapter's file holds"
-                )
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    model_type = read_config(base, files.load_in_4bit).get("model_type")
-    with loading(base):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    record = read_record(folder)
-    if record is not None and files.model_base is not None:
-        refuse_other(folder, "base model", record.base, base)
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
-        raise UserError(f"{base}/config.json: {model_type!r} is no vision-language model of transformers")
-    load_processor(files)
-
-
-def _check_library(load_in_4bit: bool) -> None:
     import transformers
 
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
@@ -100,15 +64,25 @@ def _check_library(load_in_4bit: bool) -> None:
             f"{transformers.__version__}; make the other environment with `bash scripts/setup.sh native` and run the "
             "same command with .venv-native/bin/python"
         )
-    if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if files.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes; install it with `pip install bitsandbytes`")
     # What it warns of is proven below, or known: processors of two backends, numbers of tokens out of range.
     transformers.utils.logging.set_verbosity_error()
-
-
-def pads_images(files: ModelFiles) -> bool:
-    """Whether images are padded to a square: no processor of transformers' models does."""
-    return False
+    refuse_options(files, "vision_tower")
+    model_type = read_config(files.base, files.load_in_4bit).get("model_type")
+    if type(library_config(files.base)) not in transformers.AutoModelForImageTextToText._model_mapping:
+        raise UserError(f"{files.base}/config.json: {model_type!r} is no vision-language model of transformers")
+    if files.model_base is not None:
+        check_adapter(files.folder)
+        for file in sorted([*files.folder.glob("*.safetensors"), *files.folder.glob("*.bin")]):
+            if not _NO_TRAINED_WEIGHTS.fullmatch(file.name):
+                raise UserError(
+                    f"{file}: trained weights beside the adapter are not supported; train with LoRA alone (in ms-swift "
+                    "with freeze_vit true), or with modules_to_save, which the adapter's file holds"
+                )
+        record = read_record(files.folder)
+        refuse_other(files.folder, "base model", record.base if record else None, files.base)
+    load_processor(files)
 
 
 def identity(files: ModelFiles) -> str:
@@ -116,13 +90,12 @@ def identity(files: ModelFiles) -> str:
 
     Image processors of two backends, and of two releases, resize differently: their class and the versions count.
     """
-    folder, base, source = Path(files.model_path), base_of(files), processor_folder(files)
-    processor = load_processor(files).library
-    adapter = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE]
-    read = [*adapter, base / "config.json", *(source / name for name in _PROCESSOR_FILES)]
+    source, processor = processor_folder(files), load_processor(files).library
+    adapter = [] if files.model_base is None else [adapter_file(files.folder), files.folder / CONFIG_FILE]
+    read = [*adapter, files.base / "config.json", *(source / name for name in _PROCESSOR_FILES)]
     return fingerprint(
         [file for file in read if file.is_file()],
-        [base],
+        [files.base],
         processor.chat_template,
         type(processor).__name__,
         type(processor.image_processor).__name__,
@@ -135,17 +108,15 @@ def load(
 ) -> Reference:
     """Base and adapter, proven: each tensor has its place, and a batch gives the losses of its records alone."""
     check_files(files)
-    from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-    base = base_of(files)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    _turn_off_dropout(config)
-    options: dict[str, Any] = {"config": config, "trust_remote_code": False}
-    if files.load_in_4bit and not stored_in_4bit(read_config(base, in_4bit=True)):
+    options: dict[str, Any] = {"config": library_config(files.base), "trust_remote_code": False}
+    _turn_off_dropout(options["config"])
+    if files.load_in_4bit and not stored_in_4bit(read_config(files.base, in_4bit=True)):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    model = load_pretrained(AutoModelForImageTextToText, base, (device, dtype), **options)
+    model = load_pretrained(AutoModelForImageTextToText, files.base, (device, dtype), **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' packed weights of a CPU give no gradients
             module.support_avx512bf16_for_cpu = False
@@ -153,25 +124,22 @@ def load(
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
     layers, processor = decoder_layers(model), replace(load_processor(files), dtype=dtype)
     if files.model_base is not None:
-        _print_training(files, processor.library.chat_template)
-        attach_adapter(model, Path(files.model_path), layers, dtype)
+        record = read_record(files.folder)
+        if record is None:
+            print_named_base(files.folder, files.base, files.load_in_4bit)
+        elif record.template != hashlib.sha256(processor.library.chat_template.encode()).hexdigest():
+            print(
+                f"{files.folder} was trained with another chat template than the one that is used now ({RECORD_FILE})"
+            )
+        if record is not None and record.settings.get("assistant_only_loss") is False:
+            print(
+                f"{files.folder} was trained on questions and answers alike ({RECORD_FILE}); here answers alone count"
+            )
+        attach_adapter(model, files.folder, layers, dtype)
     if not files.load_in_4bit:  # those are there already
         model.to(device)  # not to(dtype): that would round the rotary frequencies
     freeze(model, gradient_checkpointing)
     return proven(Reference(model, layers, None, processor, device, dtype))
-
-
-def _print_training(files: ModelFiles, chat_template: str) -> None:
-    """Print where the training, as far as it is recorded, did otherwise than what is computed now."""
-    folder = Path(files.model_path)
-    record = read_record(folder)
-    if record is None:
-        print_named_base(folder, base_of(files), files.load_in_4bit)
-        return
-    if record.template != hashlib.sha256(chat_template.encode()).hexdigest():
-        print(f"{folder} was trained with another chat template than the one that is used now ({RECORD_FILE})")
-    if record.settings.get("assistant_only_loss") is False:
-        print(f"{folder} was trained on questions and answers alike ({RECORD_FILE}); here answers alone count")
 
 
 def _turn_off_dropout(config: Any) -> None:
@@ -264,14 +232,11 @@ def record_losses(reference: Reference, records: Collated | Sequence[Encoded], e
     states: list[Tensor] = []
 
     def at_supervised(hidden: Tensor) -> Tensor:
-        states.append(hidden)
-        flat = hidden.flatten(0, 1)
-        return flat[:1] if reference.head is not None else flat.index_select(0, batch.supervised.positions)
+        states.append(hidden.flatten(0, 1).index_select(0, batch.positions))
+        return states[0] if reference.head is None else states[0][:1]
 
     logits = _logits(reference, batch, at_supervised)
-    if reference.head is None:
-        return losses_of_logits(logits, batch.supervised, el2n)
-    return losses_at_supervised(states[0], reference.head, batch.supervised, el2n)
+    return losses_at_supervised(logits if reference.head is None else states[0], reference.head, batch, el2n)
 
 
 def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
@@ -291,7 +256,7 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
         joined = np.concatenate([_padded(array, shape) for array in arrays])
         inputs[name] = unpacked(joined, reference.dtype)
-    return Collated(inputs, supervised_tokens([record.inputs.labels for record in records], width))
+    return collated(inputs, [record.inputs.labels for record in records], width)
 
 
 def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -308,8 +273,7 @@ def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: i
     ends = {number for part in known if part is not None for number in (part if isinstance(part, list) else [part])}
     texts = []
     for prompt in prompts:
-        with greedy(model, ends, max_new_tokens):
-            inputs = collate(reference, [prompt]).to(reference.device).inputs
-            ids = model.generate(**inputs, use_cache=True)[0, prompt.length :].tolist()
-        texts.append(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True).strip())
+        inputs = collate(reference, [prompt]).to(reference.device).inputs
+        (ids,) = greedy(model, model.generate, ends, max_new_tokens, **inputs)
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
     return texts

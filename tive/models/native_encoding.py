@@ -18,9 +18,9 @@ from tive.data.conversations import placeholder_in
 from tive.data.images import BadImage, read_image
 from tive.data.media import IMAGE_TAG, StoredImage
 from tive.data.trained import conversation_of, is_trained_on
-from tive.models import Answer, Encoded, LeftOut, ModelFiles
-from tive.models.checkpoint import loading
-from tive.models.common import IGNORE, base_of, first_line, packed, supervised_runs
+from tive.models import Encoded, LeftOut, ModelFiles
+from tive.models.checkpoint import first_line, loading
+from tive.models.common import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_object
 
@@ -64,7 +64,6 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
     """The processor of `model_path` where its files are there, else of the base; the template likewise."""
     from transformers import AutoProcessor
 
-    folder, base = Path(files.model_path), base_of(files)
     source = processor_folder(files)
     with loading(source):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -72,13 +71,15 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
         raise UserError(f"{source} holds no processor of text and images ({type(processor).__name__})")
     if not getattr(processor.tokenizer, "is_fast", False):
         raise UserError(f"{source}: a tokenizer without tokenizer.json is not supported; convert it with transformers")
-    given = _template_in(folder)
+    given = _template_in(files.folder)
     if files.chat_template is not None:
         with loading(files.chat_template):
             given = Path(files.chat_template).read_text(encoding="utf-8")
     processor.chat_template = given or processor.chat_template or processor.tokenizer.chat_template
     if not isinstance(processor.chat_template, str):
-        raise UserError(f"neither {folder} nor {base} holds one chat template; name a file as chat_template")
+        raise UserError(
+            f"neither {files.folder} nor {files.base} holds one chat template; name a file as chat_template"
+        )
     tokens = image_tokens(processor)
     added = processor.tokenizer.added_tokens_decoder.items()
     ends = {number for number, token in added if token.content.strip() and token.content not in tokens}
@@ -97,10 +98,9 @@ def image_tokens(processor: Any) -> frozenset[str]:
 
 
 def processor_folder(files: ModelFiles) -> Path:
-    folder = Path(files.model_path)
-    has_tokenizer = (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()
-    has_images = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
-    return folder if has_tokenizer and has_images else base_of(files)
+    there = {path.name for path in files.folder.glob("*.json")}
+    has_images = there & {"preprocessor_config.json", "processor_config.json"}
+    return files.folder if has_images and there >= {"tokenizer.json", "tokenizer_config.json"} else files.base
 
 
 def _template_in(folder: Path) -> str | None:
@@ -193,7 +193,7 @@ def _refused(what: str) -> Iterator[None]:
         raise LeftOut(f"{what} refuses it: {first_line(error)}") from error
 
 
-def answers(processor: NativeProcessor, record: Encoded) -> list[Answer]:
+def answers(processor: NativeProcessor, record: Encoded) -> list[tuple[Encoded, str]]:
     """Each answer of a record, the true earlier turns before it, unless a later turn brings an image."""
     inputs, asked = record.inputs, []
     tokenizer = processor.library.tokenizer
@@ -205,7 +205,7 @@ def answers(processor: NativeProcessor, record: Encoded) -> list[Answer]:
         # What has the shape of the ids is cut; the images are all before the cut.
         cut = {name: a[:, :start] if a.shape == (1, len(ids)) else a for name, a in inputs.arrays.items()}
         prompt = Encoded(start, 0, record.group, ProcessedRecord(cut, inputs.labels[:start]))
-        asked.append(Answer(prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
+        asked.append((prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
     return asked
 
 
@@ -325,30 +325,21 @@ def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[
     Raises:
         LeftOut: a span is not there.
     """
+    text, whole = ("".join(map(chr, row.tolist())) for row in (ids, expanded))  # a token a character, to search in
     aligned = []
-    behind, behind_expanded = 0, 0
+    behind, behind_whole = 0, 0
     for start, stop in spans:
         if start == stop:
             continue
-        lows = range(behind, start) if start > behind else range(start, start + 1)
-        places = ((low, _find(expanded, ids[low:stop], behind_expanded)) for low in lows)
-        low, position = next((place for place in places if place[1] >= 0), (start, -1))
-        if position < 0:
+        for low in range(behind, max(start, behind + 1)):
+            position = whole.find(text[low:stop], behind_whole)
+            if position >= 0:
+                break
+        else:
             raise LeftOut("the processor changes the text around its images")
-        position += start - low
-        behind, behind_expanded = stop, position + stop - start
-        aligned.append((position, behind_expanded))
-    tail = ids[behind:]
-    if len(tail) and np.array_equal(expanded[-len(tail) :], tail) and len(expanded) - len(tail) != behind_expanded:
+        behind, behind_whole = stop, position + stop - low
+        aligned.append((position + start - low, behind_whole))
+    tail = text[behind:]
+    if tail and whole.endswith(tail) and len(whole) - len(tail) != behind_whole:
         raise LeftOut("the processor changes the text around its images")
     return aligned
-
-
-def _find(text: np.ndarray, part: np.ndarray, start: int) -> int:
-    """First position of `part` in `text` from `start` on, or -1."""
-    size = text.itemsize
-    searched, wanted = text.tobytes(), part.astype(text.dtype).tobytes()
-    position = searched.find(wanted, start * size)
-    while position % size and position >= 0:
-        position = searched.find(wanted, position + 1)
-    return position // size if position >= 0 else -1

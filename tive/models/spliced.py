@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tive.data.conversations import image_of
 from tive.data.images import BadImage, read_image, resize_padded
 from tive.data.media import StoredImage
-from tive.models import Answer, Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
+from tive.models import Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import (
     CONFIG_FILE,
     TRAINED_FILE,
@@ -28,19 +29,8 @@ from tive.models.adapter import (
     place_tensors,
     read_tensors,
 )
-from tive.models.checkpoint import read_config, refuse_other_shape
-from tive.models.common import (
-    IGNORE,
-    base_of,
-    fingerprint,
-    generate_ids,
-    losses_at_supervised,
-    packed,
-    refuse_options,
-    supervised_runs,
-    supervised_tokens,
-    unpacked,
-)
+from tive.models.checkpoint import fingerprint, read_config, refuse_options
+from tive.models.common import IGNORE, collated, greedy, losses_at_supervised, packed, supervised_runs, unpacked
 from tive.models.training_record import model_folder
 from tive.util.errors import UserError
 
@@ -105,14 +95,9 @@ class SplicedRecord:
 # Files
 
 
-def pads_images(files: ModelFiles) -> bool:
-    """Whether images are padded to a square."""
-    return read_config(Path(files.model_path)).get("image_aspect_ratio") == "pad"
-
-
 def tower_of(files: ModelFiles) -> tuple[str, Path | None]:
     """The vision tower's name, and its folder where it is on this machine."""
-    name = str(files.vision_tower or read_config(Path(files.model_path)).get("mm_vision_tower"))
+    name = str(files.vision_tower or read_config(files.folder).get("mm_vision_tower"))
     return name, model_folder(name)
 
 
@@ -126,21 +111,26 @@ def check_parts(files: ModelFiles, remedy: str) -> dict[str, Any]:
         UserError: an option is set that is not read here; a part is missing, or does not fit the others.
     """
     refuse_options(files, "chat_template", "max_length", "max_pixels", "load_in_4bit")
-    folder, base = Path(files.model_path), base_of(files)
     if files.model_base is not None:
-        check_adapter(folder)
+        check_adapter(files.folder)
         for name in ("config.json", TRAINED_FILE):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} lacks {name}, which the trainer writes {remedy}")
-    refuse_other_shape(folder, base)
-    return read_config(folder)
+            if not (files.folder / name).is_file():
+                raise UserError(f"{files.folder} lacks {name}, which the trainer writes {remedy}")
+    config, of_base = read_config(files.folder), read_config(files.base)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if key in config and of_base.get(key, config[key]) != config[key]:
+            raise UserError(
+                f"the base model {files.base} has {key} {of_base[key]}, the adapter in {files.folder} was trained on "
+                f"{config[key]}; name the base that it was trained on"
+            )
+    return config
 
 
 def identity_of(files: ModelFiles, settings: dict[str, Any]) -> str:
     """What tells one model from another: what was trained, base, tower, and settings of the encoding."""
-    folder, (_, tower) = Path(files.model_path), tower_of(files)
+    folder, (_, tower) = files.folder, tower_of(files)
     trained = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE]
-    folders = [base_of(files), *([] if tower is None else [tower])]
+    folders = [files.base, *([] if tower is None else [tower])]
     read = [part / name for part in folders for name in _READ_FILES if (part / name).is_file()]
     return fingerprint([*trained, *read], folders, json.dumps(settings, sort_keys=True))
 
@@ -152,9 +142,9 @@ def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
         UserError: as `attach_adapter`; or the file beside the adapter lacks a part of the projector, or of a vision
             tower that the training tuned.
     """
-    path, config = folder / TRAINED_FILE, read_config(folder)
+    path = folder / TRAINED_FILE
     placed = place_tensors(model, read_tensors(path), path, dtype)
-    tuned = config.get("unfreeze_vision_tower")  # of Bunny; what LLaVA tuned before may stand in the base
+    tuned = read_config(folder).get("unfreeze_vision_tower")  # of Bunny; what LLaVA tuned before may stand in the base
     parts = ("mm_projector.", "vision_tower.") if tuned else ("mm_projector.",)
     names = [name for name, _ in model.named_parameters() if name.removeprefix("model.").startswith(parts)]
     absent = [name for name in names if name not in placed]
@@ -207,7 +197,7 @@ def _pixels(processor: SplicedProcessor, folder: str, image: str | StoredImage) 
     return packed(np.asarray(images(picture, return_tensors="np")["pixel_values"][0]), processor.dtype)
 
 
-def answers(processor: SplicedProcessor, record: Encoded) -> list[Answer]:
+def answers(processor: SplicedProcessor, record: Encoded) -> list[tuple[Encoded, str]]:
     """Each answer of a record that was not cut at the maximum length, the true earlier turns before it."""
     inputs: SplicedRecord = record.inputs
     asked = []
@@ -216,7 +206,7 @@ def answers(processor: SplicedProcessor, record: Encoded) -> list[Answer]:
             start = processor.template.begin(inputs.ids, start)
             before = replace(inputs, ids=inputs.ids[:start], labels=inputs.labels[:start])
             expected = processor.template.decode(inputs.ids[start:stop].tolist())
-            asked.append(Answer(Encoded(start, 0, record.group, before), expected))
+            asked.append((Encoded(start, 0, record.group, before), expected))
     return asked
 
 
@@ -245,7 +235,7 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
         )
         inputs["image"] = torch.from_numpy(np.repeat(np.arange(len(shown)), [len(at) for at in places]))
         inputs["feature"] = torch.from_numpy(np.concatenate([np.arange(len(at)) for at in places]))
-    return Collated(inputs, supervised_tokens([record.inputs.labels for record in records], width))
+    return collated(inputs, [record.inputs.labels for record in records], width)
 
 
 def record_losses(reference: Reference, records: Collated | Sequence[Encoded], el2n: bool = False) -> RecordLosses:
@@ -254,7 +244,7 @@ def record_losses(reference: Reference, records: Collated | Sequence[Encoded], e
     embeddings = embed(reference, batch.inputs)
     hidden = language_model_of(reference).model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     assert reference.head is not None
-    return losses_at_supervised(hidden, reference.head, batch.supervised, el2n)
+    return losses_at_supervised(hidden.flatten(0, 1)[batch.positions], reference.head, batch, el2n)
 
 
 @torch.no_grad()
@@ -271,7 +261,16 @@ def embed(reference: Reference, inputs: dict[str, Tensor]) -> Tensor:
 
 def generate(reference: Reference, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
     """What the model answers to prompts, with an image or without."""
-    template, lengths = reference.processor.template, [prompt.length for prompt in prompts]
+    from transformers import GenerationMixin
+
+    model, template = language_model_of(reference), reference.processor.template
     embeddings = embed(reference, collate(reference, prompts).to(reference.device).inputs)
-    model = language_model_of(reference)
-    return [template.decode(ids) for ids in generate_ids(model, embeddings, lengths, template.ends, max_new_tokens)]
+    mask = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    moved = torch.zeros_like(embeddings)
+    for row, prompt in enumerate(prompts):  # an answer goes on where its prompt ends: the padding has to lie before it
+        moved[row, -prompt.length :] = embeddings[row, : prompt.length]
+        mask[row, -prompt.length :] = 1
+    # Not the model's own `generate`: LLaVA's takes no embeddings. Without ids some releases begin with their own.
+    inputs = {"input_ids": mask[:, :0], "inputs_embeds": moved, "attention_mask": mask}
+    ids = greedy(model, partial(GenerationMixin.generate, model), template.ends, max_new_tokens, **inputs)
+    return [template.decode(answer) for answer in ids]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tive.util.errors import UserError
-from tive.util.files import read_json, read_object, sha256_of, write_json
+from tive.util.files import read_object, sha256_of, write_json
 
 RECORD_FILE = "tive_training.json"
-FORMAT = 1
 # What LLaVA's trainer (llava-torch 1.2.2) trains a LLaMA model with and the gradient step computes the same way. Its
 # other names: `v0` adds a token, `plain` is for projectors alone, those of MPT mask every answer of a LLaMA tokenizer.
 TEMPLATES = (
@@ -28,12 +28,10 @@ TEMPLATES = (
 )
 # Every other word is computed as `square` by LLaVA 1.5, whatever it says.
 ASPECT_RATIOS = ("pad", "square")
-
 _CONFIG_KEYS_WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cache", "architectures")
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+class TrainingRecord(msgspec.Struct, frozen=True, tag_field="format", tag=1, forbid_unknown_fields=True):
     """What a training used.
 
     Attributes:
@@ -56,36 +54,25 @@ class TrainingRecord:
     trainer: str = "llava"
     image_aspect_ratio: str = ""
     vision_tower: dict[str, Any] | None = None
-    projector: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    projector: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
-    write_json(folder / RECORD_FILE, {"format": FORMAT, **asdict(record)})
+    write_json(folder / RECORD_FILE, msgspec.to_builtins(record))
 
 
 def read_record(folder: Path) -> TrainingRecord | None:
-    """The record beside a model; None for a model that LLaVA's own trainer wrote.
-
-    Raises:
-        UserError: the file is there and cannot be understood.
-    """
+    """The record beside a model, None where there is none; a `UserError` where it cannot be understood."""
     path = folder / RECORD_FILE
     if not path.exists():
         return None
-    content = read_json(path)
-    known = TrainingRecord.__dataclass_fields__
-    needed = {name for name, of in known.items() if of.default is MISSING and of.default_factory is MISSING}
-    readable = isinstance(content, dict) and content.pop("format", None) == FORMAT
-    if not readable or not needed <= set(content) <= set(known):
-        raise UserError(f"{path} was not written by this version of TIVE; use the version that trained the model")
-    record = TrainingRecord(**content)
-    for name, value in vars(record).items():
-        text = name in ("template", "trainer", "image_aspect_ratio")
-        absent = value is None and name in ("vision_tower", "lora")
-        if not absent and not isinstance(value, str if text else dict):
-            raise UserError(f"{path}: {name} is not what a training writes; train the model again")
-    return record
+    try:
+        return msgspec.convert(read_object(path), TrainingRecord)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{path} was not written by this version of TIVE ({error}); use the version that trained the model"
+        ) from error
 
 
 def model_folder(name: str, cache_dir: str | None = None, revision: str | None = None) -> Path | None:
@@ -96,8 +83,8 @@ def model_folder(name: str, cache_dir: str | None = None, revision: str | None =
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    config = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def recorded_model(name: str, cache_dir: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -116,21 +103,17 @@ def lora_of(model: Any) -> dict[str, Any]:
 
 def versions_of(*packages: str) -> dict[str, str]:
     """The installed versions of packages, `unknown` for one that has none."""
-    versions = {}
+    versions = dict.fromkeys(packages, "unknown")
     for package in packages:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = "unknown"
+            continue
     return versions
 
 
 def model_fingerprint(folder: Path) -> dict[str, Any]:
-    """What tells one model from another of the same shape: its configuration, and its weights' names, sizes, hashes.
-
-    Raises:
-        UserError: the folder holds no model, or cannot be read.
-    """
+    """What tells one model from another of the same shape: its configuration, and its weights' names, sizes, hashes."""
     config = read_object(folder / "config.json")
     kept = {key: value for key, value in config.items() if key not in _CONFIG_KEYS_WITHOUT_EFFECT}
     text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
@@ -142,11 +125,7 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that transformers loads: safetensors where there are any, else torch's."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
-    return []
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def difference(recorded: dict[str, Any], folder: Path) -> str | None:
@@ -154,15 +133,9 @@ def difference(recorded: dict[str, Any], folder: Path) -> str | None:
     present = model_fingerprint(folder)
     if present["config"] != recorded.get("config"):
         return "its config.json is another"
-    before = recorded.get("weights", {})
-    if set(before) != set(present["weights"]):
-        return (
-            f"its weight files are {', '.join(sorted(present['weights']))}, then they were {', '.join(sorted(before))}"
-        )
-    for name, kept in present["weights"].items():
-        if kept != before[name]:
-            return f"its weights in {name} are others"
-    return None
+    now, then = present["weights"], recorded.get("weights", {})
+    others = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    return f"its weights in {others[0]} are others" if others else None
 
 
 def lacks_tokenizer(base: Path) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -135,13 +134,13 @@ def refuse_other_training(checkpoint: Path, record: TrainingRecord) -> None:
     before = read_record(checkpoint)
     if before is None:
         return
-    for field in dataclasses.fields(TrainingRecord):
-        old, new = getattr(before, field.name), getattr(record, field.name)
+    for name in TrainingRecord.__struct_fields__:
+        old, new = getattr(before, name), getattr(record, name)
         if isinstance(old, dict) and isinstance(new, dict):  # the same files may lie elsewhere now
             old, new = ({key: value for key, value in part.items() if key != "path"} for part in (old, new))
-        if field.name != "versions" and old != new:
+        if name != "versions" and old != new:
             raise UserError(
-                f"{checkpoint} was trained with another {field.name.replace('_', ' ')} ({checkpoint / RECORD_FILE}); "
+                f"{checkpoint} was trained with another {name.replace('_', ' ')} ({checkpoint / RECORD_FILE}); "
                 "train with the same, or set another OUTPUT_DIR"
             )
 
