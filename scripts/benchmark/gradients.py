@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.features.step import GradientStep
-from tive.method.adam import adam_step, release_step
-from tive.method.gradients import gradient_features
+from tive.method.gradients import adam_step, gradient_features, release_step
 from tive.method.projection import Projector, make_projector
 from tive.util.device import device_name, forget_peak, peak_memory
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tive.method.adam import adam_step, release_step
+from tive.method.gradients import adam_step, release_step
 
 B1, B2, EPS, T = 0.8, 0.95, 1e-6, 7
 

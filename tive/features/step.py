@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.features.chunk import Match
-from tive.method.adam import adam_step, release_step
-from tive.method.gradients import Measure, Transform, gradient_features, unmeasured
+from tive.method.gradients import Measure, Transform, adam_step, gradient_features, release_step
 from tive.method.projection import Projector, make_projector
 from tive.method.value import visual_gain
 from tive.models import Collated, Encoded, Family, ModelFiles, RecordLosses, Reference
@@ -131,7 +131,7 @@ class GradientStep:
     el2n: bool = False
     visual_gain: bool = False
     loss_scale: float = 1.0
-    measure: Measure = unmeasured
+    measure: Measure = contextlib.nullcontext
 
     @property
     def counted_parameters(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tive.method.influence import Span, in_threads
+from tive.method.influence import CPU, Span, in_threads
 from tive.method.value import uniform
 
 # Numbers of a point: enough for inner products to a few percent, few enough for a full matrix of second moments.
@@ -24,7 +24,6 @@ STEPS, LIMIT = 16, 89
 # Centres of a task at most, which bounds memory and time a record; above, a cluster gives several records.
 MAX_CLUSTERS = 8192
 EPOCHS = 2
-_CPU = torch.device("cpu")
 _BATCH = 4096
 # Rows that stay in the processor's cache while they are summed.
 _SKETCHED_ROWS = 64
@@ -71,16 +70,13 @@ def second_moments(
         return len(rows), z.T @ z
 
     count, total = 0, torch.zeros((), dtype=torch.float64)
-    for rows, moments in in_threads(add_up, spans, _CPU, progress):
+    for rows, moments in in_threads(add_up, spans, CPU, progress):
         count, total = count + rows, total + moments
     return total / count
 
 
 def whitening(moments: Tensor) -> Tensor:
-    """`(C + s mean(diag C) I)^(-1/2)`, s = `SHRINKAGE`, float64 `[m, m]`, symmetric: what makes all directions count.
-
-    Rounded, so that machines agree on it.
-    """
+    """`(C + s mean(diag C) I)^(-1/2)`, s = `SHRINKAGE`, float64 `[m, m]`; rounded, so that machines agree on it."""
     shrunk = moments + SHRINKAGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(shrunk)
     return torch.round(vectors @ torch.diag(values.rsqrt()) @ vectors.T, decimals=9)
@@ -93,18 +89,13 @@ def grid_points(
     points: np.ndarray,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> None:
-    """Write the whitened records into `points`, int8 `[N, m]`, on the grid; those that do not count stay as they are.
-
-    Args:
-        spans, lengths: as `second_moments` takes them.
-        matrix: of `whitening`.
-    """
+    """Write the whitened records into `points`, int8 `[N, m]`, on the grid; the other rows stay as they are."""
 
     def place(span: Span) -> None:
         rows, z = _unit_sketches(span, lengths)
         points[rows] = torch.round(z @ matrix * STEPS).clamp_(-LIMIT, LIMIT).to(torch.int8).numpy()
 
-    for _ in in_threads(place, spans, _CPU, progress):
+    for _ in in_threads(place, spans, CPU, progress):
         pass
 
 
@@ -112,11 +103,7 @@ def k_means(points: np.ndarray, clusters: int, seed: int, task: str) -> tuple[np
     """Mini-batch k-means (Sculley, 2010): the cluster of each point and the square of its distance, both int64 `[n]`.
 
     Centres begin at points drawn by seed and task. A centre is the mean of all points that batches brought it, rounded
-    to the grid; `EPOCHS` passes over the points in random order, and one that assigns.
-
-    Args:
-        points: int8 `[n, m]`, within `LIMIT`.
-        clusters: 1 to n.
+    to the grid; `EPOCHS` passes over the points, int8 `[n, m]`, in random order, and one that assigns.
     """
     order = np.argsort(uniform(len(points), seed, f"{task}, clusters"), kind="stable")
     sums = torch.from_numpy(points[np.sort(order[:clusters])]).long()
@@ -130,12 +117,10 @@ def k_means(points: np.ndarray, clusters: int, seed: int, task: str) -> tuple[np
             counts += torch.bincount(labels, minlength=clusters)
             moved = labels.unique()
             centres[moved] = torch.round(sums[moved].double() / counts[moved, None]).float()
-    blocks = (torch.from_numpy(points[start : start + _BATCH]) for start in range(0, len(points), _BATCH))
-    parts = [_nearest(block.float(), centres) for block in blocks]
-    return (
-        torch.cat([labels for labels, _ in parts]).numpy(),
-        torch.cat([squares for _, squares in parts]).long().numpy(),
-    )
+    starts = range(0, len(points), _BATCH)
+    parts = [_nearest(torch.from_numpy(points[start : start + _BATCH]).float(), centres) for start in starts]
+    labels, squares = map(torch.cat, zip(*parts, strict=True))
+    return labels.numpy(), squares.long().numpy()
 
 
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,9 +134,6 @@ def draw_from_clusters(labels: np.ndarray, squares: np.ndarray, number: int) -> 
     """The indices of `number` records, sorted: from every cluster its nearest to the centre, then the second, ...
 
     Where a round takes some clusters only, the largest come first. Ties go to the earlier cluster and record.
-
-    Args:
-        labels, squares: int `[n]`, of `k_means`.
     """
     sizes = np.bincount(labels)
     by_cluster = np.lexsort((squares, labels))  # stable: of equal distances the earlier record

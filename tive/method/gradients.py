@@ -5,6 +5,14 @@ target modules, `||g_s||` its norm, and `f_s` its projection, the feature. LoRA'
 with input X `[B, T, in]` and the gradient dY `[B, T, out]` of its output, `dY_b^T X_b` is record b's gradient of that
 matrix. The batch's loss is the sum of the records' own losses, so no record's gradient knows of the others. Each
 matrix's gradients are projected as they come and never kept.
+
+LESS (arXiv 2402.04333, section 3.1) takes the gradient as Adam would apply it. With Adam's moments `m` and `v` after
+step `t` of the checkpoint, and their decays `b1` and `b2`, one record moves the moments to
+
+    m' = b1 m + (1 - b1) g,    v' = b2 v + (1 - b2) g^2,
+
+and what Adam would take from the weights next is `adam_step` times the learning rate. Neither weight decay nor clipping
+is part of it. All is float32, each matrix by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ from tive.method.projection import Projector
 # Of one matrix, by its name: per-record gradients [B, out, in] in float32 to something else of that shape.
 Transform = Callable[[str, Tensor], Tensor]
 # Measures the time that a named part takes.
-Measure = Callable[[str], AbstractContextManager[None]]
+Measure = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,13 @@ class GradientFeatures:
     losses: Tensor
 
 
-def unmeasured(_name: str) -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
 def gradient_features(
     forward: Callable[[], Tensor],
     matrices: Mapping[str, nn.Linear],
     projector: Projector,
     transform: Transform | None = None,
     loss_scale: float = 1.0,
-    measure: Measure = unmeasured,
+    measure: Measure = contextlib.nullcontext,
 ) -> GradientFeatures:
     """`f_s` and `||g_s||` of every record of a batch, from one forward and one backward pass.
 
@@ -92,15 +96,16 @@ def gradient_features(
 
 
 class RecordGradients:
-    """Hooks on the target modules, for one forward and one backward pass.
+    """Hooks on the target modules for one forward and one backward pass.
 
-    Args:
-        matrices: canonical name -> linear map without bias.
-        consume: is called once a batch with each matrix's name and its gradients `[B, out, in]`.
+    `consume` is called once a batch with each matrix's canonical name and its gradients `[B, out, in]`.
     """
 
     def __init__(
-        self, matrices: Mapping[str, nn.Linear], consume: Callable[[str, Tensor], None], measure: Measure = unmeasured
+        self,
+        matrices: Mapping[str, nn.Linear],
+        consume: Callable[[str, Tensor], None],
+        measure: Measure = contextlib.nullcontext,
     ) -> None:
         self.matrices, self.consume, self.measure = matrices, consume, measure
         self.uses: Counter[str] = Counter()
@@ -163,3 +168,32 @@ class _Tap(torch.autograd.Function):
             gradients = torch.bmm(output_gradient.transpose(1, 2), inputs)  # dY^T X of each record
         ctx.gradients.add(ctx.name, gradients)
         return output_gradient, None, None, None
+
+
+def adam_step(g: Tensor, m: Tensor, v: Tensor, t: int, betas: tuple[float, float], eps: float) -> Tensor:
+    """`[m' / (1 - b1^(t+1))] / [sqrt(v' / (1 - b2^(t+1))) + eps]`: the paper's, and AdamW's own next step.
+
+    Args:
+        g: float32 `[B, out, in]`, each record's gradient, as the result.
+        m, v: float32 `[out, in]`, after step `t`.
+        betas: `b1` and `b2`.
+    """
+    b1, b2 = betas
+    m, v = _moved_moments(g, m, v, b1, b2)
+    denominator = v.div_(1 - b2 ** (t + 1)).sqrt_().add_(eps)
+    return m.div_(1 - b1 ** (t + 1)).div_(denominator)
+
+
+def release_step(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    """`m' / sqrt(v' + 1e-8)` with b1 = 0.9 and b2 = 0.999: what LESS's code computes, whatever the checkpoint's are.
+
+    `eps` under the root keeps the denominator above 1e-4. The roots of real second moments are often smaller, so the
+    result is close to the momentum alone. Shapes are those of `adam_step`.
+    """
+    m, v = _moved_moments(g, m, v, 0.9, 0.999)
+    return m.div_(v.add_(1e-8).sqrt_())
+
+
+def _moved_moments(g: Tensor, m: Tensor, v: Tensor, b1: float, b2: float) -> tuple[Tensor, Tensor]:
+    """`m' = b1 m + (1 - b1) g` and `v' = b2 v + (1 - b2) g^2`, both float32 `[B, out, in]`."""
+    return g.mul(1 - b1).add_(m, alpha=b1), g.square().mul_(1 - b2).add_(v, alpha=b2)

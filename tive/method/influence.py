@@ -87,11 +87,9 @@ def products(
     """`<u_s, m>` of every record with the mean of its own group, or with every mean, in one pass.
 
     Args:
-        spans: the features of the records `0 .. N - 1`, in order.
         means: float64 `[G, d]`.
         groups: int `[N]`, the mean that each record is multiplied with, negative for none; None for all the means.
         lengths: float64 `[N]`, `||f_s||` where `group_means` of the same records has them already.
-        progress: called with the number of rows that are done.
 
     Returns:
         float64 `[N]` or `[N, G]`, rounded to 12 decimals; NaN for a record that was not asked for, or whose features

@@ -1,16 +1,13 @@
 """Random projection of per-record gradients, matrix by matrix (paper section 3.2).
 
-A projector has a `kind`, which the features' manifest carries, an `about` line, and one function: it adds the
-projection of a matrix's gradients `[B, P]` to a sketch `[B, proj_dim]`, float32. It is linear, with its own random
-numbers for each matrix name. A record's feature is its sketch over all matrices. For all of them
-`E <Rx, Ry> = proj_dim <x, y>`.
+A record's feature is its sketch: the sum of its matrices' projections, each linear, with random numbers of its own for
+each matrix name. For every projector `E <Rx, Ry> = proj_dim <x, y>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,11 +26,14 @@ _BASIC_BLOCK = 128
 
 
 class Projector(Protocol):
+    """`kind` tells its features from others' in the manifest; `about` is for people."""
+
     kind: str
     about: str
     proj_dim: int
 
-    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None: ...
+    def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
+        """Add the projection of the gradients `[B, P]` of one matrix to `sketch`, float32 `[B, proj_dim]`."""
 
 
 def project(projector: Projector, matrix_name: str, gradients: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ class Sparse:
     different blocks collide with probability `1 / proj_dim`. So the inner products of sketches, over `proj_dim`, are
     unbiased, with a variance of at most `(|x|^2 |y|^2 + <x, y>^2) / proj_dim`: the dense Rademacher projection's bound.
 
-    Signs and rotations are a function of seed, matrix name and position alone, the same on every machine and device.
-    Everything is float32, so small gradients lose nothing. No two sums meet in memory, so a device gives the same bits
-    on every run. Kept between batches: one bit for each entry of a matrix and eight bytes for each block.
+    Signs and rotations depend on seed, matrix name and position alone, so they are the same on every machine. No two
+    sums meet in memory, so a device gives the same bits on every run. Kept between batches: one bit for each entry of a
+    matrix and eight bytes for each block.
     """
 
     kind = "sparse/2"  # drew its signs from another generator before
@@ -71,16 +71,18 @@ class Sparse:
         self.block_by_block = device.type == "cpu" and proj_dim >= _LEAST_BLOCK
 
     def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
-        """Add the projection of the gradients `[B, P]` of one matrix, in any dtype, to `sketch` `[B, proj_dim]`."""
         entries = gradients.shape[1]
-        octets, rotations = self._draw(matrix_name, entries)
+        if (matrix_name, entries) not in self.drawn:
+            kept = self._kept(sign_octets(self.seed, matrix_name, entries))
+            turns = block_rotations(self.seed, matrix_name, entries, self.proj_dim)
+            self.drawn[matrix_name, entries] = kept, turns
+        octets, rotations = self.drawn[matrix_name, entries]
         signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries]
         if self.block_by_block or len(rotations) == 1:
             self._add_blocks(sketch, gradients.float(), signs, rotations)
         else:
-            for part, sums in zip(
-                *(each.split(self._records_at_once(entries)) for each in (gradients, sketch)), strict=True
-            ):
+            records = max(1, _ENTRIES_AT_ONCE // entries)
+            for part, sums in zip(gradients.split(records), sketch.split(records), strict=True):
                 sums += self._gathered(part * signs, rotations)
 
     def _add_blocks(self, sketch: Tensor, gradients: Tensor, signs: Tensor, rotations: np.ndarray) -> None:
@@ -102,17 +104,7 @@ class Sparse:
         whole = torch.nn.functional.pad(signed, (0, blocks * size - signed.shape[1]))
         return whole.index_select(1, places.flatten()).view(-1, blocks, size).sum(dim=1)
 
-    def _records_at_once(self, entries: int) -> int:
-        return max(1, _ENTRIES_AT_ONCE // entries)
-
-    def _draw(self, matrix_name: str, entries: int) -> tuple[Tensor, np.ndarray]:
-        """The signs of a matrix's entries, eight in an octet, and its blocks' rotations, int64."""
-        if (matrix_name, entries) not in self.drawn:
-            octets = self._keep(sign_octets(self.seed, matrix_name, entries))
-            self.drawn[matrix_name, entries] = octets, block_rotations(self.seed, matrix_name, entries, self.proj_dim)
-        return self.drawn[matrix_name, entries]
-
-    def _keep(self, octets: np.ndarray) -> Tensor:
+    def _kept(self, octets: np.ndarray) -> Tensor:
         """Copy to one large piece of memory: small ones that stay, between large ones that go, would tear holes."""
         if len(self.room) < len(octets):
             self.room = torch.empty(max(_ROOM_BYTES, len(octets)), dtype=torch.uint8, device=self.device)
@@ -162,10 +154,9 @@ class TrakCuda:
         self.projector.num_sms = _FEATURE_TILES
 
     def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
-        """Add the projection of the gradients `[B, P]` of one matrix to `sketch`; fast_jl rounds them to half."""
         self.projector.seed = trak_seed(self.seed, matrix_name)
         for part, sums in zip(gradients.float().split(16), sketch.split(16), strict=True):
-            unit, scale = scaled(part)
+            unit, scale = scaled(part)  # fast_jl rounds to half
             # The kernel is built for 8 or 16 records; the missing ones are zeros.
             size = 8 if len(part) <= 8 else 16
             padded = torch.nn.functional.pad(unit, (0, 0, 0, size - len(part))).contiguous()
@@ -187,7 +178,6 @@ class TrakBasic:
         self.projectors: dict[int, Any] = {}
 
     def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
-        """Add the projection of the gradients `[B, P]` of one matrix to `sketch`."""
         from trak.projectors import BasicProjector, ProjectionType
 
         size = gradients.shape[1]
@@ -210,57 +200,43 @@ def trak_seed(seed: int, matrix_name: str) -> int:
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether TRAK's kernel for GPUs can run on the device, if it is installed."""
     return device.type == "cuda"
 
 
 def make_projector(kind: str, seed: int, proj_dim: int, device: torch.device) -> Projector:
-    """Build a projector of one of `KINDS` and let it prove itself.
+    """A projector of one of `KINDS` that has proven itself; a `ValueError` where it does not work here.
 
     `trak` is TRAK's CudaProjector, the paper's, on a GPU, and its BasicProjector on a CPU. `auto` is `trak` on a GPU
     where it works, else the sparse one.
-
-    Raises:
-        ValueError: no such kind, it does not work here, or `proj_dim` is no positive number.
     """
     if proj_dim < 1:
         raise ValueError(f"a projection to {proj_dim} features: not a positive number")
-    if kind == "auto":
-        return _automatic(seed, proj_dim, device)
-    makers: dict[str, Callable[[int, int, torch.device], Projector]] = {
-        "sparse": Sparse,
-        "trak": TrakCuda if is_gpu(device) else TrakBasic,
-    }
-    if kind not in makers:
+    if kind not in KINDS:
         raise ValueError(f"{kind} is none of the projectors {', '.join(KINDS)}")
+    if kind == "auto":
+        note = ""
+        if is_gpu(device):
+            try:
+                projector = make_projector("trak", seed, proj_dim, device)
+                projector.about += "; sparse gives features of the same quality for less time"
+                return projector
+            except ValueError as error:
+                note = f"; {error}"
+        projector = make_projector("sparse", seed, proj_dim, device)
+        projector.about += note
+        return projector
+    maker = Sparse if kind == "sparse" else TrakCuda if is_gpu(device) else TrakBasic
     try:
-        projector: Projector = makers[kind](seed, proj_dim, device)
+        projector = maker(seed, proj_dim, device)
         prove(projector, device)
     except Exception as error:  # not installed, not built for this GPU, or silently wrong (trak issue 81)
-        raise ValueError(f"{kind} does not work here: {_first_line(error)}") from error
-    return projector
-
-
-def _automatic(seed: int, proj_dim: int, device: torch.device) -> Projector:
-    note = ""
-    if is_gpu(device):
-        try:
-            projector = make_projector("trak", seed, proj_dim, device)
-            projector.about += "; sparse gives features of the same quality for less time"
-            return projector
-        except ValueError as error:
-            note = f"; {error}"
-    projector = make_projector("sparse", seed, proj_dim, device)
-    projector.about += note
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{kind} does not work here: {reason}") from error
     return projector
 
 
 def prove(projector: Projector, device: torch.device) -> None:
-    """Project known vectors: not zero, linear also for small ones, norms kept within the bound, as the formula says.
-
-    Raises:
-        ValueError: what is wrong with the result.
-    """
+    """Project known vectors; a `ValueError` says what is wrong with the result."""
     proj_dim = projector.proj_dim
     # Several blocks and a part of one; TRAK's cost grows with entries x features, and one block tells all of it.
     entries = 2 * proj_dim + 1024 if isinstance(projector, Sparse) else 1024
@@ -284,7 +260,3 @@ def prove(projector: Projector, device: torch.device) -> None:
         expected = torch.from_numpy(sparse_projection(projector.seed, "proof", vectors.numpy(), proj_dim))
         if (sketch - expected).abs().max() > 1e-4 * expected.abs().max():
             raise ValueError("the sketch differs from the formula's")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -18,22 +18,15 @@ def checkpoint_weights(rates: np.ndarray) -> np.ndarray:
 
 
 def mean_rates_since(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`eta_i`, the mean learning rate between checkpoint i - 1 and checkpoint i, `[C]`.
+    """`eta_i`, the mean learning rate between checkpoint i - 1 and checkpoint i, `[C]`, in the order of steps.
 
-    Args:
-        sums: `[C]`, the sum of the rates logged from the start of training to checkpoint i, in the order of steps.
-        counts: `[C]`, how many those are; each more than the one before.
+    `sums` and `counts` are of the rates that were logged from the start of training to each checkpoint.
     """
     return np.diff(sums, prepend=0.0) / np.diff(counts, prepend=0)
 
 
 def subtask_scores(products: Iterable[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """`sum over i of w_i <u_s, m_ij>` for every record and subtask, `[N, J]`.
-
-    Args:
-        products: `<u_s, m_ij>` of each checkpoint, `[N, J]`; one is held at a time.
-        weights: `[C]`.
-    """
+    """`sum over i of w_i <u_s, m_ij>`, `[N, J]`, from the products `[N, J]` of each checkpoint, held one at a time."""
     total: np.ndarray | None = None
     for weight, product in zip(weights, products, strict=True):
         total = weight * product if total is None else total + weight * product
@@ -54,8 +47,7 @@ def mean_subtask(scores: np.ndarray) -> np.ndarray:
 def votes(scores: np.ndarray, number: int) -> np.ndarray:
     """In how many subtasks a record is among the best `number`, `[N]` (ICONS's consensus, arXiv 2501.00654).
 
-    Args:
-        scores: `[N, J]`; a record whose scores are NaN is among none. Ties go to the earlier record.
+    It is NaN where the scores `[N, J]` are. Ties go to the earlier record.
     """
     counted = np.zeros(len(scores), np.float64)
     for column in scores.T:
@@ -66,11 +58,8 @@ def votes(scores: np.ndarray, number: int) -> np.ndarray:
 def round_robin(scores: np.ndarray) -> np.ndarray:
     """Rows in the order in which the subtasks, one after the other, each take their best record that is left.
 
-    At small budgets it is the best rule on average (arXiv 2602.14696). Row k of the result, from 0, is the one that
-    subtask k mod J takes.
-
-    Args:
-        scores: `[N, J]`; rows of NaN are left out. Ties go to the earlier record.
+    At small budgets it is the best rule on average (arXiv 2602.14696). Subtask k mod J takes row k of the result. Rows
+    whose scores `[N, J]` are NaN are left out; ties go to the earlier record.
     """
     orders = [ranking(column).tolist() for column in scores.T]
     places, taken = [0] * len(orders), set[int]()

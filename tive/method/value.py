@@ -31,7 +31,7 @@ def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
     """Records each task is given, `p * N * V_t / sum over t' of V_t'`, before rounding down.
 
     Args:
-        values: `[T]`, not negative, not all zero: `V_t`; or what else the budgets shall be in proportion to.
+        values: `V_t`, or what else the budgets are in proportion to: `[T]`, not negative, not all zero.
         records: N, every record of the data file, those of excluded tasks too.
     """
     values = np.asarray(values, np.float64)
@@ -39,11 +39,7 @@ def task_budgets(values: np.ndarray, p: float, records: int) -> np.ndarray:
 
 
 def mean_budgets(values: Sequence[np.ndarray], p: float, records: int) -> np.ndarray:
-    """`p * N * mean over k of (values_k,t / sum over t' of values_k,t')`: each rule k spends its K-th part.
-
-    Args:
-        values: K arrays as `task_budgets` takes them; of one alone, the result is that of `task_budgets`, bit for bit.
-    """
+    """`p * N * mean over k of (values_k,t / sum over t' of values_k,t')`: each of K rules spends its K-th part."""
     return np.mean([task_budgets(one, p, records) for one in values], axis=0)
 
 
@@ -82,11 +78,7 @@ def budget_errors(
 
 
 def records_for_error(means: np.ndarray, covariances: np.ndarray, sizes: np.ndarray, error: float) -> int:
-    """The fewest records a task, or all of a smaller one, that bring every budget's error under a share of it.
-
-    Args:
-        means, covariances, sizes: as `budget_errors` takes them.
-    """
+    """The fewest records a task, or all of a smaller one, that bring the error of every budget under a share of it."""
     budgets = (means / means.sum(axis=1, keepdims=True)).mean(axis=0)
     low, high = 1, int(sizes.max())  # the error falls with the number, and is 0 for all records
     while low < high:
@@ -99,10 +91,7 @@ def records_for_error(means: np.ndarray, covariances: np.ndarray, sizes: np.ndar
 
 
 def capped(budgets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Budgets `[T]` of which none is above its task's size: what is over goes to the others in proportion to theirs.
-
-    It goes on until all is spent or every task gives all it has.
-    """
+    """Budgets `[T]` of which none is above its task's size: what is over goes to the others in proportion to theirs."""
     result, full = np.array(budgets, np.float64), np.zeros(len(budgets), bool)
     while (over := ~full & (result > sizes)).any():
         full |= over
@@ -119,13 +108,10 @@ def rounded_down(amount: float) -> int:
 
 
 def rounded(amounts: np.ndarray, rounding: str) -> np.ndarray:
-    """Whole records for each task, int64 `[T]`.
+    """Whole records for each task, int64 `[T]`, from amounts that are not negative.
 
-    Args:
-        amounts: float `[T]`, not negative.
-        rounding: `down`, as the paper does; or by the `largest_remainder` (Hamilton's method): what rounding down
-            leaves of the total goes one each to the tasks that lost most, the earlier ones where they lost the same,
-            so that the sum is that of the amounts, rounded down.
+    `down` is the paper's rounding. By the `largest_remainder` (Hamilton's method) what it leaves of the total goes one
+    each to the tasks that lost most, the earlier ones where they lost the same.
     """
     whole = np.array([rounded_down(amount) for amount in amounts.tolist()], np.int64)
     if rounding == "largest_remainder":
@@ -142,13 +128,9 @@ def instance_weights(scores: np.ndarray, q: float) -> np.ndarray:
 
 
 def visual_gain(without_images: Tensor, with_images: Tensor) -> Tensor:
-    """What its images take off a record's loss: that of the text alone minus that with them, `[n]`.
+    """What its images take off a record's loss, `[n]`, over the same supervised tokens (VisNec, arXiv 2603.01195).
 
-    Around 0 the model answers as well without the images; below 0 they mislead it, as those of another record do
-    (VisNec, arXiv 2603.01195).
-
-    Args:
-        without_images: mean cross-entropy over the same supervised tokens, `[n]`; so is `with_images`.
+    Around 0 the model answers as well without the images; below 0 they mislead it, as those of another record do.
     """
     return without_images - with_images
 
@@ -163,12 +145,8 @@ def draw(scores: np.ndarray, q: float, number: int, seed: int, task: str) -> np.
     """Draw `number` of a task's records without replacement with weights `softmax(q * score)`; their indices, sorted.
 
     Each record gets the key `q * score + Gumbel noise`, and the largest keys win: the same distribution as drawing
-    one by one and taking the drawn record out (Efraimidis and Spirakis, 2006, in logarithms), and right even where
-    the softmax itself underflows. Ties go to the earlier record. The noise is made from the raw output of PCG64,
-    seeded with the seed and the task's name: the same on every machine and NumPy, whatever the other tasks hold.
-
-    Args:
-        scores: `[n_t]`, finite.
+    one by one (Efraimidis and Spirakis, 2006, in logarithms), and right even where the softmax itself underflows. Ties
+    go to the earlier record. The noise depends on the seed and the task's name alone.
     """
     noise = -np.log(-np.log(uniform(len(scores), seed, task)))
     return draw_top(_logits(scores, q) + noise, number)
