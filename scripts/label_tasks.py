@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tive.data.conversations import image_of
-from tive.data.labels import Rules, add_key, read_rules, replace_key
 from tive.data.media import IMAGE_KEYS, is_empty, name_of_image
 from tive.data.problems import listing_beside, refuse_bad_records
 from tive.data.records import Records, TableRecords, check_suffix, name_of, open_records, write_records, write_texts
 from tive.data.scan import described_keys
-from tive.data.tasks import no_task, task_or_problem
+from tive.data.tasks import Rules, add_key, no_task, read_rules, replace_key, task_or_problem
 from tive.util.errors import UserError, run
 from tive.util.files import refuse_same_file
 from tive.util.text import listed, print_table, shown, shown_value
@@ -57,7 +56,15 @@ key, a dotted path (meta.source), or the first part of a value (image:/ is the i
         default="stop",
         help="what happens to a record that has the key already (default: %(default)s)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    refuse_same_file(arguments.source_path, arguments.target_path)
+    if arguments.task_key in OWN_KEYS or ":" in arguments.task_key or not arguments.task_key:
+        raise UserError(
+            f"--task_key {shown_value(arguments.task_key)} cannot hold the task; name a key of its own, such as dataset"
+        )
+    if arguments.default == "":
+        raise UserError("--default is empty; give the task of the records that are left over a name")
+    return arguments
 
 
 @dataclass
@@ -74,18 +81,6 @@ class Labels:
     kept: set[int] = field(default_factory=set)
     with_key: set[int] = field(default_factory=set)
     unmatched: list[int] = field(default_factory=list)
-
-
-def check(arguments: argparse.Namespace, rules: Rules) -> None:
-    refuse_same_file(arguments.source_path, arguments.target_path)
-    if arguments.task_key in OWN_KEYS or ":" in arguments.task_key or not arguments.task_key:
-        raise UserError(
-            f"--task_key {shown_value(arguments.task_key)} cannot hold the task; name a key of its own, such as dataset"
-        )
-    if arguments.default == "":
-        raise UserError("--default is empty; give the task of the records that are left over a name")
-    if arguments.split_llava and not any(rule.split for rule in rules.rules):
-        raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
 
 
 def labels_of(arguments: argparse.Namespace, records: Records, rules: Rules) -> Labels:
@@ -120,21 +115,6 @@ def labels_of(arguments: argparse.Namespace, records: Records, rules: Rules) -> 
     return labels
 
 
-def refuse_unmatched(labels: Labels, records: Records, rules: Rules) -> None:
-    """Raise a `UserError` for records that no rule matches."""
-    count, total = len(labels.unmatched), len(records)
-    if 2 * count > total:
-        raise UserError(
-            f"most records ({count:,} of {total:,}) match no rule of {rules.path}: it is of another mixture, nothing "
-            "was written; write rules for this one, or give the steps --task_key with a key of the records (they have "
-            f"{described_keys(records)})"
-        )
-    raise UserError(
-        f"{count:,} of {total:,} records match no rule of {rules.path}, nothing was written; add a rule for them, or "
-        "--default NAME"
-    )
-
-
 def write_labels(arguments: argparse.Namespace, records: Records, labels: Labels) -> None:
     """Write the records with their tasks: JSON byte for byte but for the key, a table with one column more."""
     key = arguments.task_key
@@ -153,14 +133,16 @@ def write_labels(arguments: argparse.Namespace, records: Records, labels: Labels
 def show(rules: Rules, records: Records, labels: Labels, split: bool) -> None:
     """Print the counts beside the authors' own, and the first records that no rule matched."""
     counts = Counter(labels.tasks)
+    parts: dict[str, list[str]] = {rule.task: [] for rule in rules.rules}
+    for rule in rules.rules if split else ():
+        parts[rule.task] += [part.task for part in rule.split if part.task not in parts[rule.task]]
     rows: list[tuple[str, int, int | None]] = []
-    for task, parts in rules.parts().items():
-        parts = list(dict.fromkeys(parts)) if split else []
-        rows.append((task, counts[task] + sum(counts[part] for part in parts), rules.expected.get(task)))
-        rows += [(f"  {part}", counts[part], None) for part in parts]
-    known = [task.strip() for task, _, _ in rows]
+    for task, finer in parts.items():
+        rows.append((task, counts[task] + sum(counts[part] for part in finer), rules.expected.get(task)))
+        rows += [(f"  {part}", counts[part], None) for part in finer]
+    known = {task.strip() for task, _, _ in rows}
     rows += [(task, counts[task], None) for task in sorted(counts) if task not in known]
-    complete = len(rules.expected) == len(rules.parts())
+    complete = len(rules.expected) == len(parts)
     rows.append(("all", counts.total(), sum(rules.expected.values()) if complete else None))
     table = [("task", "records", "authors", "difference")]
     for task, count, authors in rows:
@@ -184,13 +166,22 @@ def show(rules: Rules, records: Records, labels: Labels, split: bool) -> None:
 def main() -> None:
     arguments = parse_arguments()
     rules = read_rules(arguments.rules)
-    check(arguments, rules)
+    if arguments.split_llava and not any(rule.split for rule in rules.rules):
+        raise UserError(f"--split_llava: {rules.path} has no rule with a `split`; leave the option out")
     records = open_records(arguments.source_path)
     check_suffix(arguments.target_path, records)
     labels = labels_of(arguments, records, rules)
-    if labels.unmatched and arguments.default is None:
+    if unmatched := len(labels.unmatched) if arguments.default is None else 0:
         show(rules, records, labels, arguments.split_llava)
-        refuse_unmatched(labels, records, rules)
+        remedy = "add a rule for them, or --default NAME"
+        if 2 * unmatched > len(records):
+            remedy = (
+                "most are of another mixture: write rules for it, or give the steps --task_key with a key of the "
+                f"records (they have {described_keys(records)})"
+            )
+        raise UserError(
+            f"{unmatched:,} of {len(records):,} records match no rule of {rules.path}, nothing was written; {remedy}"
+        )
     write_labels(arguments, records, labels)
     show(rules, records, labels, arguments.split_llava)
     print(f"Wrote {arguments.target_path}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mixture import COCO, COUNTS, example, record
-from tive.data.labels import read_rules
+from tive.data.tasks import read_rules
 
 RULES = read_rules(Path(__file__).resolve().parents[2] / "scripts" / "rules" / "bunny_695k.yaml")
 SOURCES = {

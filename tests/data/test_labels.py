@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
 from tive.data.conversations import from_llava, to_llava
-from tive.data.labels import CONDITIONS, add_key, read_rules, replace_key
 from tive.data.records import open_records
 from tive.data.scan import scan_records
+from tive.data.tasks import CONDITIONS, add_key, read_rules, replace_key
 from tive.data.trained import form_problem, problem_of
 from tive.util.errors import UserError
 
@@ -259,32 +259,32 @@ BAD_RULES = {
     "not YAML": ("rules: [", "not YAML"),
     "not text": (b"\xff\xfe\x00", "not YAML"),
     "an object that YAML could build": ("rules: !!python/object/apply:os.system ['true']", "not YAML"),
-    "no rules": ("expected: {}", "`rules:`"),
-    "empty": ("", "`rules:`"),
-    "rules that are no list": ("rules: {task: a}", "`rules:`"),
-    "another entry": ("rules: [{task: a, image: absent}]\nexpect: {a: 1}", "`expect`"),
-    "a rule that is a text": ("rules: [a]", "rule 1", "`task:`"),
+    "no rules": ("expected: {}", "`rules`"),
+    "empty": ("", "null"),
+    "rules that are no list": ("rules: {task: a}", "rules`"),
+    "another entry": ("rules: [{task: a, image: absent}]\nexpect: {a: 1}", "expect"),
+    "a rule that is a text": ("rules: [a]", "rule 1", "object"),
     "a task that YAML takes for a truth value": ("rules: [{task: no, image: absent}]", "rule 1", "quotes"),
     "no condition": ("rules: [{task: a, image: absent}, {task: b}]", "rule 2 (b)", "no condition"),
-    "an unknown condition": ("rules: [{task: a, image_prefx: b/}]", "rule 1 (a)", "`image_prefx`", "image_prefix"),
-    "a number for a text": ("rules: [{task: a, image_prefix: 3}]", "rule 1 (a)", "`image_prefix` must be a text"),
-    "an empty list": ("rules: [{task: a, image_prefix: []}]", "rule 1 (a)", "must be a text"),
-    "an empty text": ("rules: [{task: a, image_prefix: ''}]", "rule 1 (a)", "must be a text"),
-    "a text for a number": ("rules: [{task: a, min_questions: two}]", "rule 1 (a)", "whole number"),
-    "a truth value for a number": ("rules: [{task: a, min_questions: true}]", "rule 1 (a)", "whole number"),
-    "a negative number": ("rules: [{task: a, max_questions: -1}]", "rule 1 (a)", "whole number"),
-    "an image that is neither": ("rules: [{task: a, image: maybe}]", "rule 1 (a)", "`present` or `absent`"),
-    "two keys": ("rules: [{task: a, key_is: {b: c, d: e}}]", "rule 1 (a)", "one key"),
-    "a key without texts": ("rules: [{task: a, key_is: {b: 1}}]", "rule 1 (a)", "must be a text"),
+    "an unknown condition": ("rules: [{task: a, image_prefx: b/}]", "rule 1", "`image_prefx`"),
+    "a number for a text": ("rules: [{task: a, image_prefix: 3}]", "rule 1", "image_prefix"),
+    "an empty list": ("rules: [{task: a, image_prefix: []}]", "rule 1", "image_prefix"),
+    "an empty text": ("rules: [{task: a, image_prefix: ''}]", "rule 1", "image_prefix"),
+    "a text for a number": ("rules: [{task: a, min_questions: two}]", "rule 1", "min_questions"),
+    "a truth value for a number": ("rules: [{task: a, min_questions: true}]", "rule 1", "min_questions"),
+    "a negative number": ("rules: [{task: a, max_questions: -1}]", "rule 1", "max_questions"),
+    "an image that is neither": ("rules: [{task: a, image: maybe}]", "rule 1", "image"),
+    "two keys": ("rules: [{task: a, key_is: {b: c, d: e}}]", "rule 1", "key_is"),
+    "a key without texts": ("rules: [{task: a, key_is: {b: 1}}]", "rule 1", "key_is"),
     "a condition twice": ("rules:\n  - task: a\n    image: absent\n    image: present", "line 4", "stands twice"),
-    "an empty split": ("rules: [{task: a, image: absent, split: []}]", "rule 1 (a)", "`split`"),
+    "an empty split": ("rules: [{task: a, image: absent, split: []}]", "rule 1", "split"),
     "a split in a split": (
-        "rules: [{task: a, image: absent, split: [{task: b, image: absent, split: []}]}]",
+        "rules: [{task: a, image: absent, split: [{task: b, image: absent, split: [{task: c, image: absent}]}]}]",
         "rule 1 (a): part 1 (b)",
     ),
-    "counts of an unknown task": ("rules: [{task: a, image: absent}]\nexpected: {b: 1}", "`expected: b: 1`"),
-    "a count that is no number": ("rules: [{task: a, image: absent}]\nexpected: {a: many}", "`expected: a: many`"),
-    "counts that are a list": ("rules: [{task: a, image: absent}]\nexpected: [1]", "`expected:`"),
+    "counts of an unknown task": ("rules: [{task: a, image: absent}]\nexpected: {b: 1}", "`expected:`", "b"),
+    "a count that is no number": ("rules: [{task: a, image: absent}]\nexpected: {a: many}", "expected"),
+    "counts that are a list": ("rules: [{task: a, image: absent}]\nexpected: [1]", "expected"),
     "rules inside themselves": ("rules: &all [*all]", "rule 1"),
 }
 
