@@ -40,8 +40,7 @@ def main() -> None:
     from tive.data.records import open_records
     from tive.data.scan import described_keys
     from tive.report.description import NO_TASK, describe, look_at_images, sections_of, sentences, table_of_tasks
-    from tive.report.page import Page, write_page
-    from tive.report.samples import Samples
+    from tive.report.page import Samples, write_page
     from tive.util.text import plural, print_table, shown
 
     records = open_records(arguments.source_path)
@@ -62,7 +61,7 @@ def main() -> None:
         (f"{len(description.problems):,}", "broken"),
     ]
     about = f"{shown(records.path.name, 80)}, {plural(len(records), 'record')}"
-    write_page(arguments.target_path, Page("A first look at the data", about, tiles, sections))
+    write_page(arguments.target_path, "A first look at the data", about, tiles, sections)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tive.data.records import open_records
 from tive.evaluation.results import Evaluation, read_stored
 from tive.report.comparison import comparison, evaluations
-from tive.report.page import Page, write_page
-from tive.report.samples import open_samples
+from tive.report.page import Samples, write_page
 from tive.report.sections import selection_sections
 from tive.selection.output import SUMMARY_END, Selection, find_summaries, read_selection
 from tive.util.errors import UserError, run
@@ -33,8 +33,8 @@ def main() -> None:
             raise UserError(f"{arguments.out} holds one selection; give the folder of several, or leave --all out")
         selections = [read_selection(path) for path in summaries]
         about = f"{len(selections)} selections in {arguments.out}"
-        page = Page("Selections compared", about, [], comparison(selections))
-        write_page(arguments.output or arguments.out / "comparison.html", page)
+        output = arguments.output or arguments.out / "comparison.html"
+        write_page(output, "Selections compared", about, [], comparison(selections))
         return
     summary = chosen(summaries, arguments)
     selection = read_selection(summary)
@@ -45,7 +45,7 @@ def main() -> None:
     sections = selection_sections(selection, samples)
     if results:
         sections.insert(0, evaluations(results))
-    write_page(arguments.output or default_output(summary), Page(*header_of(selection), sections))
+    write_page(arguments.output or default_output(summary), *header_of(selection), sections)
 
 
 def chosen(summaries: Sequence[Path], arguments: argparse.Namespace) -> Path:
@@ -59,6 +59,25 @@ def chosen(summaries: Sequence[Path], arguments: argparse.Namespace) -> Path:
         print(stem, file=sys.stderr)
     which = f"no selection {arguments.name}" if arguments.name else "several selections"
     raise UserError(f"{arguments.out} holds {which}; choose one of those above with --name, or compare them with --all")
+
+
+def open_samples(selection: Selection, count: int, data_path: str | None, image_folder: str | None) -> Samples:
+    """The data file that the selection was made from, at `data_path` or where it lay then, to show records of; a
+    `UserError` where `data_path` is not that file.
+    """
+    inputs = selection.summary.inputs
+    path = data_path or inputs.data_path
+    if not count:
+        return Samples(0)
+    try:
+        records = open_records(path)
+        if records.fingerprint != inputs.data_sha256 or len(records) != len(selection.ids):
+            raise UserError(f"{path} is not the file the selection was made from (SHA-256); name it (data_path)")
+    except (UserError, ValueError) as error:
+        if data_path:
+            raise
+        return Samples(count, trouble=shown(str(error), 400))
+    return Samples(count, records, image_folder or inputs.image_folder)
 
 
 def header_of(selection: Selection) -> tuple[str, str, list[tuple[str, str]]]:

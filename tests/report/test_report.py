@@ -24,8 +24,8 @@ from setuptools import Distribution
 from tests.helpers.feature_files import random_features, record, write_features
 from tive.data.records import open_records
 from tive.evaluation.results import Conditions, Evaluation, ModelResult, TaskResult, write_result
-from tive.report import plots
-from tive.report.samples import Samples, read_sample
+from tive.report import page as page_module
+from tive.report.page import Samples, card_of
 from tive.util.text import short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +204,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what pictures have no part in: plots are made, but not rendered, which takes nearly all of a page's time."""
 
-    monkeypatch.setattr(plots, "render", lambda figure: ("data:,", b""))
+    monkeypatch.setattr(page_module, "render", lambda figure: ("data:,", b""))
 
 
 def change_summary(folder: Path, *keys: object, value: object, stem: str = STEM) -> None:
@@ -362,15 +362,15 @@ FORMS = [
 def test_a_record_of_any_form_is_shown_with_its_turns_and_image(folder: Path, tmp_path: Path, form: dict) -> None:
     (tmp_path / "data.json").write_text(json.dumps([form]))
     samples = Samples(1, open_records(str(tmp_path / "data.json")), str(folder / "images"))
-    image, _, turns = read_sample(samples, 0)
-    assert image is not None and image.startswith("data:image/jpeg")
-    assert [text.removeprefix("<image>").strip() for _, text in turns] == [QUESTION, ANSWER]
+    card = card_of(samples, 0, "id", "")
+    assert card.image is not None and card.image.startswith("data:image/jpeg")
+    assert [text.removeprefix("<image>").strip() for _, text in card.turns] == [QUESTION, ANSWER]
 
 
 def test_a_plot_of_many_tasks_shows_the_largest_and_its_table_all(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plots, "ROWS", 3)
+    monkeypatch.setattr(page_module, "ROWS", 3)
     report(folder, "--output", tmp_path / "page.html", "--samples", 0)
     page = Page(tmp_path / "page.html")
     drawn = [base64.b64decode(image["src"].partition(",")[2]).decode() for image in page.all("img")]
@@ -634,13 +634,13 @@ def test_a_target_that_does_not_fit_is_named(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_template_and_the_style_are_installed_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_template_and_the_styles_are_installed_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     distribution = Distribution()
     distribution.parse_config_files()
     beside = {path.name for path in (ROOT / "tive" / "report").iterdir() if path.suffix not in (".py", "")}
     patterns = distribution.package_data["tive.report"]
-    assert beside == {"page.css", "page.html.jinja"}
+    assert beside == {"page.css", "page.html.jinja", "page.mplstyle"}
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in beside)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
 from tive.evaluation.results import INTERVAL, Evaluation, tables
-from tive.report import plots
-from tive.report.page import Block, Plot, Section, Table, by_name, name
+from tive.report.page import Block, Plot, Section, Table, bars, by_name, name
 from tive.selection.output import Selection
 from tive.util.errors import UserError
 from tive.util.text import percent, plural, short
@@ -20,74 +19,58 @@ MEANS = ("norm", "influence", "loss", "el2n", "supervised_tokens")
 
 
 def comparison(selections: Sequence[Selection]) -> list[Section]:
-    """The sections of the page; a selection is called by its number in the first of them.
-
-    Raises:
-        UserError: they are not of the same data.
+    """The sections of the page: what the selections are and where their arguments differ, what each took from each
+    task, how far they overlap, their mean scores. A `UserError` where they are not of the same data.
     """
     first = selections[0]
+    tasks = {task.name: task.records for task in first.tasks}
     for other in selections:
-        tasks = [[(task.name, task.records) for task in one.tasks] for one in (first, other)]
-        if other.summary.inputs.data_sha256 != first.summary.inputs.data_sha256 or tasks[0] != tasks[1]:
+        is_same = other.summary.inputs.data_sha256 == first.summary.inputs.data_sha256
+        if not is_same or {task.name: task.records for task in other.tasks} != tasks:
             raise UserError(f"{first.stem} and {other.stem} are of different data or tasks; keep them in two folders")
-    numbered = {str(number): selection for number, selection in enumerate(selections, start=1)}
-    return [described(numbered), budgets(numbered), overlap(numbered), means(numbered)]
+    numbers = [str(number) for number in range(1, len(selections) + 1)]
+    drawn = np.array([selection.drawn for selection in selections])
 
-
-def described(selections: Mapping[str, Selection]) -> Section:
-    """Number, name and size of each selection, and the arguments in which they differ."""
     columns: dict[str, list[str]] = {
-        "records": [f"{int(one.drawn.sum()):,}" for one in selections.values()],
-        "method": [one.summary.method for one in selections.values()],
-        "name": [name(one.stem, 400) for one in selections.values()],
+        "records": [f"{count:,}" for count in drawn.sum(1)],
+        "method": [one.summary.method for one in selections],
+        "name": [name(one.stem, 400) for one in selections],
     }
-    blocks = [by_name("The selections", "number", selections, columns)]
-    arguments = [selection.summary.arguments for selection in selections.values()]
+    described: list[Block] = [by_name("The selections", "number", numbers, columns)]
+    arguments = [selection.summary.arguments for selection in selections]
     keys = dict.fromkeys(key for one in arguments for key in one if not key.endswith("path"))
     values = {key: [json.dumps(one[key])[:80] if key in one else "–" for one in arguments] for key in keys}
     if differing := [[key, *row] for key, row in values.items() if len(set(row)) > 1]:
-        blocks.append(Table("Arguments in which they differ", ["argument", *selections], differing))
-    return Section("selections", "The selections", blocks)
+        described.append(Table("Arguments in which they differ", ["argument", *numbers], differing))
 
-
-def budgets(selections: Mapping[str, Selection]) -> Section:
-    """How many records each selection took from each task."""
-    tasks = next(iter(selections.values())).tasks
-    names = [task.name for task in tasks]
-    taken = {number: {task.name: task.selected for task in one.tasks} for number, one in selections.items()}
-    columns = {"records": [f"{task.records:,}" for task in tasks]}
-    columns |= {number: [f"{counts[name]:,}" for name in names] for number, counts in taken.items()}
-    numbers = by_name("Records that each selection took from each task", "task", names, columns)
+    taken = [{task.name: task.selected for task in one.tasks} for one in selections]
+    columns = {"records": [f"{count:,}" for count in tasks.values()]}
+    columns |= {number: [f"{counts[task]:,}" for task in tasks] for number, counts in zip(numbers, taken, strict=True)}
+    budgets = by_name("Records that each selection took from each task", "task", tasks, columns)
     shares = {
-        number: [counts[name] / max(1, sum(counts.values())) for name in names] for number, counts in taken.items()
+        number: [counts[task] / max(1, sum(counts.values())) for task in tasks]
+        for number, counts in zip(numbers, taken, strict=True)
     }
-    figure = plots.bars(names, shares, "share of the selection", percent=True)
-    return Section("budgets", "Budgets", [Plot("budgets", numbers.title, figure, numbers)])
+    plot = Plot("budgets", budgets.title, bars([*tasks], shares, "share of the selection", percent=True), budgets)
 
-
-def overlap(selections: Mapping[str, Selection]) -> Section:
-    """The share of each selection's records that each other one has too, beside what chance would give."""
-    drawn = np.array([selection.drawn for selection in selections.values()])
-    shared = drawn.astype(np.float64) @ drawn.T
-    shares = shared / np.maximum(1, drawn.sum(1, keepdims=True))
-    rows = dict(zip([*selections, "by chance"], [*shares, drawn.mean(1)], strict=True))
-    lines = [[number, *map(percent, row)] for number, row in rows.items()]
+    overlap = drawn.astype(np.float64) @ drawn.T / np.maximum(1, drawn.sum(1, keepdims=True))
+    rows = zip([*numbers, "by chance"], [*overlap, drawn.mean(1)], strict=True)
     title = "Of the records of the selection in a row, the share that the selection in a column has too"
-    return Section("overlap", "Overlap", [Table(title, ["selection", *selections], lines)])
+    overlaps = Table(title, ["selection", *numbers], [[number, *map(percent, row)] for number, row in rows])
 
-
-def means(selections: Mapping[str, Selection]) -> Section:
-    """Mean scores of the records of each selection, and of all records."""
-    first, *_ = selections.values()
-    rows = {"all records": (first, np.ones(len(first.ids), bool))}
-    rows |= {number: (one, one.drawn) for number, one in selections.items()}
-    columns: dict[str, list[str]] = {}
+    columns, everyone = {}, np.ones((1, len(first.ids)), bool)
     for key in MEANS:
-        if all(key in one.columns for one in selections.values()):
-            values = [one.column(key)[members] for one, members in rows.values()]
-            known = [column[np.isfinite(column)] for column in values]
+        if all(key in one.columns for one in selections):
+            groups = zip([first, *selections], [*everyone, *drawn], strict=True)
+            known = [values[np.isfinite(values)] for values in (one.columns[key][members] for one, members in groups)]
             columns[key.replace("_", " ")] = [short(float(column.mean()) if len(column) else None) for column in known]
-    return Section("means", "Means", [by_name("Mean over the records of each selection", "selection", rows, columns)])
+    means = by_name("Mean over the records of each selection", "selection", ["all records", *numbers], columns)
+    return [
+        Section("selections", "The selections", described),
+        Section("budgets", "Budgets", [plot]),
+        Section("overlap", "Overlap", [overlaps]),
+        Section("means", "Means", [means]),
+    ]
 
 
 def evaluations(results: Sequence[Evaluation]) -> Section:

@@ -7,31 +7,24 @@ import io
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from tive.data.conversations import image_paths, images_of, to_llava
 from tive.data.images import BadImage, find_image, format_and_size
-from tive.data.media import IMAGE_TAG, Image
+from tive.data.media import IMAGE_TAG
 from tive.data.problems import kind_of
 from tive.data.records import Records
 from tive.data.tasks import rows_by_task, task_of
 from tive.data.trained import form_problem
-from tive.report import plots
-from tive.report.page import Block, Card, Cards, Plot, Section, Table, by_name, name
-from tive.report.samples import Samples, read_sample
+from tive.report.page import Block, Cards, Plot, Samples, Section, Table, bars, boxes, by_name, card_of, name
 from tive.util.text import percent, plural, shown
 
 NO_TASK = "(no task)"
 REASONS = 30  # the most frequent, of broken records
-HEADER: tuple[str, ...] = (
-    *("task", "records", "no image", "one", "more", "answers a record", "characters an answer: median", "95%"),
-    *("repeated texts", "broken"),
-)
 
 
 @dataclass(frozen=True)
@@ -72,17 +65,10 @@ def describe(records: Records, task_key: str) -> Description:
     paths: Counter[str] = Counter()
     for row, record in enumerate(records):
         tasks.append((isinstance(record, dict) and task_of(record, task_key)) or NO_TASK)
-        problem = form_problem(record)
-        turns: list[dict[str, Any]] = []
-        named: tuple[Image, ...] = ()
-        try:
-            if not problem:
-                conversation = to_llava(record)
-                turns, named = conversation["conversations"], image_paths(conversation)
-        except ValueError as error:
-            problem = str(error)
-        if problem:
+        if problem := form_problem(record):
             problems[row] = problem
+        conversation = {"conversations": []} if problem else to_llava(record)
+        turns, named = conversation["conversations"], image_paths(conversation)
         answered = [len(turn["value"]) for turn in turns if turn["from"] == "gpt"]
         images.append(len(named))
         answers.append(len(answered))
@@ -132,7 +118,10 @@ def look_at_images(description: Description, image_folder: str) -> Looks:
                 reason = known[image]
             else:
                 try:
-                    content = _content(image, image_folder)
+                    if isinstance(image, str):
+                        content = Path(find_image(image_folder, image)).read_bytes()
+                    else:
+                        content = image.content or b""
                     sizes.append(format_and_size(io.BytesIO(content))[1])
                     digest = hashlib.blake2b(content, digest_size=16).digest()
                     repeated += digest in seen
@@ -147,28 +136,20 @@ def look_at_images(description: Description, image_folder: str) -> Looks:
     return Looks(np.array(sizes, np.int64).reshape(-1, 2), repeated, broken)
 
 
-def _content(image: Image, folder: str) -> bytes:
-    return Path(find_image(folder, image)).read_bytes() if isinstance(image, str) else image.content or b""
-
-
 def table_of_tasks(description: Description) -> list[tuple[str, ...]]:
-    """The table of the terminal and the page: `HEADER`, a line a task, and one for all."""
+    """The table of the terminal and the page: its header, a line a task, and one for all."""
     broken = np.zeros(len(description.images), bool)
     broken[list(description.problems)] = True
-    groups = {**description.tasks, "all": np.arange(len(description.images))}
-    lines = [HEADER]
-    for task, rows in groups.items():
+    header = ("task", "records", "no image", "one", "more", "answers a record", "characters an answer: median", "95%")
+    lines: list[tuple[str, ...]] = [(*header, "repeated texts", "broken")]
+    for task, rows in {**description.tasks, "all": np.arange(len(description.images))}.items():
         images, lengths = description.images[rows], description.lengths_of(rows)
-        good = len(rows) - int(broken[rows].sum())
-        counts = [int(((images == 0) & ~broken[rows]).sum()), int((images == 1).sum()), int((images > 1).sum())]
+        bad = int(broken[rows].sum())
+        counts = (len(rows), (images == 0).sum() - bad, (images == 1).sum(), (images > 1).sum())
         median, most = np.percentile(lengths, (50, 95)) if len(lengths) else (0, 0)
-        lines.append(
-            (
-                *(task, f"{len(rows):,}", *(f"{count:,}" for count in counts)),
-                *(f"{len(lengths) / max(1, good):.1f}", f"{median:,.0f}", f"{most:,.0f}"),
-                *(f"{description.repeated[rows].sum():,}", f"{broken[rows].sum():,}"),
-            )
-        )
+        answers = (f"{len(lengths) / max(1, len(rows) - bad):.1f}", f"{median:,.0f}", f"{most:,.0f}")
+        repeated = description.repeated[rows].sum()
+        lines.append((task, *(f"{count:,}" for count in counts), *answers, f"{repeated:,}", f"{bad:,}"))
     return lines
 
 
@@ -200,7 +181,7 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
     header, *lines = table_of_tasks(description)
     table = Table("Each task", header, [[name(task), *cells] for task, *cells in lines])
     tasks = sorted(description.tasks.items(), key=lambda item: -len(item[1]))
-    figure = plots.bars([task for task, _ in tasks], {"records": [len(rows) for _, rows in tasks]}, "records")
+    figure = bars([task for task, _ in tasks], {"records": [len(rows) for _, rows in tasks]}, "records")
     plot = Plot("tasks", "Records of each task", figure)
     sections = [Section("tasks", "Tasks", [plot, *sentences(description, looks), table])]
 
@@ -211,7 +192,7 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
             for share in (5, 25, 50, 75, 95)
         }
         table = by_name("Characters of an answer", "task", lengths, columns)
-        figure = plots.boxes([*lengths], {"answers": [*lengths.values()]}, "characters of an answer", logarithmic=True)
+        figure = boxes([*lengths], {"answers": [*lengths.values()]}, "characters of an answer", logarithmic=True)
         sections.append(Section("answers", "Lengths of answers", [Plot("answers", table.title, figure, table)]))
 
     if broken := sorted((description.problems | (looks.broken if looks else {})).items()):
@@ -220,23 +201,20 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
         reasons = [[shown(kind, 200), f"{count:,}", f"{first[kind]:,}"] for kind, count in counts.most_common(REASONS)]
         table = Table("Why records cannot be used", ["reason", "records", "the first"], reasons)
         sections.append(Section("broken", "Broken records", [table]))
-    return [*sections, *([_samples(description, samples)] if samples.count else [])]
 
-
-def _samples(description: Description, samples: Samples) -> Section:
-    """Records of each task, drawn at random."""
     blocks: list[Block] = []
     records, random = description.records, np.random.default_rng(0)
     for task, rows in tqdm(description.tasks.items(), desc="Reading sample records", delay=2):
-        columns = []
+        columns_of_task = []
         for row in sorted(random.permutation(rows)[: samples.count].tolist()):
-            record, (image, no_image, turns) = records[row], read_sample(samples, row)
-            question = next((text for role, text in turns if role == "human"), "")
-            identity = record.get("id", "") if isinstance(record, dict) else ""
-            asked = shown(question.replace(IMAGE_TAG, "").strip(), 120)
+            record = records[row]
+            card = card_of(samples, row, str(record.get("id", "")) if isinstance(record, dict) else "", "")
+            question = next((text for role, text in card.turns if role == "human"), "")
+            card = replace(card, scores=shown(question.replace(IMAGE_TAG, "").strip(), 120))
             images, answers = int(description.images[row]), int(description.answers[row])
-            card = Card(row, name(str(identity)), None, asked, image, no_image, turns)
-            columns.append((f"{plural(images, 'image')}, {plural(answers, 'answer')}", [card]))
-        share = percent(len(rows) / len(records))
-        blocks.append(Cards(name(task), f"{plural(len(rows), 'record')}, {share}", columns))
-    return Section("records", "Records of each task, drawn at random", blocks)
+            columns_of_task.append((f"{plural(images, 'image')}, {plural(answers, 'answer')}", [card]))
+        about = f"{plural(len(rows), 'record')}, {percent(len(rows) / len(records))}"
+        blocks.append(Cards(name(task), about, columns_of_task))
+    if samples.count:
+        sections.append(Section("records", "Records of each task, drawn at random", blocks))
+    return sections

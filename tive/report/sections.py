@@ -6,30 +6,24 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from msgspec import Meta, Struct, structs
 from scipy.stats import spearmanr
+from tqdm import tqdm
 
 from tive.method.value import effective_sample_size, instance_weights
-from tive.report import plots
-from tive.report.page import Block, Plot, Section, Table, by_name, facts, name
-from tive.report.samples import Group, Samples, groups_of_tasks, sample_records
+from tive.report import page
+from tive.report.page import Block, Cards, Plot, Samples, Section, Table, by_name, name
 from tive.selection.less import Subtask
 from tive.selection.options import column_of
 from tive.selection.output import Selection, Size
 from tive.util.errors import UserError
-from tive.util.text import DASH, duration, memory, percent, plural, short, shown
+from tive.util.text import DASH, LABEL_LIMIT, duration, memory, percent, plural, short, shown
 
-# The score that records are ordered by -> the anchor and title of their section, and the names of its two ends.
-ENDS = {
-    "influence": ("records", "Most and least influential records", ("Most influential", "Least influential")),
-    "visual_gain": ("seen", "Records whose images help most and least", ("Help most", "Help least, or mislead")),
-}
-SUBTASK_ENDS = ("records", "Best and worst records of each subtask", ("Serve it best", "Serve it least"))
 CASES = 100  # of records left out
 Q_GRID = np.logspace(-4, 5, 91)
 # A scores file's column -> title of its section, its axis, and whether that is logarithmic.
@@ -40,6 +34,13 @@ COLUMNS = {
     "supervised_tokens": ("Lengths", "supervised tokens (logarithmic)", True),
     "visual_gain": ("Visual gain", "visual gain: what its images take off a record's loss", False),
     "influence": ("Influence", "influence: mean cosine to the task's records", False),
+    "score": ("Scores", "score", False),
+}
+# The score that records are ordered by -> the anchor and title of their section, and the names of its two ends.
+ENDS = {
+    "influence": ("records", "Most and least influential records", ("Most influential", "Least influential")),
+    "visual_gain": ("seen", "Records whose images help most and least", ("Help most", "Help least, or mislead")),
+    "subtasks": ("records", "Best and worst records of each subtask", ("Serve it best", "Serve it least")),
 }
 
 
@@ -60,102 +61,149 @@ class PassDetails(Struct, frozen=True):
     dtype: str = DASH
 
 
-_Form = TypeVar("_Form")
+class Group(NamedTuple):
+    """Records that are shown together, those of a task for instance: int64 rows, and the column that orders them."""
 
-
-def _typed(selection: Selection, content: Any, form: type[_Form]) -> _Form:
-    """A part of the summary; a `UserError` names the key that is not of this form."""
-    try:
-        return msgspec.convert(content, form)
-    except msgspec.ValidationError as error:
-        raise UserError(f"the summary of {selection.stem} is damaged ({error}); make the selection again") from error
+    name: str
+    about: str
+    column: str
+    rows: np.ndarray
 
 
 def selection_sections(selection: Selection, samples: Samples) -> list[Section]:
-    """All sections of the page about a selection.
-
-    Raises:
-        UserError: the summary or the scores file lacks what the method writes, or another method selected.
+    """All sections of the page about a selection; a `UserError` where the summary or the scores file lacks what the
+    method writes, or another method than TIVE or LESS selected.
     """
-    by_method = {"TIVE": tive_sections, "LESS": less_sections}
-    method = selection.summary.method
-    if method not in by_method:
-        raise UserError(f"{selection.stem} is a selection of the method {shown(method, 60)}; TIVE and LESS have pages")
-    sections = by_method[method](selection, samples)
-    return [tasks_of(selection), *sections, left_out(selection), cost_and_origin(selection)]
-
-
-def tive_sections(selection: Selection, samples: Samples) -> list[Section]:
-    """Scores, the choice that the weights make, and each task's records by influence and visual gain."""
-    captions = {"norm": _norms_and_lengths(selection)}
-    sections = [
-        distributions(selection, column, labels, captions.get(column, ""))
-        for column, labels in COLUMNS.items()
-        if column in selection.columns
-    ]
-    sections.append(choice(selection))
-    for column, end in ENDS.items():
+    summary = selection.summary
+    if summary.method not in ("TIVE", "LESS"):
+        method = shown(summary.method, 60)
+        raise UserError(f"{selection.stem} is a selection of the method {method}; TIVE and LESS have pages")
+    try:
+        chunks = msgspec.convert(summary.gradient_pass, list[PassDetails])
+        targets = msgspec.convert(summary.details, TargetDetails).subtasks if summary.method == "LESS" else []
+    except msgspec.ValidationError as error:
+        raise UserError(f"the summary of {selection.stem} is damaged ({error}); make the selection again") from error
+    groups = []
+    for one in targets:
+        column, about = f"score_{one.name}", f"{plural(one.records, 'record')} of the target"
+        if column not in selection.columns:
+            lacking = shown(column, 60)
+            raise UserError(f"the scores file of {selection.stem} has no {lacking}; make the selection again")
+        groups.append(Group(one.name, about, column, np.arange(len(selection.ids))))
+    sections = [subtasks(selection, targets, groups)] if targets else []
+    sections += [distributions(selection, column) for column in COLUMNS if column in selection.columns]
+    if summary.method == "TIVE":
+        sections.append(choice(selection))
+    for column in ENDS:
         if column in selection.columns:
-            sections.append(sample_records(selection, end, groups_of_tasks(selection, column), samples))
-    return sections
+            sections.append(both_ends(selection, column, groups_of_tasks(selection, column), samples))
+    if targets:
+        sections.append(both_ends(selection, "subtasks", groups, samples))
+    return [tasks_of(selection), *sections, left_out(selection), cost_and_origin(selection, chunks)]
+
+
+def groups_of_tasks(selection: Selection, column: str) -> list[Group]:
+    """Each task's records, by a score."""
+    return [
+        Group(task.name, plural(task.records, "record"), column, np.flatnonzero(selection.task == index))
+        for index, task in enumerate(selection.tasks)
+    ]
+
+
+def both_ends(selection: Selection, ends: str, groups: Sequence[Group], samples: Samples) -> Section:
+    """The records with the highest and the lowest values of every group's score, none of them twice; `ENDS` has their
+    titles. A card has the score that it is shown for, then the others, without those for other subtasks.
+    """
+    anchor, title, titles = ENDS[ends]
+    blocks: list[Block] = [f"Made without images and conversations: {samples.trouble}."] if samples.trouble else []
+    others = [column for column in selection.columns if not column.startswith("score_")]
+    for group in tqdm(groups, desc="Reading sample records", delay=2):
+        values = selection.column(group.column)
+        rows = group.rows[np.isfinite(values[group.rows])]
+        rows = rows[np.argsort(values[rows], kind="stable")]
+        least = min(samples.count, len(rows) // 2)
+        columns = []
+        for end, of_end in zip(
+            titles, (rows[::-1][: min(samples.count, len(rows) - least)], rows[:least]), strict=True
+        ):
+            cards = []
+            for row in of_end.tolist():
+                scores = {column: short(selection.columns[column][row]) for column in (group.column, *others)}
+                text = " · ".join(
+                    f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {score}" for key, score in scores.items()
+                )
+                drawn = int(selection.times_selected[row])
+                cards.append(page.card_of(samples, row, selection.ids[row], text, drawn))
+            if cards:
+                columns.append((end, cards))
+        if columns:
+            blocks.append(Cards(name(group.name), group.about, columns))
+    return Section(anchor, title, blocks or ["None is shown."])
 
 
 def tasks_of(selection: Selection) -> Section:
     """What the tasks hold, what they were given and why."""
     tasks, rule = selection.tasks, str(selection.summary.arguments.get("task_budget", "difficulty"))
+    records, selected, distinct = (
+        sum(getattr(task, key) for task in tasks) for key in ("records", "selected", "distinct")
+    )
     shares = {
-        "all records": _shares([task.records for task in tasks]),
-        "subset": _shares([task.selected for task in tasks]),
+        "all records": [task.records / max(1, records) for task in tasks],
+        "subset": [task.selected / max(1, selected) for task in tasks],
     }
     columns = {
-        "records": _whole(task.records for task in tasks),
+        "records": [_whole(task.records) for task in tasks],
         "share before": map(percent, shares["all records"]),
         "value": [short(task.value) for task in tasks],
         "its standard error": [short(task.value_error) for task in tasks],
-        "records counted": _whole(task.sampled or (task.counted if task.value is not None else None) for task in tasks),
+        "records counted": [DASH if task.value is None else _whole(task.sampled or task.counted) for task in tasks],
     }
-    for part in dict.fromkeys(rule for task in tasks for rule in task.budget_parts or {}):
+    for part in dict.fromkeys(part for task in tasks for part in task.budget_parts or {}):
         columns[f"by {part}"] = [short((task.budget_parts or {}).get(part)) for task in tasks]
     columns |= {
-        "budget": ["excluded" if task.excluded else _whole([task.budget])[0] for task in tasks],
+        "budget": ["excluded" if task.excluded else _whole(task.budget) for task in tasks],
         "its 95% interval": [" to ".join(map(short, task.budget_interval or [None])) for task in tasks],
-        "selected": _whole(task.selected for task in tasks),
-        "distinct": _whole(task.distinct for task in tasks),
+        "selected": [_whole(task.selected) for task in tasks],
+        "distinct": [_whole(task.distinct) for task in tasks],
         "share after": map(percent, shares["subset"]),
     }
     title = "The tasks. A value is the mean gradient norm of the records counted"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
     names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
-    mixture = plots.bars(names, shares, "share of the records, share of the subset", percent=True)
-    distinct, selected = sum(task.distinct for task in tasks), sum(task.selected for task in tasks)
+    mixture = page.bars(names, shares, "share of the records, share of the subset", percent=True)
     caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
     title = "Share of each task in the records and in the subset"
     blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
     if values := {task.name: task.value for task in tasks if task.value is not None}:
         names = sorted(values, key=lambda name: -values[name])
-        figure = plots.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
+        figure = page.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
         how = f"the mean of its shares by {rule.replace('+', ' and ')}" if "+" in rule else f"its share by {rule}"
         caption = f"A task's budget is {how}." if rule != "difficulty" else ""
         blocks.append(Plot("task_values", "The value of each task", figure, caption=caption))
     return Section("mixture", "The mixture, before and after", [*blocks, numbers])
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
-    return [count / max(1, sum(counts)) for count in counts]
+def _whole(count: int | None) -> str:
+    return DASH if count is None else f"{count:,}"
 
 
-def _whole(counts: Iterable[int | None]) -> list[str]:
-    return [DASH if count is None else f"{count:,}" for count in counts]
-
-
-def distributions(selection: Selection, column: str, labels: tuple[str, str, bool], caption: str = "") -> Section:
-    """A score's distribution in each task; `labels` as in `COLUMNS`."""
-    title, label, logarithmic = labels
+def distributions(selection: Selection, column: str) -> Section:
+    """A score's distribution in each task; of norms, how they go with the length of what is supervised."""
+    title, label, logarithmic = COLUMNS[column]
     if not np.isfinite(selection.column(column)).any():
         return Section(column, title, ["No record has one."])
-    groups = groups_of_tasks(selection, column)
+    groups, caption = groups_of_tasks(selection, column), ""
     numbers, values = _spread(selection, f"{title} in each task", groups, {})
-    figure = plots.boxes([group.name for group in groups], values, label, logarithmic)
+    figure = page.boxes([group.name for group in groups], values, label, logarithmic)
+    if column == "norm":
+        pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
+        known = [pairs[:, group.rows][:, np.isfinite(pairs[:, group.rows]).all(axis=0)] for group in groups]
+        if inside := [float(spearmanr(*one).statistic) for one in known if one.size and np.ptp(one, axis=1).all()]:
+            caption = (
+                "A gradient is a mean over the answer's tokens, so long answers tend to have small ones: in a task the "
+                f"rank correlation of norm and supervised tokens is {np.median(inside):.2f} "
+                f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
+            )
     return Section(column, title, [Plot(column, numbers.title, figure, numbers, caption)])
 
 
@@ -178,21 +226,6 @@ def _spread(
     return table, {"all records": everyone, "drawn": drawn}
 
 
-def _norms_and_lengths(selection: Selection) -> str:
-    """How gradient norms go with the length of what is supervised, within the tasks."""
-    pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
-    finite = np.isfinite(pairs).all(axis=0)
-    of_tasks = [pairs[:, finite & (selection.task == task)] for task in range(len(selection.tasks))]
-    inside = [float(spearmanr(*known).statistic) for known in of_tasks if known.size and np.ptp(known, axis=1).all()]
-    if not inside:
-        return ""
-    return (
-        "A gradient is a mean over the answer's tokens, so long answers tend to have small ones: in a task the rank "
-        f"correlation of norm and supervised tokens is {np.median(inside):.2f} "
-        f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
-    )
-
-
 def q_where(shares: np.ndarray, share: float) -> float | None:
     """The q of `Q_GRID` at which effective shares have fallen to `share`; None beyond the grid."""
     if not shares[-1] < share < shares[0]:
@@ -207,11 +240,11 @@ def choice_curves(selection: Selection) -> tuple[list[int], np.ndarray, np.ndarr
     The score is the one that the selection asked for; the influence where it drew at random.
     """
     score = str(selection.summary.arguments.get("instance_score", "random")).replace("random", "influence")
-    values, tasks, sizes, curves = selection.column(column_of(score)), [], [], []
-    for index, task in enumerate(selection.tasks):
-        scores = values[selection.task == index]
+    tasks, sizes, curves = [], [], []
+    for index, group in enumerate(groups_of_tasks(selection, column_of(score))):
+        scores = selection.column(group.column)[group.rows]
         scores = scores[np.isfinite(scores)]
-        if not task.excluded and len(scores):
+        if not selection.tasks[index].excluded and len(scores):
             tasks.append(index)
             sizes.append(len(scores))
             curves.append([effective_sample_size(instance_weights(scores, q)) / len(scores) for q in Q_GRID])
@@ -219,7 +252,8 @@ def choice_curves(selection: Selection) -> tuple[list[int], np.ndarray, np.ndarr
 
 
 def choice(selection: Selection) -> Section:
-    title, q = "How much choice the weights make", float(selection.summary.arguments["q"])
+    title, arguments = "How much choice the weights make", selection.summary.arguments
+    q = float(arguments["q"])
     indices, sizes, curves = choice_curves(selection)
     if not indices:
         return Section("choice", title, ["No record has a score, so there are no weights."])
@@ -231,9 +265,8 @@ def choice(selection: Selection) -> Section:
     }
     numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
     everyone, drawn_share = sizes @ curves / sizes.sum(), sum(task.distinct for task in tasks) / sizes.sum()
-    figure = plots.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
+    figure = page.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
     caption = "This selection does not draw with weights; the curve is the effective size if it did."
-    arguments = selection.summary.arguments
     weighted = arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted"
     if weighted and np.isfinite(shares).all():
         caption = f"At q = {q:g} the effective size is at least {percent(min(shares))} of a task's records"
@@ -243,36 +276,20 @@ def choice(selection: Selection) -> Section:
     return Section("choice", title, [Plot("choice", numbers.title, figure, numbers, caption)])
 
 
-def less_sections(selection: Selection, samples: Samples) -> list[Section]:
-    """The target's subtasks, the scores, and the records by how they serve each subtask."""
-    targets = _typed(selection, selection.summary.details, TargetDetails).subtasks
-    everyone, groups = np.arange(len(selection.ids)), []
-    for subtask in targets:
-        column, about = f"score_{subtask.name}", f"{plural(subtask.records, 'record')} of the target"
-        if column not in selection.columns:
-            raise UserError(f"the scores file of {selection.stem} has no {shown(column, 60)}; make the selection again")
-        groups.append(Group(subtask.name, about, column, everyone))
-    return [
-        subtasks(selection, targets, groups),
-        distributions(selection, "score", ("Scores", "score", False)),
-        sample_records(selection, SUBTASK_ENDS, groups, samples),
-    ]
-
-
 def subtasks(selection: Selection, targets: Sequence[Subtask], groups: Sequence[Group]) -> Section:
     """How all records and the chosen ones score for each subtask, and which tasks the chosen ones are from."""
     names = [group.name for group in groups]
     columns = {
-        "target records": _whole(subtask.records for subtask in targets),
-        "chosen that serve it best": _whole(subtask.selected for subtask in targets),
+        "target records": [_whole(subtask.records) for subtask in targets],
+        "chosen that serve it best": [_whole(subtask.selected) for subtask in targets],
     }
     numbers, values = _spread(selection, "Scores of all records for each subtask", groups, columns)
-    plot = Plot("subtasks", numbers.title, plots.boxes(names, values, "score for the subtask: a cosine"), numbers)
+    plot = Plot("subtasks", numbers.title, page.boxes(names, values, "score for the subtask: a cosine"), numbers)
     drawn = np.flatnonzero(selection.drawn)
     best = np.array([selection.column(group.column)[drawn] for group in groups]).argmax(axis=0)
     counts = np.zeros((len(groups), len(selection.tasks)), int)
     np.add.at(counts, (best, selection.task[drawn]), 1)
-    served = {subtask: _whole(of_tasks) for subtask, of_tasks in zip(names, counts, strict=True)}
+    served = {subtask: map(_whole, of_tasks) for subtask, of_tasks in zip(names, counts, strict=True)}
     title = "Of each task, how many chosen records score highest for which subtask"
     by_task = by_name(title, "task", [task.name for task in selection.tasks], served)
     return Section("subtasks", "The target's subtasks", [plot, by_task])
@@ -292,17 +309,28 @@ def left_out(selection: Selection) -> Section:
     share = percent(len(entries) / max(1, len(selection.ids)))
     said = f"{plural(len(entries), 'record')} of {len(selection.ids):,} ({share}): in no mean, and never drawn."
     title = f"The most frequent of {len(cases):,} cases; the scores file has every record"
-    return Section(
-        "left-out", "Records left out", [said, Table(title, ["reason", "task", "records", "example"], lines)]
-    )
+    table = Table(title, ["reason", "task", "records", "example"], lines)
+    return Section("left-out", "Records left out", [said, table])
 
 
-def cost_and_origin(selection: Selection) -> Section:
-    """What the gradient pass took, and what it takes to make the subset again and to check it."""
+def cost_and_origin(selection: Selection, chunks: Sequence[PassDetails]) -> Section:
+    """What the gradient pass (of the last checkpoint) took, and what it takes to make the subset again."""
     summary = selection.summary
     inputs = {key: value for key, value in structs.asdict(summary.inputs).items() if key not in ("chunks", "match")}
+    cost = {"cost": "not known: the feature files of the paper's release have no manifests"}
+    if chunks:
+        seconds = sum(chunk.seconds for chunk in chunks)
+        records = sum(chunk.seconds * (chunk.records_per_second or 0) for chunk in chunks)
+        cost = {
+            "chunks": f"{len(chunks):,}",
+            "time on all devices": duration(seconds),
+            "records a second on a device": short(records / seconds if seconds else None),
+            "devices and dtypes": "; ".join(sorted({f"{chunk.device}, {chunk.dtype}" for chunk in chunks})),
+            "largest peak of memory": memory(max(chunk.peak_memory_bytes for chunk in chunks)),
+            "least share of the tokens that is no padding": short(min(chunk.padding_efficiency for chunk in chunks)),
+        }
     contents = {
-        "Gradient pass": _cost(_typed(selection, summary.gradient_pass, list[PassDetails])),
+        "Gradient pass": cost,
         "Arguments": summary.arguments,
         "Inputs": inputs,
         "Gradient features": summary.inputs.match,
@@ -315,21 +343,5 @@ def cost_and_origin(selection: Selection) -> Section:
     for title, content in contents.items():
         if isinstance(content, dict) and content:
             pairs = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in content.items())
-            blocks.append(facts(title, pairs))
+            blocks.append(Table(title, (), [(key, escape(value[:2000])) for key, value in pairs]))
     return Section("origin", "Cost, arguments, versions, hashes", blocks)
-
-
-def _cost(chunks: Sequence[PassDetails]) -> dict[str, str]:
-    """What the chunks of the (last checkpoint's) pass took; nothing is known of the paper's release's."""
-    if not chunks:
-        return {"cost": "not known: the feature files of the paper's release have no manifests"}
-    seconds = sum(chunk.seconds for chunk in chunks)
-    records = sum(chunk.seconds * (chunk.records_per_second or 0) for chunk in chunks)
-    return {
-        "chunks": f"{len(chunks):,}",
-        "time on all devices": duration(seconds),
-        "records a second on a device": short(records / seconds if seconds else None),
-        "devices and dtypes": "; ".join(sorted({f"{chunk.device}, {chunk.dtype}" for chunk in chunks})),
-        "largest peak of memory": memory(max(chunk.peak_memory_bytes for chunk in chunks)),
-        "least share of the tokens that is no padding": short(min(chunk.padding_efficiency for chunk in chunks)),
-    }
