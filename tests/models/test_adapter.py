@@ -182,7 +182,7 @@ def test_a_part_that_was_trained_lacks_no_matrix(folder: Path, gone: str) -> Non
     tower = matrices("base_model.model.model.visual.blocks", ("qkv", "proj"))
     configure(folder, target_modules=PATTERNS[1])
     rewrite(folder, lambda t: {name: value for name, value in (t | tower).items() if gone not in name})
-    with pytest.raises(UserError, match="lacks the LoRA matrices of") as refused:
+    with pytest.raises(UserError, match="lacks the weights of") as refused:
         attached(folder)
     assert gone in str(refused.value) and "adapter_model.safetensors" in str(refused.value)
 

@@ -67,7 +67,7 @@ def test_adapters_of_other_releases_give_the_same_losses(model: str, now: str, b
 def test_an_adapter_that_does_not_fit_is_refused_with_its_file(tmp_path: Path) -> None:
     files = copied("llava_hf", tmp_path)
     change_tensors(files.model_path, lambda t: {key: value for key, value in t.items() if ".layers.1." not in key})
-    with pytest.raises(UserError, match="lacks the LoRA matrices of") as refused:
+    with pytest.raises(UserError, match="lacks the weights of") as refused:
         native.load(files, CPU, torch.float32)
     assert str(tmp_path / "adapter") in str(refused.value)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tive.models.checkpoint import first_line, loading
+from tive.models.checkpoint import first_line, loading, stored_tensors
 from tive.util.errors import UserError
 from tive.util.files import read_object
 
@@ -41,6 +41,7 @@ _KNOWN_KEYS.add("ensure_weight_tying")
 _NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "", "none")
 # What a LoRA may start from without changing the base's weights.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_ANOTHER_BASE = "name the base that the adapter was trained on"
 
 
 def adapter_file(folder: Path) -> Path:
@@ -68,20 +69,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file, without reading the numbers where the format allows it."""
-    if path.suffix != ".safetensors":
-        return {name: tuple(value.shape) for name, value in read_tensors(path).items()}
-    from safetensors import safe_open
-
-    with loading(path), safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
 def check_adapter(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, of LoRA on the base as it is; a `UserError` names what is anything else."""
     path, weights = folder / CONFIG_FILE, adapter_file(folder)
-    config, shapes = read_object(path), tensor_shapes(weights)
+    config = read_object(path)
+    if weights.suffix == ".safetensors":
+        shapes = {name: shape for name, (shape, _) in stored_tensors(weights).items()}
+    else:
+        shapes = {name: tuple(value.shape) for name, value in read_tensors(weights).items()}
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: adapters of type {config.get('peft_type')!r} are not supported; train with LoRA")
     if config.get("init_lora_weights") not in _STARTS:
@@ -93,8 +88,6 @@ def check_adapter(folder: Path) -> dict[str, Any]:
         if key not in _KNOWN_KEYS and value not in _NEUTRAL:
             name = "DoRA (use_dora)" if key == "use_dora" else f"{key} {value!r}"
             raise UserError(f"{path}: {name} is not supported; train with plain LoRA (rsLoRA is supported)")
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise UserError(f"{path}: lora_alpha {config.get('lora_alpha')!r} is not a number; train the adapter again")
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     for name, shape in shapes.items():
         if ".lora_embedding_" in name:
@@ -106,8 +99,12 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             )
     if not ranks:
         raise UserError(f"{weights} holds no LoRA matrices; train the reference model with LoRA")
-    if not ranks <= {config.get("r"), *(config.get("rank_pattern") or {}).values()}:
-        raise UserError(f"{path}: r {config.get('r')!r} is not the rank of {weights.name}; train the adapter again")
+    known = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    if not isinstance(config.get("lora_alpha"), (int, float)) or not ranks <= known:
+        raise UserError(
+            f"{path}: r {config.get('r')!r} is not the rank of {weights.name}, or lora_alpha "
+            f"{config.get('lora_alpha')!r} no number; train the adapter again"
+        )
     return config
 
 
@@ -122,20 +119,28 @@ def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
         UserError: a tensor has no place in the model, or more than one; the configuration names a module that has no
             tensor; a shape differs; a number is not finite; every B matrix is zero.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     config, path = check_adapter(folder), adapter_file(folder)
     tensors = read_tensors(path)
     modules = Names(name for name, module in model.named_modules() if hasattr(module, "weight"))
     keys = [key.partition(".lora_A.")[0] for key in tensors if ".lora_A." in key]
-    trained = {modules.one(key, path): key for key in keys}
-    missing = _named_without_tensor(model, config, set(trained), layers)
+    trained = {modules.one(key, path): key.removeprefix("base_model.model.") for key in keys}
+    whole = config.get("modules_to_save") or []
+    missing = [name for name in whole if not any(f".{name}." in key for key in tensors)]
+    missing += _named_without_tensor(model, config, set(trained), layers)
     if missing:
-        raise UserError(f"{path} lacks the LoRA matrices of {missing}, which {CONFIG_FILE} names")
-    for name in config.get("modules_to_save") or []:
-        if not any(f".{name}." in key for key in tensors):
-            raise UserError(f"{path} lacks the weights of {name}, which {CONFIG_FILE} lists in modules_to_save")
+        raise UserError(f"{path} lacks the weights of {missing[0]}, which {CONFIG_FILE} names; train the adapter again")
     if all(not value.any() for key, value in tensors.items() if ".lora_B." in key):
         raise UserError(f"{path}: every LoRA B matrix is zero, the adapter was never trained; train it for some steps")
-    _inject(model, list(trained), bool(config.get("lora_bias")))
+    # LoRA layers of rank 1, whose matrices those of the training replace. A pattern, since a name in a list also means
+    # all that end with it; lora_bias is of peft 0.14 and later.
+    options: dict[str, Any] = {"target_modules": "|".join(map(re.escape, trained))}
+    options |= {"lora_bias": True} if config.get("lora_bias") else {}
+    try:
+        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, **options), model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"LoRA on a module of the adapter is not supported: {first_line(error)}") from error
     filled = place_tensors(model, tensors, path, dtype)
     unfilled = [name for name, _ in model.named_parameters() if ".lora_" in name and name not in filled]
     if unfilled:
@@ -143,11 +148,12 @@ def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
     for name, key in trained.items():
         layer: Any = model.get_submodule(name)
         first, second = layer.lora_A["default"], layer.lora_B["default"]
-        rank = len(first.weight)
+        rank, patterns = len(first.weight), (config.get("alpha_pattern") or {}).items()
         if second.weight.shape[1] != rank:
             raise UserError(f"{path}: the two matrices of {key} have different ranks; train the adapter again")
+        alpha = next((of for part, of in patterns if re.search(rf"(^|\.)({part})$", key)), config["lora_alpha"])
         first.out_features, second.in_features, layer.r["default"] = rank, rank, rank
-        layer.scaling["default"] = _alpha(config, key) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        layer.scaling["default"] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora_dtype: torch.dtype) -> set[str]:
@@ -169,10 +175,7 @@ def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora
         if ".lora_" in name and value.ndim > 1:
             wanted[".lora_B." in name] = value.shape[".lora_B." in name]
         if list(value.shape) != wanted:
-            raise UserError(
-                f"{path}: {key} has shape {list(value.shape)}, the model wants {wanted}; name the base that the "
-                "adapter was trained on"
-            )
+            raise UserError(f"{path}: {key} has shape {list(value.shape)}, the model wants {wanted}; {_ANOTHER_BASE}")
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds numbers that are not finite; training diverged, train it again")
         owner, _, attribute = name.rpartition(".")
@@ -183,24 +186,10 @@ def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora
     return filled
 
 
-def _inject(model: nn.Module, names: list[str], lora_bias: bool) -> None:
-    """Make the modules LoRA layers of rank 1; the matrices of the training take their place."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    # A pattern, since a name in a list also means all that end with it.
-    options: dict[str, Any] = {"target_modules": "|".join(map(re.escape, names))}
-    if lora_bias:  # of peft 0.14 and later
-        options["lora_bias"] = True
-    try:
-        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, **options), model)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"LoRA on a module of the adapter is not supported: {first_line(error)}") from error
-
-
 def _named_without_tensor(
     model: nn.Module, config: dict[str, Any], trained: set[str], layers: nn.ModuleList
-) -> str | None:
-    """A linear map that `target_modules` names and that has no tensor in the adapter's file; None where there is none.
+) -> list[str]:
+    """The linear maps that `target_modules` names and that have no tensor in the adapter's file.
 
     The patterns that trainers write name modules as another release nests them, and then the vision tower too. So
     outside of the language model a part of which no map was trained was not meant. Not looked for where the
@@ -208,7 +197,7 @@ def _named_without_tensor(
     """
     wanted, whole = config.get("target_modules") or [], set(config.get("modules_to_save") or [])
     if config.get("layers_to_transform") is not None or config.get("exclude_modules") or wanted == "all-linear":
-        return None
+        return []
     pattern = wanted if isinstance(wanted, str) else rf"(.*\.)?({'|'.join(map(re.escape, wanted))})"
     inside = next(name for name, module in model.named_modules() if module is layers)
 
@@ -218,21 +207,15 @@ def _named_without_tensor(
         return ".".join(parts[: len(commonprefix([parts, inside.split(".")])) + 1])
 
     parts = {part_of(name) for name in trained}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name not in trained and not whole & set(name.split(".")):
-            meant = name.startswith(f"{inside}.") or name == "lm_head" or part_of(name) in parts
-            if meant and re.fullmatch(pattern, name):
-                return name
-    return None
-
-
-def _alpha(config: dict[str, Any], trained: str) -> float:
-    """The scale's numerator of one module: that of the pattern that its name in training ends with, or of all."""
-    name = trained.removeprefix("base_model.model.")
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
-    return float(config["lora_alpha"])
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in trained
+        and not whole & set(name.split("."))
+        and (name.startswith(f"{inside}.") or name == "lm_head" or part_of(name) in parts)
+        and re.fullmatch(pattern, name)
+    ]
 
 
 class Names:
@@ -260,7 +243,7 @@ class Names:
             return names[0]
         if names:
             raise UserError(f"{path}: {key} has {len(names)} places in the model, {names[0]} and {names[1]} among them")
-        remedy = "name the base that the adapter was trained on"
+        remedy = _ANOTHER_BASE
         if re.search(r"\.experts\.\d+\.", key):
             remedy = (
                 "it belongs to one expert, and newer releases of transformers keep a layer's experts as one tensor: "

@@ -66,14 +66,29 @@ def read_config(folder: Path, in_4bit: bool = False) -> dict[str, Any]:
     known = stored_in_4bit(config)
     if known and in_4bit:
         return config
-    said = f"{path}: quantization_config" if _says_quantized(config) else _quantized_weight(folder)
+    said = [f"{path}: quantization_config"] if _says_quantized(config) else []
+    said += [
+        f"{file}: {name} is stored as {kind}"
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, (_, kind) in stored_tensors(file).items()
+        if kind.startswith(("F8", "F6", "F4")) or ("weight" in name and kind in ("I8", "U8"))
+    ]
     if said:
         remedy = "take load_in_4bit (transformers' models), or " if known else ""
         raise UserError(
-            f"{said}: gradients on quantised weights are not supported as they are; {remedy}name the same model in "
+            f"{said[0]}: gradients on quantised weights are not supported as they are; {remedy}name the same model in "
             "full precision, and a reference model that was trained on it"
         )
     return config
+
+
+def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and kind (`F32`, `I8`) of each tensor in a file of safetensors, whose numbers are not read."""
+    from safetensors import safe_open
+
+    with loading(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
 def library_config(folder: Path) -> Any:
@@ -94,19 +109,6 @@ def _says_quantized(config: dict[str, Any]) -> bool:
     """Whether a config, or one of a part inside it, has a `quantization_config` that is not empty."""
     parts = (part for part in config.values() if isinstance(part, dict))
     return bool(config.get("quantization_config")) or any(map(_says_quantized, parts))
-
-
-def _quantized_weight(folder: Path) -> str | None:
-    """File and name of a weight that is stored in eight bits or fewer; None where there is none."""
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with loading(path), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                kind = file.get_slice(name).get_dtype()
-                if kind.startswith(("F8", "F6", "F4")) or ("weight" in name and kind in ("I8", "U8")):
-                    return f"{path}: {name} is stored as {kind}"
-    return None
 
 
 def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, present: Path | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tive.data.trained import problem_of
 from tive.models import LeftOut, ModelFiles, Reference, pads_images, spliced
-from tive.models.adapter import place_tensors, read_tensors, tensor_shapes
+from tive.models.adapter import place_tensors, read_tensors
 from tive.models.checkpoint import load_pretrained, loading, print_named_base, read_config, refuse_other
 from tive.models.common import decoder_layers, freeze
 from tive.models.training_record import (
@@ -53,7 +53,6 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 # Those that are computed whatever they are, or say how the training went.
 _READ = ("mm_vision_tower", "mm_vision_select_layer", "mm_projector_type", "mm_hidden_size", "unfreeze_mm_vision_tower")
 _OF_THE_TRAINING = ("mm_projector_lr", "mm_vision_tower_lr", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter")
-_TOWER = ".vision_tower."
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,16 @@ def check_files(files: ModelFiles) -> None:
         "it (the same OUTPUT_DIR) and name that OUTPUT_DIR as the model",
     )
     for key, value in config.items():
-        if value not in _ALLOWED.get(key, (value,)):
-            known = ", ".join(str(allowed) for allowed in _ALLOWED[key] if allowed is not None)
+        another = key.startswith("mm_") and key not in (
+            *_READ,
+            *_OF_THE_TRAINING,
+        )  # another LLaVA's setting, when it is on
+        known = _ALLOWED.get(key, (None, False) if another else (value,))
+        if value not in known:
+            taken = ", ".join(str(one) for one in known if one is not None)
             raise UserError(
-                f"{folder}/config.json: {key} {value!r} is not supported ({known}); train a reference model with "
+                f"{folder}/config.json: {key} {value!r} is not supported ({taken}); train a reference model with "
                 "finetune_lora.sh"
-            )
-        if key.startswith("mm_") and key not in (*_ALLOWED, *_READ, *_OF_THE_TRAINING) and value not in (None, False):
-            raise UserError(
-                f"{folder}/config.json: {key} {value!r} is no setting of LLaVA 1.5; it is another LLaVA's model"
             )
     lacking = lacks_tokenizer(base)
     if lacking:
@@ -135,10 +135,11 @@ def check_files(files: ModelFiles) -> None:
             f"{folder / RECORD_FILE}: the template {record.template} is none of {', '.join(TEMPLATES)}; train a "
             "reference model with one of them"
         )
-    if record.image_aspect_ratio != config.get("image_aspect_ratio"):
+    ratio = config.get("image_aspect_ratio")
+    if record.image_aspect_ratio != ratio:
         raise UserError(
-            f"{folder}/config.json: image_aspect_ratio {config.get('image_aspect_ratio')!r}, and the training used "
-            f"{record.image_aspect_ratio!r} ({RECORD_FILE}); put config.json back"
+            f"{folder}/config.json: image_aspect_ratio {ratio!r}, and the training used {record.image_aspect_ratio!r} "
+            f"({RECORD_FILE}); put config.json back"
         )
     refuse_other(folder, "base model", record.base, None if files.model_base is None else base)
     refuse_other(folder, "vision tower", record.vision_tower, tower)
@@ -200,7 +201,14 @@ def load(
     tower.vision_tower = load_pretrained(CLIPVisionModel, tower.vision_tower_name, (device, torch.float32), apart)
     tower.is_loaded = True
     if tower_in_base:
-        place_tensors(model, _tower_of_base(base), base, dtype)
+        tensors: dict[str, Tensor] = {}
+        for path in weight_files(base):
+            tensors |= {name: value for name, value in read_tensors(path).items() if ".vision_tower." in name}
+        if not tensors:
+            raise UserError(
+                f"{base} says that its vision tower was tuned and holds no weights of it; name the whole model"
+            )
+        place_tensors(model, tensors, base, dtype)
     layers = decoder_layers(model)
     if files.model_base is not None:
         spliced.attach_trained(model, folder, layers, dtype)
@@ -217,14 +225,3 @@ def load(
         template, tower.image_processor, pads_images(files), features, tokenizer.model_max_length, dtype
     )
     return Reference(model, layers, model.lm_head, processor, device, dtype)
-
-
-def _tower_of_base(base: Path) -> dict[str, Tensor]:
-    """The tuned tower that a LLaVA base holds."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(base):
-        if any(_TOWER in name for name in tensor_shapes(path)):
-            tensors |= {name: value for name, value in read_tensors(path).items() if _TOWER in name}
-    if not tensors:
-        raise UserError(f"{base} says that its vision tower was tuned and holds no weights of it; name the whole model")
-    return tensors
