@@ -6,18 +6,20 @@ import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tive.features.batches import Batches
-from tive.models import Encoded, Family, LeftOut, ModelFiles, Reference, family_of
+from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, spliced
 from tive.models.checkpoint import base_folder
 from tive.models.common import target_modules
 from tive.util.device import device_of, dtype_of
 from tive.util.errors import UserError
+
+from . import models
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class Case:
 
     Attributes:
         family: what computes the losses: a model family, or a module with its `record_losses`.
+        tasks: of each record.
     """
 
-    family: Family | ModuleType
+    family: Any
     reference: Reference
     matrices: Mapping[str, nn.Linear]
     records: list[Encoded]
-    tasks: np.ndarray
+    tasks: list[str]
     batches: list[list[int]]
 
     @property
@@ -41,7 +44,8 @@ class Case:
 
     def losses(self, batch: list[int]) -> Tensor:
         """The forward pass: losses `[B]` of a batch."""
-        return self.family.record_losses(self.reference, [self.records[number] for number in batch]).losses
+        losses: Tensor = self.family.record_losses(self.reference, [self.records[number] for number in batch]).losses
+        return losses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,53 +74,44 @@ def make_case(arguments: argparse.Namespace) -> Case:
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    family: Any = spliced
     device = device_of(arguments.device)
-    dtype = dtype_of(arguments.dtype, device)
-    family: Family | ModuleType
+    dtype, checkpointing = dtype_of(arguments.dtype, device), arguments.gradient_checkpointing
+    tasks = [str(number % 8) for number in range(arguments.records)]
     if arguments.llava_7b:
-        from tive.models import llava
-
-        from .model import Shape, random_llava, random_records
-
-        family, reference = llava, random_llava(Shape(), device, dtype, arguments.gradient_checkpointing)
-        records = random_records(arguments.records, Shape())
-        tasks = np.arange(len(records)) % 8
+        reference = models.random_llava(models.LLAVA_7B, device, dtype, checkpointing)
+        records = models.random_records(models.LLAVA_7B, arguments.records)
     elif arguments.text:
-        from . import text_model
-
         width, layers, tokens = arguments.text
-        family, reference = text_model, text_model.random_llama(width, layers, device, dtype)
-        records = text_model.random_texts(arguments.records, tokens)
-        tasks = np.arange(len(records)) % 8
+        reference = models.random_llava(models.text_shape(width, layers), device, dtype, checkpointing)
+        records = models.random_texts(arguments.records, tokens)
     elif arguments.input_file and arguments.model_path and arguments.model_base:
         files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
         family = family_of(files)
         family.check_files(files)
-        reference = family.load(files, device, dtype, arguments.gradient_checkpointing)
+        reference = family.load(files, device, dtype, checkpointing)
         records, tasks = encoded_records(arguments, family, reference)
     else:
         raise UserError("give --input_file, --model_path and --model_base, or --llava_7b or --text")
-    batches = batches_of(records, arguments.batch_size, arguments.max_batch_tokens)
-    return Case(family, reference, target_modules(reference, "self_attn"), records, tasks, batches)
+    cut = Batches(arguments.batch_size, arguments.max_batch_tokens).cut(list(enumerate(records)))
+    batches = [[number for number, _ in batch] for batch in cut]
+    batches = [batches[number] for number in np.random.default_rng(0).permutation(len(batches))]
+    return Case(family, reference, target_modules(reference), records, tasks, batches)
 
 
 def encoded_records(
-    arguments: argparse.Namespace, family: Family, reference: Reference
-) -> tuple[list[Encoded], np.ndarray]:
+    arguments: argparse.Namespace, family: Any, reference: Reference
+) -> tuple[list[Encoded], list[str]]:
     """Records spread evenly over the data file, encoded, and the task of each."""
     from tive.data.records import open_records
-    from tive.data.scan import scan_records
 
     file = open_records(arguments.input_file)
-    scan = scan_records(file, family.record_problem, "dataset")
-    if scan.problems:
-        row, problem = min(scan.problems.items())
-        raise UserError(f"{file.path}: record {row} {problem}; repair or remove such records")
-    tasks = scan.tasks
     rows = np.linspace(0, len(file) - 1, min(arguments.records, len(file))).astype(int).tolist()
     records = []
     begin = time.perf_counter()
     for row in rows:
+        if problem := family.record_problem(file[row]):
+            raise UserError(f"{file.path}: record {row} {problem}; repair or remove it")
         try:
             records.append(family.encode(reference.processor, file[row], arguments.image_folder))
         except LeftOut as reason:
@@ -125,11 +120,4 @@ def encoded_records(
     print(
         f"encoding, which the step's loader does beside the device: {cost:.1f} ms a record, in none of the times below"
     )
-    return records, np.array([tasks[row] for row in rows])
-
-
-def batches_of(records: list[Encoded], size: int, tokens: int) -> list[list[int]]:
-    """The gradient step's own batches, in random order."""
-    batches = [[number for number, _ in batch] for batch in Batches(size, tokens).cut(list(enumerate(records)))]
-    order = np.random.default_rng(0).permutation(len(batches))
-    return [batches[number] for number in order]
+    return records, [str(file[row].get("dataset")) for row in rows]

@@ -14,31 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from tive.features.step import GradientStep
-from tive.method.gradients import adam_step, gradient_features, release_step
-from tive.method.projection import Projector, make_projector
+from tive.method.gradients import gradient_features
+from tive.method.projection import make_projector
 from tive.util.device import device_name, forget_peak, peak_memory
+from tive.util.text import print_table
 
 from . import cases
 from .cases import Case
 
 # A method is made ready once, and then computes batch after batch.
-Method = Callable[[Case, int], Callable[[list[int]], None]]
+Compute = Callable[[list[int]], None]
+Method = Callable[[Case, int], Compute]
 # Above this many random numbers a batch, TRAK's BasicProjector on a CPU takes minutes for one.
 _MOST_RANDOM_NUMBERS = 1e11
 
 
 @dataclass
 class Measured:
-    """The best round of a method: records and seconds; and its peak memory in bytes."""
+    """The best round of a method: records, seconds a record, and its peak memory in bytes."""
 
     records: int
-    seconds: float
+    cost: float
     peak: int
-
-    @property
-    def cost(self) -> float:
-        """Seconds a record."""
-        return self.seconds / self.records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
         f"padding efficiency {tokens / padded:.2f}; {case.parameters:,} parameters in {len(case.matrices)} matrices, "
         f"{arguments.proj_dim} features"
     )
-    print_table(compare_methods(case, arguments))
+    measured = compare_methods(case, arguments)
+    forward, limit = (measured.get(name) for name in ("forward", "forward_and_backward"))
+    rows = [("method", "ms/record", "records/s", "x forward", "x limit", "peak GiB", "records")]
+    for name, best in measured.items():
+        ratios = [f"{best.cost / to.cost:.2f}" if to else "-" for to in (forward, limit)]
+        cost, memory = f"{best.cost * 1000:.2f}", f"{best.peak / 2**30:.2f}"
+        rows.append((name, cost, f"{1 / best.cost:.2f}", ratios[0], ratios[1], memory, str(best.records)))
+    print_table(rows)
 
 
 def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Measured]:
@@ -70,14 +74,14 @@ def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Meas
     for _ in range(arguments.rounds):
         for name in [name for name, seconds in spent.items() if seconds < arguments.seconds]:
             try:
-                found = one_round(METHODS[name], case, arguments)
+                measured = one_round(METHODS[name], case, arguments)
             except (ImportError, RuntimeError, MemoryError, ValueError) as error:
                 print(f"{name} does not run here: {(str(error) or type(error).__name__).splitlines()[0][:90]}")
                 del spent[name]
                 continue
-            spent[name] += found.seconds
-            if name not in best or found.cost < best[name].cost:
-                best[name] = found
+            spent[name] += measured.cost * measured.records
+            if name not in best or measured.cost < best[name].cost:
+                best[name] = measured
     return best
 
 
@@ -105,22 +109,16 @@ def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Meas
         seconds = now(case.reference.device) - begin
         if seconds > arguments.seconds:
             break
-    return Measured(records, seconds, peak_memory(case.reference.device))
+    return Measured(records, seconds / records, peak_memory(case.reference.device))
 
 
-def print_table(measured: dict[str, Measured]) -> None:
-    forward, limit = (measured.get(name) for name in ("forward", "forward_and_backward"))
-    print(f"{'method':<21} {'ms/record':>9} {'records/s':>9} {'x forward':>9} {'x limit':>7} {'peak GiB':>8}  records")
-    for name, found in measured.items():
-        times = f"{found.cost / forward.cost:.2f}" if forward else ""
-        above = f"{found.cost / limit.cost:.2f}" if limit else ""
-        print(
-            f"{name:<21} {found.cost * 1000:>9.2f} {1 / found.cost:>9.2f} {times:>9} {above:>7} "
-            f"{found.peak / 2**30:>8.2f}  {found.records}"
-        )
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def forward(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+def forward(case: Case, proj_dim: int) -> Compute:
     """The forward pass alone."""
 
     @torch.no_grad()
@@ -130,7 +128,7 @@ def forward(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
     return compute
 
 
-def forward_and_backward(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+def forward_and_backward(case: Case, proj_dim: int) -> Compute:
     """Forward, and backward through the activations down to the first target module: the limit for a frozen base."""
 
     def start(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ def forward_and_backward(case: Case, proj_dim: int) -> Callable[[list[int]], Non
     return compute
 
 
-def losses_alone(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+def losses_alone(case: Case, proj_dim: int) -> Compute:
     """The step with `--gradient none`: losses and EL2N."""
     step = GradientStep(case.family, case.reference, {}, None, el2n=True)
 
@@ -165,11 +163,12 @@ class NoProjection:
         pass
 
 
-def ours(projector_of: Callable[[int, torch.device], Projector]) -> Method:
+def with_projector(kind: str) -> Method:
     """The gradient step: per-record gradients of a whole batch, projected matrix by matrix."""
 
-    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
-        projector = projector_of(proj_dim, case.reference.device)
+    def method(case: Case, proj_dim: int) -> Compute:
+        device = case.reference.device
+        projector = NoProjection() if kind == "none" else make_projector(kind, 0, proj_dim, device)
 
         def compute(batch: list[int]) -> None:
             gradient_features(partial(case.losses, batch), case.matrices, projector)
@@ -179,34 +178,7 @@ def ours(projector_of: Callable[[int, torch.device], Projector]) -> Method:
     return method
 
 
-def with_projector(kind: str) -> Method:
-    return ours(lambda proj_dim, device: make_projector(kind, 0, proj_dim, device))
-
-
-def as_adam_applies_it(form: str) -> Method:
-    """The gradient step with the sparse projector, on gradients as Adam applies them; random moments of usual sizes."""
-
-    def method(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
-        device = case.reference.device
-        projector = make_projector("sparse", 0, proj_dim, device)
-        shapes = {name: matrix.weight.shape for name, matrix in case.matrices.items()}
-        m = {name: 1e-3 * torch.randn(shape, device=device) for name, shape in shapes.items()}
-        v = {name: 1e-6 * torch.rand(shape, device=device) for name, shape in shapes.items()}
-
-        def transform(name: str, g: Tensor) -> Tensor:
-            if form == "release":
-                return release_step(g, m[name], v[name])
-            return adam_step(g, m[name], v[name], 100, (0.9, 0.999), 1e-8)
-
-        def compute(batch: list[int]) -> None:
-            gradient_features(partial(case.losses, batch), case.matrices, projector, transform)
-
-        return compute
-
-    return method
-
-
-def one_at_a_time(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+def one_at_a_time(case: Case, proj_dim: int) -> Compute:
     """What the method is without this engine: autograd's parameter gradients of one record after another.
 
     The gradients of a batch are stacked and projected whole by TRAK's projector.
@@ -240,7 +212,7 @@ def one_at_a_time(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
     return compute
 
 
-def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
+def bergson(case: Case, proj_dim: int) -> Compute:
     """bergson's collector on the same batches and losses: 16 x 16 numbers a matrix, gathered on the CPU."""
     from bergson.collector.gradient_collectors import GradientCollector
     from bergson.config import IndexConfig
@@ -249,8 +221,6 @@ def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
 
     model = case.reference.model
     names = {module: name for name, module in model.named_modules()}
-    embeddings = model.get_input_embeddings()
-    embeddings.requires_grad_(True)  # as bergson's own set-up does
     collector = GradientCollector(
         model=model,
         cfg=IndexConfig(run_path="unused"),
@@ -260,16 +230,18 @@ def bergson(case: Case, proj_dim: int) -> Callable[[list[int]], None]:
         skip_index=True,
     )
 
+    def start(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return inputs[0].detach().requires_grad_(), *inputs[1:]
+
     def compute(batch: list[int]) -> None:
-        embeddings.requires_grad_(True)
+        hook = case.reference.layers[0].register_forward_pre_hook(start)
         with collector:
             case.losses(batch).sum().backward()
+        hook.remove()
         features = torch.cat(list(collector.mod_grads.values()), dim=1).cpu()
         if features.shape != (len(batch), 256 * len(case.matrices)):
             raise RuntimeError(f"bergson's features have the shape {tuple(features.shape)}")
         collector.mod_grads.clear()
-        model.zero_grad()
-        embeddings.requires_grad_(False)
 
     return compute
 
@@ -278,17 +250,9 @@ METHODS: dict[str, Method] = {
     "forward": forward,
     "none": losses_alone,
     "forward_and_backward": forward_and_backward,
-    "no_projection": ours(lambda proj_dim, device: NoProjection()),
+    "no_projection": with_projector("none"),
     "sparse": with_projector("sparse"),
-    "adam": as_adam_applies_it("adam"),
-    "adam_release": as_adam_applies_it("release"),
     "trak": with_projector("trak"),
     "one_at_a_time": one_at_a_time,
     "bergson": bergson,
 }
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

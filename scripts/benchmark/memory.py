@@ -25,39 +25,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """One matrix goes through the step; before it, what the projector keeps of each of the 256 is drawn."""
-    device = device_of(arguments.device)
+    device, count, tokens = device_of(arguments.device), arguments.batch_size, arguments.tokens
     matrix = torch.nn.Linear(HIDDEN, RANK, bias=False, device=device).requires_grad_(False)
     projector = make_projector("auto", 0, arguments.proj_dim, device)
-    inputs = torch.randn(arguments.batch_size, arguments.tokens, HIDDEN, device=device)
+    inputs = torch.randn(count, tokens, HIDDEN, device=device)
     matrix(inputs[:1, :1])  # what torch sets up once
-    forget_peak(device)
-    before = peak_memory(device)
+    before = memory_before(device)
     for number in range(MATRICES):
         project(projector, f"matrix {number}", torch.zeros(1, HIDDEN * RANK, device=device))
     gradient_features(lambda: matrix(inputs).square().mean((1, 2)), {"matrix 0": matrix}, projector)
     print(f"projector {projector.kind}: {projector.about}")
     print(
-        f"{arguments.batch_size} records of {arguments.tokens} tokens, {MATRICES} matrices of rank {RANK}, "
-        f"{MATRICES * HIDDEN * RANK:,} parameters: {(peak_memory(device) - before) / 2**30:.2f} GiB beside the model "
-        "and its activations"
+        f"{count} records of {tokens} tokens, {MATRICES} matrices of rank {RANK}, {MATRICES * HIDDEN * RANK:,} "
+        f"parameters: {(peak_memory(device) - before) / 2**30:.2f} GiB beside the model and its activations"
     )
-    at_once, in_pieces = (loss_memory(arguments, device, pieces) for pieces in (False, True))
-    count = arguments.batch_size * arguments.tokens
-    print(f"losses of {count:,} tokens: {at_once:.2f} GiB at once, {in_pieces:.2f} GiB in pieces of {PIECE:,}")
-
-
-def loss_memory(arguments: argparse.Namespace, device: torch.device, pieces: bool) -> float:
-    """GiB that the losses of every token and their gradients need; the hidden states are narrow."""
-    labels = [np.ones(arguments.tokens + 1, np.int64)] * arguments.batch_size
-    batch = collated({}, labels, arguments.tokens + 1).to(device)
-    hidden = torch.randn(arguments.batch_size, arguments.tokens + 1, 256, device=device).requires_grad_()
+    labels = [np.ones(tokens + 1, np.int64)] * count
+    batch = collated({}, labels, tokens + 1).to(device)
     head = torch.nn.Linear(256, VOCABULARY, bias=False, device=device).requires_grad_(False)
+    gib = []
+    for pieces in (False, True):
+        hidden = torch.randn(count, tokens + 1, 256, device=device).requires_grad_()  # narrow: it is not measured
+        before = memory_before(device)
+        states = hidden.flatten(0, 1)[batch.positions]
+        if pieces:
+            losses = losses_at_supervised(states, head, batch).losses
+        else:
+            losses = torch.nn.functional.cross_entropy(head(states).float(), batch.targets, reduction="none")
+        losses.sum().backward()
+        del losses, states
+        gib.append((peak_memory(device) - before) / 2**30)
+    print(f"losses of {count * tokens:,} tokens: {gib[0]:.2f} GiB at once, {gib[1]:.2f} GiB in pieces of {PIECE:,}")
+
+
+def memory_before(device: torch.device) -> int:
     forget_peak(device)
-    before = peak_memory(device)
-    states = hidden.flatten(0, 1)[batch.positions]
-    if pieces:
-        losses = losses_at_supervised(states, head, batch).losses
-    else:
-        losses = torch.nn.functional.cross_entropy(head(states).float(), batch.targets, reduction="none")
-    losses.sum().backward()
-    return (peak_memory(device) - before) / 2**30
+    return peak_memory(device)

@@ -12,19 +12,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scripts.benchmark import text_model
-from scripts.gpu_check.goldens import GOLDEN, GOLDENS, ROOT, golden, here, norms_and_cosines
+from scripts.benchmark import models
+from scripts.gpu_check.goldens import GOLDEN, GOLDENS, ROOT, first_here, golden
 from scripts.gpu_check.results import NotHere, within
 from scripts.gpu_check.speed import step_of
 from tive.features.batches import Batches
 from tive.features.step import FLOAT16_LOSS_SCALES
 from tive.method.projection import Sparse, TrakCuda, make_projector, project, sparse_projection
+from tive.models import spliced
 from tive.models.common import freeze
 from tive.util.device import forget_peak, peak_memory
 from tive.util.errors import UserError
 
 # Norms relative to the published code's, and cosines absolute.
 TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.05, 0.05), torch.float16: (0.02, 0.02)}
+
+
+def farthest(values: np.ndarray, others: np.ndarray) -> float:
+    """The largest relative difference."""
+    return float(np.abs(values / others - 1).max())
 
 
 def sparse_is_its_formula(device: torch.device) -> tuple[dict[str, float], str]:
@@ -55,41 +61,33 @@ def trak_keeps_small_gradients(device: torch.device) -> tuple[dict[str, float], 
 def golden_holds(name: str, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], str]:
     """Norms and cosines are the published code's."""
     made = golden(name, device, dtype)
-    norms, cosines = norms_and_cosines(made, 8, FLOAT16_LOSS_SCALES[0] if dtype == torch.float16 else 1.0)
-    error = {
-        "norms_relative": float(np.abs(norms / made.norms - 1).max()),
-        "cosines": float(np.abs(cosines - made.cosines).max()),
-    }
+    norms, cosines = made.norms_and_cosines(8, FLOAT16_LOSS_SCALES[0] if dtype == torch.float16 else 1.0)
     norm, cosine = TOLERANCES[dtype]
+    error = {"norms_relative": farthest(norms, made.norms), "cosines": float(np.abs(cosines - made.cosines).max())}
     return within(error, norms_relative=norm, cosines=cosine)
 
 
 def a_batch_is_its_records_alone(device: torch.device) -> tuple[dict[str, float], str]:
     """A batch gives what its records alone give, and gradient checkpointing changes nothing."""
-    made = golden(here()[0], device, torch.float32)
-    alone, in_batches = norms_and_cosines(made, 1)[0], norms_and_cosines(made, 8)[0]
+    made = golden(first_here(), device, torch.float32)
+    alone, in_batches = (made.norms_and_cosines(size)[0] for size in (1, 8))
     freeze(made.reference.model, gradient_checkpointing=True)
-    checkpointed = norms_and_cosines(made, 8)[0]
+    checkpointed = made.norms_and_cosines(8)[0]
     error = {
-        "batch_against_alone": float(np.abs(in_batches / alone - 1).max()),
-        "with_checkpointing": float(np.abs(checkpointed / in_batches - 1).max()),
+        "batch_against_alone": farthest(in_batches, alone),
+        "with_checkpointing": farthest(checkpointed, in_batches),
     }
     return within(error, batch_against_alone=1e-4, with_checkpointing=1e-5)
 
 
 def four_bits_are_a_batch_alone(device: torch.device) -> tuple[dict[str, float], str]:
     """A base in 4 bits gives other norms than in float32, and in a batch those of its records alone."""
-    if "qwen2_5_vl" not in here():
-        raise NotHere("it wants a model of transformers")
     try:
         made = golden("qwen2_5_vl", device, torch.float32, load_in_4bit=True)
     except UserError as error:
         raise NotHere(str(error)) from error
-    alone, in_batches = norms_and_cosines(made, 1)[0], norms_and_cosines(made, 8)[0]
-    figures = {
-        "batch_against_alone": float(np.abs(in_batches / alone - 1).max()),
-        "to_float32": float(np.abs(in_batches / made.norms - 1).max()),
-    }
+    alone, in_batches = (made.norms_and_cosines(size)[0] for size in (1, 8))
+    figures = {"batch_against_alone": farthest(in_batches, alone), "to_float32": farthest(in_batches, made.norms)}
     if figures["to_float32"] < 1e-3:
         return figures, "the base is not in 4 bits"
     return within(figures, batch_against_alone=1e-3, to_float32=0.5)
@@ -99,9 +97,8 @@ def out_of_memory_is_survived(device: torch.device) -> tuple[dict[str, float], s
     """Memory really runs out: tokens are halved, every record is computed, and batches of short records stay full."""
     if device.type != "cuda":
         raise NotHere("it wants a GPU")
-    reference = text_model.random_llama(1024, 8, device, torch.bfloat16)
-    step = step_of(text_model, reference)
-    long, short = text_model.random_texts(32, 2048), text_model.random_texts(64, 256)
+    step = step_of(spliced, models.random_llava(models.text_shape(1024, 8), device, torch.bfloat16))
+    long, short = models.random_texts(32, 2048), models.random_texts(64, 256)
     step(step.ready(short[:2]))
     forget_peak(device)
     before, total = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
@@ -123,7 +120,7 @@ def out_of_memory_is_survived(device: torch.device) -> tuple[dict[str, float], s
 
 def killed_runs_are_continued(device: torch.device) -> tuple[dict[str, float], str]:
     """With forked workers, a run that is killed and continued gives what an uninterrupted one gives."""
-    name = here()[0]
+    name = first_here()
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         _step(name, whole, device).wait(120)

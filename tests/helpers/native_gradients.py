@@ -7,25 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from scripts.benchmark.whole import WholeGradients
 from tive.method.gradients import gradient_features
 from tive.models import Encoded, Reference, native
 from tive.models.common import target_modules
-
-
-class WholeGradient:
-    """A projector that keeps every number, so that features are the gradients themselves."""
-
-    kind, about = "whole", "every number"
-
-    def __init__(self, matrices: dict[str, torch.nn.Linear]) -> None:
-        self.starts, self.proj_dim = {}, 0
-        for name, matrix in matrices.items():
-            self.starts[name] = self.proj_dim
-            self.proj_dim += matrix.weight.numel()
-
-    def add(self, sketch: torch.Tensor, matrix_name: str, gradients: torch.Tensor) -> None:
-        start = self.starts[matrix_name]
-        sketch[:, start : start + gradients.shape[1]] += gradients
 
 
 def gradients_of(
@@ -33,7 +18,7 @@ def gradients_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Losses `[n]`, norms `[n]` and cosines `[n, n]`, computed in batches of neighbours."""
     matrices = target_modules(reference, "self_attn")
-    projector = WholeGradient(matrices)
+    projector = WholeGradients(matrices)
     parts = []
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scripts.benchmark.whole import WholeGradients
 from tests.helpers.golden_model import GOLDEN, RECORDS
 from tive.features.step import GradientStep
 from tive.method.gradients import GradientFeatures, gradient_features
@@ -44,21 +45,6 @@ def load_golden(dtype: torch.dtype = torch.float32, **options: bool) -> Referenc
 
 def encode_golden(reference: Reference) -> list[Encoded]:
     return [llava.encode(reference.processor, record, str(GOLDEN / "images")) for record in RECORDS]
-
-
-class WholeGradients:
-    """A projector that projects nothing: it keeps each matrix's gradients in their own columns."""
-
-    kind, about = "none", "no projection"
-
-    def __init__(self, matrices: dict[str, torch.nn.Linear]) -> None:
-        self.start, self.proj_dim = {}, 0
-        for name, matrix in matrices.items():
-            self.start[name] = self.proj_dim
-            self.proj_dim += matrix.weight.numel()
-
-    def add(self, sketch: Tensor, matrix: str, gradients: Tensor) -> None:
-        sketch[:, self.start[matrix] : self.start[matrix] + gradients.shape[1]] = gradients.float()
 
 
 def step_of(reference: Reference, projector: Projector | None = None, grad_modules: str = "self_attn") -> GradientStep:
