@@ -221,6 +221,7 @@ def bergson(case: Case, proj_dim: int) -> Compute:
 
     model = case.reference.model
     names = {module: name for name, module in model.named_modules()}
+    model.get_input_embeddings().requires_grad_(True)  # bergson takes its dtype from what can be trained
     collector = GradientCollector(
         model=model,
         cfg=IndexConfig(run_path="unused"),
@@ -229,6 +230,7 @@ def bergson(case: Case, proj_dim: int) -> Compute:
         target_modules={names[matrix] for matrix in case.matrices.values()},
         skip_index=True,
     )
+    model.requires_grad_(False)
 
     def start(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return inputs[0].detach().requires_grad_(), *inputs[1:]
