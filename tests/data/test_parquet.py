@@ -20,11 +20,10 @@ from PIL import Image
 import select_warm_up_data
 from tests.helpers.feature_files import call, refusal
 from tests.helpers.records import record_with, write
-from tive.data.arrow import _decoded_group
 from tive.data.conversations import image_of, images_of
 from tive.data.images import BadImage, open_image, read_image
 from tive.data.media import StoredImage
-from tive.data.parquet import TableRecords
+from tive.data.parquet import TableRecords, _decoded_group
 from tive.data.records import open_records, write_records
 from tive.data.scan import check_chunk, refuse_problems, scan_records
 from tive.data.trained import conversation_of, form_problem

@@ -15,23 +15,18 @@ from tqdm import tqdm
 from tive.data.conversations import from_llava, to_llava
 from tive.data.images import BadImage, find_image
 from tive.data.media import Image
+from tive.data.parquet import GROUP_BYTES
 from tive.data.records import Records, name_of
 from tive.util.errors import UserError
 from tive.util.files import whole_file
 
-GROUP_BYTES = 100 << 20
 GROUPS_A_SHARD = 5
 _BATCH_ROWS = 1024
 
 
 def packed(record: Any) -> dict[str, Any]:
-    """A record as a row: `messages` with parts, a list of `images`, and its other keys.
-
-    A null or an empty object, which Parquet tells from no key in no other row, is null.
-
-    Raises:
-        ValueError: the record has no such form.
-    """
+    """A record as a row: `messages` with parts, a list of `images`, and its other keys; a `ValueError` where it has no
+    such form. A null or an empty object, which Parquet tells from no key in no other row, is null."""
     row = from_llava(to_llava(record), "parts")
     images = row.pop("images", [])
     return {key: _storable(value) for key, value in row.items()} | {"images": images}
@@ -48,21 +43,22 @@ def schema_of(records: Records) -> tuple[Any, dict[int, str]]:
     import pyarrow
 
     schema, problems = pyarrow.schema([]), {}
+    refused = (pyarrow.ArrowException, ValueError, OverflowError, RecursionError)
 
     def joined(rows: list[dict[str, Any]]) -> Any:
         more = pyarrow.schema(list(pyarrow.array(rows).type))
         return pyarrow.unify_schemas([schema, more], promote_options="permissive")
 
-    refused = (pyarrow.ArrowException, ValueError, OverflowError, RecursionError)
-    for batch in _batches(records):
+    every = enumerate(records)
+    while batch := list(itertools.islice(every, _BATCH_ROWS)):
         rows = {}
-        for row, record in batch.items():
+        for row, record in batch:
             try:
                 rows[row] = packed(record) | {"images": None}
             except ValueError as error:
                 problems[row] = str(error)
         try:
-            schema = joined(list(rows.values()))
+            schema = joined([*rows.values()])
         except refused:
             for row, values in rows.items():
                 try:
@@ -75,15 +71,6 @@ def schema_of(records: Records) -> tuple[Any, dict[int, str]]:
     # By this `datasets` takes the column as pictures.
     features = {"info": {"features": {"images": [{"_type": "Image"}]}}}
     return pyarrow.schema(fields, metadata={"huggingface": json.dumps(features)}), problems
-
-
-def _batches(records: Records) -> Iterator[dict[int, Any]]:
-    batch = {}
-    for row, record in enumerate(records):
-        batch[row] = record
-        if len(batch) == _BATCH_ROWS or row == len(records) - 1:
-            yield batch
-            batch = {}
 
 
 def write_shards(target: Path, records: Records, schema: Any, image_folder: str) -> int:
