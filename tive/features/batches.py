@@ -31,6 +31,7 @@ _LONGEST = 2048
 # Records that wait for others of their length, in batches; fewer would make batches smaller, more fill the memory.
 _BATCHES_WAITING = 8
 _SECONDS_FOR_A_RECORD = 5
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Batch = list[tuple[int, Encoded]]
@@ -112,36 +113,35 @@ class Batches:
         def made(batch: Batch) -> tuple[Batch, Any]:
             return batch, make([record for _, record in batch])
 
-        coming = map(made, self.filled(records))
-        for next_one in self._waited_for(ahead(coming) if in_thread else coming):
-            waiting = [next_one]
-            while waiting:
-                batch, ready = waiting.pop(0)
-                if len(batch) > 1 and padded_tokens(batch) > self.tokens:
-                    waiting[:0] = map(made, self.cut(batch))
-                    continue
-                try:
-                    result, fits = compute(ready), True
-                except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    fits = False
-                if fits:
-                    self.computed += sum(record.length for _, record in batch)
-                    self.padded += padded_tokens(batch)
-                    yield batch, result
-                else:  # outside of the handler, which keeps the failed pass's tensors alive
-                    self._halve(batch)
-                    waiting.insert(0, (batch, ready))
-
-    def _waited_for(self, items: Iterator[Item]) -> Iterator[Item]:
+        coming: Iterator[tuple[Batch, Any]] = map(made, self.filled(records))
+        if in_thread:
+            coming = ahead(coming)
+        waiting: list[tuple[Batch, Any]] = []
         while True:
-            start = time.perf_counter()
-            item = next(items, None)
-            self.waited += time.perf_counter() - start
-            if item is None:
-                return
-            yield item
+            if not waiting:
+                start = time.perf_counter()
+                following = next(coming, None)
+                self.waited += time.perf_counter() - start
+                if following is None:
+                    return
+                waiting.append(following)
+            batch, ready = waiting.pop(0)
+            if len(batch) > 1 and padded_tokens(batch) > self.tokens:
+                waiting[:0] = map(made, self.cut(batch))
+                continue
+            try:
+                result, fits = compute(ready), True
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not any(part in str(error) for part in _OUT_OF_MEMORY):
+                    raise
+                fits = False
+            if fits:
+                self.computed += sum(record.length for _, record in batch)
+                self.padded += padded_tokens(batch)
+                yield batch, result
+            else:  # outside of the handler, which keeps the failed pass's tensors alive
+                self._halve(batch)
+                waiting.insert(0, (batch, ready))
 
     def _halve(self, batch: Batch) -> None:
         if torch.cuda.is_initialized():
@@ -161,16 +161,15 @@ class Batches:
     def filled(self, records: Iterable[tuple[int, Encoded]]) -> Iterator[Batch]:
         """Batches, each as soon as it is full; the fullest where too many wait; the rest when the records end."""
         waiting: dict[tuple[str, int], Batch] = {}
-        for number, record in records:
+        for item in records:
+            record = item[1]
             self.largest = max(self.largest, bytes_of(record))
             like = (record.group, int(math.log(max(record.length, 1)) / -math.log(_LEAST_EFFICIENCY)))
-            batch = waiting.setdefault(like, [])
-            if batch and padded_tokens([*batch, (number, record)]) > self.tokens:
+            if like in waiting and padded_tokens([*waiting[like], item]) > self.tokens:
                 yield waiting.pop(like)
-                batch = waiting.setdefault(like, [])
-            batch.append((number, record))
-            one_more = padded_tokens([*batch, (number, record)])
-            if len(batch) == self.records or one_more > self.tokens:
+            batch = waiting.setdefault(like, [])
+            batch.append(item)
+            if len(batch) == self.records or padded_tokens([*batch, item]) > self.tokens:
                 yield waiting.pop(like)
             elif sum(map(len, waiting.values())) == _BATCHES_WAITING * self.records:
                 yield waiting.pop(max(waiting, key=lambda like: len(waiting[like])))
@@ -193,27 +192,26 @@ class Batches:
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items, each made in another thread while the one before is used."""
-    coming = _in_thread(partial(next, items, None))
+
+    def following() -> Future[Item | None]:
+        made: Future[Item | None] = Future()
+
+        def make() -> None:
+            try:
+                made.set_result(next(items, None))
+            except BaseException as error:
+                made.set_exception(error)
+
+        threading.Thread(target=make, daemon=True).start()  # the program's end would wait for an executor's
+        return made
+
+    coming = following()
     try:
         while (item := coming.result()) is not None:
-            coming = _in_thread(partial(next, items, None))
+            coming = following()
             yield item
     finally:
         wait([coming], _SECONDS_FOR_A_RECORD)  # not for ever: what reads may be stuck
-
-
-def _in_thread(make: Callable[[], Result]) -> Future[Result]:
-    """What `make` returns or raises, in a thread; unlike an executor's, the end of the program does not wait for it."""
-    made: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            made.set_result(make())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return made
 
 
 def bytes_of(part: Any) -> int:
@@ -227,11 +225,6 @@ def bytes_of(part: Any) -> int:
 def padded_tokens(batch: Batch) -> int:
     """The tokens of a batch with padding."""
     return len(batch) * max(record.length for _, record in batch)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    known = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(part in str(error) for part in known)
 
 
 def checkpointed(reference: Reference) -> int:

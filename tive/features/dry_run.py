@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from tive.data.records import Records
 from tive.data.scan import Scan
 from tive.data.tasks import task_of
-from tive.features.batches import batches_for
+from tive.features.batches import Batches, batches_for
 from tive.features.chunk import Match
 from tive.features.gradient_pass import PassOptions, check_records, loader_of
+from tive.features.loader import usable
 from tive.features.step import GradientStep
-from tive.method.projection import is_gpu, make_projector, project
+from tive.method.projection import is_gpu, make_projector
 from tive.method.value import budget_errors, records_for_error
 from tive.models import Encoded
 from tive.util.device import peak_memory
@@ -40,78 +41,71 @@ def dry_run(count: int, scan: Scan, match: Match, options: PassOptions, load: Ca
     """
     checked = check_records(scan, match.rows, options, options.folder / f"bad_records_{match.chunk_idx}.json")
     step = load()
-    usable = [row for row in checked.rows if row not in checked.reasons]
-    rows = usable[:: max(1, len(usable) // count)][:count]
+    device, projector = step.reference.device, step.projector
+    readable = [row for row in checked.rows if row not in checked.reasons]
+    rows = readable[:: max(1, len(readable) // count)][:count]
     batches = batches_for(step.reference, options.batch_size, options.max_batch_tokens, options.gradient_checkpointing)
     loader = loader_of(step, checked, options)
     records: dict[int, Encoded] = {}
+    reasons: dict[int, str] = {}
 
-    def read() -> Iterator[tuple[int, Encoded]]:
-        for row, item in items:
-            if isinstance(item, Encoded):
-                records[row] = item
-                yield row, item
-            else:
-                print(f"  record {row} left out: {item}")
+    def noted(items: Iterator[tuple[int, Encoded]]) -> Iterator[tuple[int, Encoded]]:
+        for row, record in items:
+            records[row] = record
+            yield row, record
 
     with loader.read(rows) as items:
-        first = next(read(), None)
+        encoded = noted(usable(items, reasons, skip_bad=True))
+        first = next(encoded, None)
         if first is None:
             raise UserError(f"none of {len(rows)} records can be computed; look at them, or at the model's template")
         step(step.ready([first[1]]))  # pays for what is done once: signs, kernels, memory
-        wait_for(step.reference.device)
+        wait_for(device)
         begin = time.perf_counter()
-        computed = list(batches.compute(step, read(), step.ready, in_thread=loader.num_workers > 0))
-        wait_for(step.reference.device)
+        computed = list(batches.compute(step, encoded, step.ready, in_thread=loader.num_workers > 0))
+        wait_for(device)
         seconds = time.perf_counter() - begin
-    waited, timed = batches.waited, max(1, len(records) - 1)
-    # The shares of the parts in a pass of their own: each part is waited for, which costs speed.
-    stopwatch = Stopwatch(step.reference.device)
-    for _ in batches.compute(replace(step, measure=stopwatch.measure), records.items(), step.ready):
-        pass
-
-    rate, total = timed / seconds, sum(stopwatch.seconds.values())
-    longest = max(item.length for item in records.values())
+    waited, peak = batches.waited, peak_memory(device)
+    rate = max(1, len(records) - 1) / seconds
+    parts = seconds_of_parts(step, records, batches)
+    for row, reason in reasons.items():
+        print(f"  record {row} left out: {reason}")
+    longest = max(record.length for record in records.values())
     print(f"dry run: {len(records)} of {len(rows)} records, {longest} tokens at most")
     print(f"  {rate:.2f} records/s; this chunk's {len(checked.rows)} records take {duration(len(checked.rows) / rate)}")
-    if len(checked.records) > len(checked.rows):
-        print(f"  all {len(checked.records)} records, on one such device: {duration(len(checked.records) / rate)}")
+    if len(scan.records) > len(checked.rows):
+        print(f"  all {len(scan.records)} records, on one such device: {duration(len(scan.records) / rate)}")
     print(f"  waiting for data: {waited / seconds:.1%} of the time, {loader.num_workers} processes reading")
-    for name, part in sorted(stopwatch.seconds.items(), key=lambda item: -item[1]):
-        print(f"    {part / total:6.1%}  {name}")
-    print_net_cost(seconds / timed, stopwatch.seconds["forward"] / len(records))
-    if step.projector is not None and is_gpu(step.reference.device):
-        print_projectors(step, ("sparse", "trak"), batches.records)
-    print(f"  padding efficiency {batches.padding_efficiency:.2f}")
-    print(f"  peak memory {peak_memory(step.reference.device) / 2**30:.2f} GiB")
+    for name, part in sorted(parts.items(), key=lambda item: -item[1]):
+        print(f"    {part / sum(parts.values()):6.1%}  {name}")
+    # Training costs three forward passes a record, of a reference model two: its frozen weights have no gradients.
+    gradients = 1 / rate / (3 * parts["forward"] / len(records))
+    net = {"warm-up": _WARM_UP * 2 / 3, "gradients": gradients, "training": _SELECTED}
+    print(
+        f"  net cost of a selection of {_SELECTED:.0%}: {sum(net.values()):.0%} of one epoch of full training on the "
+        f"same device ({', '.join(f'{name} {share:.0%}' for name, share in net.items())}; an estimate from the forward "
+        "pass)"
+    )
+    for kind in ("sparse", "trak") if projector is not None and is_gpu(device) else ():
+        try:
+            other = make_projector(kind, 0, match.proj_dim, device)
+            cost = seconds_of_parts(replace(step, projector=other), records, batches)["projection"] / len(records)
+            print(f"    projector {kind}: {cost * 1000:.2f} ms a record")
+        except ValueError as error:
+            print(f"    projector {kind}: {error}")
     most = loader.ahead + batches.most_records
     print(
+        f"  padding efficiency {batches.padding_efficiency:.2f}\n"
+        f"  peak memory {peak / 2**30:.2f} GiB\n"
         f"  host memory: at most {most} records at a time, {most * batches.largest / 2**30:.2f} GiB if all are as "
         "large as the largest of these"
     )
-    if step.projector is not None:
+    if projector is not None:
         norms = {row: n for batch, made in computed for (row, _), n in zip(batch, made["norms"].tolist(), strict=True)}
-        print_plan(checked.records, norms, rate)
+        print_plan(scan.records, norms, rate)
     disk, folder = len(checked.rows) * match.proj_dim * 2, options.folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
     print(f"  disk: {disk / 1e9:.3g} GB for the features, twice that while they are made; {free / 1e9:.3g} GB free")
-
-
-def print_net_cost(gradient: float, forward: float) -> None:
-    """Print what the whole selection costs as a share of an epoch over all records, as Liu et al. and PRISM report it.
-
-    Training costs three forward passes a record, of a reference model two: nothing is computed for its frozen weights.
-
-    Args:
-        gradient: seconds a record of the gradient pass.
-        forward: seconds a record of a forward pass.
-    """
-    parts = {"warm-up": _WARM_UP * 2 / 3, "gradients": gradient / (3 * forward), "training": _SELECTED}
-    listed = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
-    print(
-        f"  net cost of a selection of {_SELECTED:.0%}: {sum(parts.values()):.0%} of one epoch of full training on "
-        f"the same device ({listed}; an estimate from the forward pass)"
-    )
 
 
 def print_plan(records: Records, norms: Mapping[int, float], rate: float) -> None:
@@ -143,53 +137,31 @@ def print_plan(records: Records, norms: Mapping[int, float], rate: float) -> Non
         )
 
 
-def print_projectors(step: GradientStep, kinds: Sequence[str], records: int) -> None:
-    """Print what projecting a batch costs with each kind of projector that works here, in milliseconds a record."""
-    device, proj_dim = step.reference.device, step.projector.proj_dim if step.projector else 0
-    for kind in kinds:
+def seconds_of_parts(step: GradientStep, records: Mapping[int, Encoded], batches: Batches) -> Mapping[str, float]:
+    """Seconds of each part of one more pass, without the parts inside it. A GPU is waited for at every boundary."""
+    device, inside = step.reference.device, [0.0]
+    seconds = defaultdict[str, float](float)
+
+    @contextlib.contextmanager
+    def measure(name: str) -> Iterator[None]:
+        wait_for(device)
+        start = time.perf_counter()
+        inside.append(0.0)
         try:
-            projector = make_projector(kind, 0, proj_dim, device)
-        except ValueError as error:
-            print(f"    projector {kind}: {error}")
-            continue
-        seconds = 0.0
-        for number, (name, matrix) in enumerate(step.matrices.items()):
-            gradients = torch.randn(records, matrix.weight.numel(), device=device)
-            project(projector, name, gradients)  # draws what is drawn once
+            yield
+        finally:
             wait_for(device)
-            begin = time.perf_counter()
-            project(projector, name, gradients)
-            wait_for(device)
-            seconds += time.perf_counter() - begin
-            if number == 7:  # two modules' worth of matrices, of all shapes
-                break
-        cost = seconds / (number + 1) * len(step.matrices) / records
-        print(f"    projector {kind}: {cost * 1000:.2f} ms a record")
+            elapsed = time.perf_counter() - start
+            seconds[name] += elapsed - inside.pop()
+            inside[-1] += elapsed
+
+    step(step.ready([next(iter(records.values()))]))  # draws what a projector draws once
+    for _ in batches.compute(replace(step, measure=measure), records.items(), step.ready):
+        pass
+    return seconds
 
 
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class Stopwatch:
-    """Seconds by name, each without what was measured inside it. A GPU is waited for at every boundary."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.inside = device, defaultdict[str, float](float), [0.0]
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        start = self._now()
-        self.inside.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = self._now() - start
-            self.seconds[name] += elapsed - self.inside.pop()
-            self.inside[-1] += elapsed
-
-    def _now(self) -> float:
-        wait_for(self.device)
-        return time.perf_counter()

@@ -96,7 +96,8 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         listing = options.folder / f"bad_records_{match.chunk_idx}.json"
         checked = check_records(scan, match.rows, options, listing)
         step = load()
-        match = replace(match, counted_parameters=step.counted_parameters, projector=step.projection)
+        projector = step.projector.kind if step.projector else "none"
+        match = replace(match, counted_parameters=step.counted_parameters, projector=projector)
         store = begin_chunk(options.folder, match, options.overwrite)
         cost, stopped_by = compute_windows(store, checked, step, options, listing)
         if stopped_by:
@@ -254,7 +255,7 @@ def compute_overflowed(
     """Compute records whose gradients overflowed again, with smaller loss scales where there are any (float16)."""
     for scale in [scale for scale in FLOAT16_LOSS_SCALES if scale < step.loss_scale and step.projector is not None]:
         overflowed = np.flatnonzero(np.isfinite(columns["losses"]) & ~np.isfinite(columns["norms"]))
-        again = usable(loader.read_here(rows[index] for index in overflowed.tolist()), {}, skip_bad=False)
+        again = usable((loader[rows[index]] for index in overflowed.tolist()), {}, skip_bad=False)
         smaller = replace(step, loss_scale=scale)
         computed = batches.compute(smaller, again, step.ready)
         fill(columns, rows, [([(row, r.supervised, r.length) for row, r in batch], made) for batch, made in computed])

@@ -25,6 +25,7 @@ from tive.util.errors import UserError
 # Records that the workers together are ahead.
 _AHEAD = 64
 _NOTHING = -1
+_LESS_MEMORY = "free memory or lower num_workers, or remove the record if it happens again; the same command continues"
 
 
 def workers_beside(device: torch.device, wanted: int | None) -> int:
@@ -59,47 +60,39 @@ class Loader(Dataset):
         self.processes = multiprocessing.RawArray("q", num_workers)
         self.reading = multiprocessing.RawArray("q", [_NOTHING] * num_workers)
 
-    def __getitem__(self, row: int) -> tuple[int, Encoded | str | MemoryError]:
+    def __getitem__(self, row: int) -> tuple[int, Encoded | str | UserError]:
         worker = get_worker_info()
-        if worker is None:
-            return row, self._encoded(row)
-        self.processes[worker.id], self.reading[worker.id] = os.getpid(), row
-        item = self._encoded(row)
-        self.reading[worker.id] = _NOTHING
-        return row, item
-
-    def _encoded(self, row: int) -> Encoded | str | MemoryError:
+        if worker is not None:
+            self.processes[worker.id], self.reading[worker.id] = os.getpid(), row
+        item: Encoded | str | UserError
         try:
             record = self.records[row]
-            encoded = self.encode(record, self.image_folder)
+            item = self.encode(record, self.image_folder)
             if self.text_alone and images_of(record):
-                encoded = replace(encoded, text_alone=self._text_alone(record))
-            return encoded
+                with contextlib.suppress(LeftOut):
+                    item = replace(item, text_alone=self.encode(without_images(record), self.image_folder))
         except LeftOut as reason:
-            return str(reason)
+            item = str(reason)
         except MemoryError:  # a lack of this machine, which is no reason to leave the record out
-            return MemoryError()
+            item = UserError(f"memory ran out while {self._name(row)} was read; {_LESS_MEMORY}")
         except Exception as error:  # one record in 665,000 that no check foresaw is not to end a run of days
-            return f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-    def _text_alone(self, record: Any) -> Encoded | None:
-        try:
-            return self.encode(without_images(record), self.image_folder)
-        except LeftOut:
-            return None
+            item = f"cannot be encoded: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if worker is not None:
+            self.reading[worker.id] = _NOTHING
+        return row, item
 
     @contextlib.contextmanager
-    def read(self, rows: Sequence[int]) -> Iterator[Iterator[tuple[int, Encoded | str]]]:
-        """Each row and its encoded record or the reason why there is none, in order, while the block runs.
+    def read(self, rows: Sequence[int]) -> Iterator[Iterator[tuple[int, Encoded | str | UserError]]]:
+        """Each row with its item, in order, while the block runs.
 
         Raises:
-            UserError: a worker was killed, which torch reports wherever the block is; or memory ran out.
+            UserError: a worker was killed, which torch reports wherever the block is.
         """
         loader = DataLoader(
             self,
             sampler=rows,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=tuple,  # leaves it as it is: tensors would be shared, and take a file descriptor each
             num_workers=self.num_workers,
             prefetch_factor=self.ahead // self.num_workers if self.num_workers else None,
             worker_init_fn=_prepare_worker,
@@ -107,28 +100,23 @@ class Loader(Dataset):
         others = multiprocessing.active_children()
         items = iter(loader)
         workers = [process for process in multiprocessing.active_children() if process not in others]
-        records = self._checked(items)
         try:
-            yield records
+            yield items
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(self._how_one_ended(workers)) from error
+            reading = dict(zip(self.processes, self.reading, strict=True))
+            what, row = "ended", _NOTHING
+            for process in workers:
+                if code := process.exitcode:
+                    what = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+                    row = reading.get(process.pid, _NOTHING)
+            where = f" while it read {self._name(row)}" if row != _NOTHING else ""
+            raise UserError(
+                f"a process that reads records {what}{where}, most often because memory ran out; {_LESS_MEMORY}"
+            ) from error
         finally:
             _end(workers)
-
-    def read_here(self, rows: Iterable[int]) -> Iterator[tuple[int, Encoded | str]]:
-        """As `read`, in this process."""
-        return self._checked((row, self._encoded(row)) for row in rows)
-
-    def _checked(self, items: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Encoded | str]]:
-        for row, item in items:
-            if isinstance(item, MemoryError):
-                raise UserError(
-                    f"memory ran out while {self._name(row)} was read; free memory or lower num_workers, or "
-                    "remove the record if it happens again; the same command continues"
-                )
-            yield row, item
 
     def _name(self, row: int) -> str:
         """How an error names the record of a row, with its image."""
@@ -136,32 +124,20 @@ class Loader(Dataset):
         images = images_named(record)
         return f"{self.records.path}: {name_of(row, record)}" + (f", image {images}" if images else "")
 
-    def _how_one_ended(self, workers: list[BaseProcess]) -> str:
-        """What is known of a worker that was killed, and of the record that it was reading."""
-        reading = dict(zip(self.processes, self.reading, strict=True))
-        what, row = "ended", _NOTHING
-        for process in workers:
-            if code := process.exitcode:
-                what = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
-                row = reading.get(process.pid, _NOTHING)
-        where = f" while it read {self._name(row)}" if row != _NOTHING else ""
-        return (
-            f"a process that reads records {what}{where}, most often because memory ran out; free memory or lower "
-            "num_workers, or remove the record if it happens again; the same command continues"
-        )
-
 
 def usable(
-    items: Iterable[tuple[int, Encoded | str]], reasons: dict[int, str], skip_bad: bool
+    items: Iterable[tuple[int, Encoded | str | UserError]], reasons: dict[int, str], skip_bad: bool
 ) -> Iterator[tuple[int, Encoded]]:
     """The records that could be encoded, with their rows; the reasons of the others go to `reasons`.
 
     Raises:
-        UserError: a record is bad, and such are not to be skipped.
+        UserError: memory ran out, or a record is bad and such are not to be skipped.
     """
     for row, item in items:
         if isinstance(item, Encoded):
             yield row, item
+        elif isinstance(item, UserError):
+            raise item
         elif skip_bad or item in UNSUPERVISED:
             reasons[row] = item
         else:
@@ -171,23 +147,19 @@ def usable(
             )
 
 
-def _as_it_is(item: Any) -> Any:
-    # Arrays travel to the main process by value: shared tensors would take a file descriptor each.
-    return item
-
-
 def _prepare_worker(_worker: int) -> None:
     # Ctrl-C and SIGTERM reach the whole process group; the main process finishes its window and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
     # A worker that sends a record when the main process is killed would wait for ever, and hold its GPU memory.
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _end(workers: list[BaseProcess]) -> None:

@@ -29,8 +29,8 @@ from tive.util.errors import UserError
 
 # Small gradients vanish in float16 below 6e-8; this lifts them. Where they overflow, a smaller one is tried.
 FLOAT16_LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
-# The gradients as the checkpoint's Adam would apply them: its own step, and that of LESS's code.
-ADAM = ("adam", "adam_release")
+# A batch for the device: the records, and by group the places `[b]` of those that are computed without images too.
+Ready = tuple[Collated, list[tuple[Tensor, Collated]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class GradientKind:
     """What is known of the gradient before the model is loaded.
 
     Attributes:
-        name: `sgd`, `adam`, `adam_release`, or `none` for losses alone.
+        name: `sgd`, `none` for losses alone, or as the checkpoint's Adam would apply it: `adam`, its own step, and
+            `adam_release`, that of LESS's code.
         step: the checkpoint's, None for a model without a trainer's state.
         learning_rates: how many rates the trainer logged up to the checkpoint, and their sum, for the manifest.
         state: Adam's as it is on disk, None for `sgd`.
@@ -51,17 +52,13 @@ class GradientKind:
 
 
 def gradient_kind(model_path: str, name: str = "sgd", optimizer_state: str | None = None) -> GradientKind:
-    """Find and check what the gradient needs beside the model.
+    """What the gradient needs beside the model; a `UserError` where Adam's state is not there or does not fit it.
 
     Args:
-        name: as `GradientKind` has it.
         optimizer_state: where Adam's state is, if not beside the model.
-
-    Raises:
-        UserError: there is no state, it is not Adam's, or not of this checkpoint.
     """
     step, learning_rates = read_trainer_state(model_path) or (None, None)
-    if name not in ADAM:
+    if not name.startswith("adam"):
         return GradientKind(name, step, learning_rates)
     path = find_optimizer_state(model_path, optimizer_state)
     if step is None:
@@ -75,12 +72,9 @@ def gradient_kind(model_path: str, name: str = "sgd", optimizer_state: str | Non
 def transform_of(
     kind: GradientKind, reference: Reference, matrices: Mapping[str, nn.Linear], model_path: str
 ) -> Transform | None:
-    """What each matrix's gradients become before norm and projection; None where they stay as they are.
+    """What each matrix's gradients become before norm and projection; a `UserError` where the state is another model's.
 
-    Two moments a target module, in float32, stay on the device.
-
-    Raises:
-        UserError: the state does not fit the model.
+    None where they stay as they are; else two moments a target module, in float32, stay on the device.
     """
     if kind.state is None:
         return None
@@ -98,18 +92,6 @@ def transform_of(
     if kind.name == "adam_release":
         return lambda name, g: release_step(g, m[name], v[name])
     return lambda name, g: adam_step(g, m[name], v[name], t, (b1, b2), eps)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A batch, ready for the device.
-
-    Attributes:
-        text_alone: places in the batch `[b]`, and the records there without their images, by group.
-    """
-
-    records: Collated
-    text_alone: list[tuple[Tensor, Collated]]
 
 
 @dataclass(frozen=True)
@@ -137,42 +119,36 @@ class GradientStep:
     def counted_parameters(self) -> int:
         return sum(matrix.weight.numel() for matrix in self.matrices.values())
 
-    @property
-    def projection(self) -> str:
-        """The projector's full kind."""
-        return self.projector.kind if self.projector else "none"
-
     def ready(self, records: Sequence[Encoded]) -> Ready:
         """Records of one group as tensors, in pinned memory beside a GPU; another thread may do it ahead."""
-        groups = defaultdict[str, list[int]](list)
+
+        def pinned(tensor: Tensor) -> Tensor:
+            if self.reference.device.type != "cuda":
+                return tensor
+            with torch.cuda.device(self.reference.device):  # a thread begins with the first GPU
+                return tensor.pin_memory()
+
+        def collated(some: Sequence[Encoded]) -> Collated:
+            return self.family.collate(self.reference, some).each(pinned)
+
+        alone = defaultdict[str, dict[int, Encoded]](dict)
         for place, record in enumerate(records):
             # Without its image a record that was cut may keep more of its answer: two losses of different tokens.
             if self.visual_gain and record.text_alone and record.text_alone.supervised == record.supervised:
-                groups[record.text_alone.group].append(place)
-        alone = [(torch.tensor(places), [records[place].text_alone for place in places]) for places in groups.values()]
-        return Ready(
-            self._collated(records),
-            [(self._pinned(places), self._collated([item for item in items if item])) for places, items in alone],
-        )
-
-    def _collated(self, records: Sequence[Encoded]) -> Collated:
-        return self.family.collate(self.reference, records).each(self._pinned)
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        if self.reference.device.type != "cuda":
-            return tensor
-        with torch.cuda.device(self.reference.device):  # a thread begins with the first GPU
-            return tensor.pin_memory()
+                alone[record.text_alone.group][place] = record.text_alone
+        groups = [(pinned(torch.tensor([*group])), collated([*group.values()])) for group in alone.values()]
+        return collated(records), groups
 
     def __call__(self, batch: Ready) -> dict[str, Tensor]:
         """`features` float16 `[B, d]`, `norms`, `losses` and the columns that were asked for `[B]`.
 
         Without a projector there are neither features nor norms. All stay on the device, and nothing is read from it.
         """
+        records, text_alone = batch
         last: list[RecordLosses] = []
 
         def forward() -> Tensor:
-            last[:] = [self.family.record_losses(self.reference, batch.records, self.el2n)]
+            last[:] = [self.family.record_losses(self.reference, records, self.el2n)]
             return last[0].losses
 
         if self.projector is None:
@@ -186,19 +162,15 @@ class GradientStep:
         if last[0].el2n is not None:
             results["el2n"] = last[0].el2n
         if self.visual_gain:
-            with self.measure("visual gain"):
-                results["visual_gain"] = self._visual_gains(batch, results["losses"])
+            # NaN without images, or where they cost the record a part of its answer.
+            losses, gains = results["losses"], torch.full_like(results["losses"], math.nan)
+            with self.measure("visual gain"), torch.no_grad():
+                for places, without in text_alone:
+                    to = places.to(losses.device, non_blocking=True)
+                    losses_without = self.family.record_losses(self.reference, without).losses
+                    gains.index_copy_(0, to, visual_gain(losses_without, losses.index_select(0, to)))
+            results["visual_gain"] = gains
         return results
-
-    @torch.no_grad()
-    def _visual_gains(self, batch: Ready, losses: Tensor) -> Tensor:
-        """The visual gain of each record `[B]`; NaN without images, or where they cost it a part of its answer."""
-        gains = torch.full_like(losses, math.nan)
-        for places, records in batch.text_alone:
-            to = places.to(losses.device, non_blocking=True)
-            without = self.family.record_losses(self.reference, records).losses
-            gains.index_copy_(0, to, visual_gain(without, losses.index_select(0, to)))
-        return gains
 
 
 def load_step(
@@ -209,7 +181,7 @@ def load_step(
     gradient: GradientKind,
     gradient_checkpointing: bool,
 ) -> GradientStep:
-    """Load the reference model and build what computes its gradients; prints what counts and how it is projected.
+    """Load the reference model and what computes its gradients; prints what counts and how it is projected.
 
     Raises:
         UserError: the model's files, the optimizer's state or the projector cannot be used.
