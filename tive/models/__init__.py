@@ -26,25 +26,16 @@ NOT_FINITE = "not finite"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies, and what a user may set of how it reads records.
+    """Where a model lies, and what a user may set of how it reads records."""
 
-    Attributes:
-        model_path: the adapter's folder, of a reference model; or a whole model's.
-        model_base: what the adapter was trained from; None for a whole model, as `finetune.sh` writes it.
-        vision_tower: its folder, where the checkpoint names one that is not there (LLaVA's models).
-        chat_template: a file that takes the place of the model's own template (transformers' models).
-        max_length: longer records are left out; unset, none is (transformers' models).
-        max_pixels: larger images are made smaller first (transformers' models).
-        load_in_4bit: quantise the base to NF4, as QLoRA trains on it (transformers' models).
-    """
-
-    model_path: str
-    model_base: str | None
-    vision_tower: str | None = None
-    chat_template: str | None = None
-    max_length: int | None = None
-    max_pixels: int | None = None
-    load_in_4bit: bool = False
+    model_path: str  # the adapter's folder, of a reference model; or a whole model's
+    model_base: str | None  # what the adapter was trained from; None for a whole model, as `finetune.sh` writes it
+    vision_tower: str | None = None  # its folder, where the checkpoint names one that is not there (LLaVA's, Bunny's)
+    # Of transformers' models:
+    chat_template: str | None = None  # a file that takes the place of the model's own template
+    max_length: int | None = None  # longer records are left out
+    max_pixels: int | None = None  # larger images are made smaller first
+    load_in_4bit: bool = False  # quantise the base to NF4, as QLoRA trains on it
 
     @property
     def folder(self) -> Path:
@@ -58,40 +49,24 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record, ready to be put in a batch.
+    """One record, ready to be put in a batch."""
 
-    Attributes:
-        length: positions that the language model sees, images spliced in and cut at the maximum length.
-        supervised: how many of them are targets, of which the record's loss is the mean.
-        group: records of one group may share a batch.
-        inputs: what the family's `collate` reads; it travels from a loader's worker process.
-        text_alone: the record without its images, where it has any and that was asked for.
-    """
-
-    length: int
-    supervised: int
-    group: str
-    inputs: Any
-    text_alone: Encoded | None = None
+    length: int  # positions that the language model sees, images spliced in and cut at the maximum length
+    supervised: int  # how many of them are targets, of which the record's loss is the mean
+    group: str  # records of one group may share a batch
+    inputs: Any  # what the family's `collate` reads; it travels from a loader's worker process
+    text_alone: Encoded | None = None  # the record without its images, where it has any and that was asked for
 
 
 @dataclass(frozen=True)
 class Collated:
-    """The records of a batch `[B, T]` as tensors, on the CPU or on a device, with its S supervised tokens.
+    """The records of a batch `[B, T]` as tensors, on the CPU or on a device, with its S supervised tokens."""
 
-    Attributes:
-        inputs: the family's own.
-        positions: int64 `[S]`: where each supervised token is predicted, one before it, in the flattened batch.
-        targets: int64 `[S]`: their ids.
-        owners: int64 `[S]`: their records.
-        counts: float32 `[B]`: how many each record has.
-    """
-
-    inputs: dict[str, Tensor]
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
-    counts: Tensor
+    inputs: dict[str, Tensor]  # the family's own
+    positions: Tensor  # int64 `[S]`: where each supervised token is predicted, one before it, in the flattened batch
+    targets: Tensor  # int64 `[S]`: their ids
+    owners: Tensor  # int64 `[S]`: their records
+    counts: Tensor  # float32 `[B]`: how many each record has
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Collated:
         """The same with every tensor changed."""
@@ -116,19 +91,14 @@ class RecordLosses:
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model, or a whole model, in evaluation form: dropout off, nothing trainable.
+    """A reference model, or a whole model, in evaluation form: dropout off, nothing trainable."""
 
-    Attributes:
-        model: an `nn.Module` of the family's own class, with the adapter's LoRA layers in it.
-        layers: the language model's decoder layers, which the target modules lie in.
-        head: maps its last hidden states to logits of the vocabulary; None where the model does more than is known.
-        processor: what a loader's worker needs to encode records; holds no weights.
-    """
-
-    model: Any
-    layers: nn.ModuleList
-    head: Callable[[Tensor], Tensor] | None
-    processor: Any
+    model: Any  # an `nn.Module` of the family's own class, with the adapter's LoRA layers in it
+    layers: nn.ModuleList  # the language model's decoder layers, which the target modules lie in
+    head: (
+        Callable[[Tensor], Tensor] | None
+    )  # last hidden states to logits; None where the model does more than is known
+    processor: Any  # what a loader's worker needs to encode records; holds no weights
     device: torch.device
     dtype: torch.dtype
 

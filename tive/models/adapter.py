@@ -8,6 +8,7 @@ from safetensors, or with `weights_only=True`: a file can hold numbers and nothi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tive.models import ModelFiles
 from tive.models.checkpoint import first_line, loading, stored_tensors
 from tive.util.errors import UserError
-from tive.util.files import read_object
+from tive.util.files import read_object, sha256_of
 
 CONFIG_FILE = "adapter_config.json"
 # What LLaVA and Bunny train beside the LoRA matrices: the projector, and the vision tower where it was tuned.
@@ -106,6 +108,23 @@ def check_adapter(folder: Path) -> dict[str, Any]:
             f"{config.get('lora_alpha')!r} no number; train the adapter again"
         )
     return config
+
+
+def fingerprint(files: ModelFiles, read: Iterable[Path], folders: Iterable[Path], *texts: str) -> str:
+    """SHA-256 over the adapter, other files that may be there, folders' weights, and texts.
+
+    Of weight files name, size and sampled content count: two bases of one shape differ in nothing but the content, and
+    hashing 14 GB of it at each start would cost minutes.
+    """
+    adapter = [] if files.model_base is None else [adapter_file(files.folder), files.folder / CONFIG_FILE]
+    digest = hashlib.sha256()
+    for file in [*adapter, *(file for file in read if file.is_file())]:
+        digest.update(sha256_of(file).encode())
+    for folder in folders:
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+            digest.update(f"{file.name} {file.stat().st_size} {sha256_of(file, sampled=True)}\n".encode())
+    digest.update("\n".join(texts).encode())
+    return digest.hexdigest()
 
 
 def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:

@@ -179,21 +179,13 @@ _HEEDS_IGNORE_MERGES = Version("0.19.1")
 
 @dataclass(frozen=True)
 class BunnyTemplate:
-    """How a model's conversations become tokens.
+    """How a model's conversations become tokens."""
 
-    Attributes:
-        tokenizer: the base's `tokenizer.json`; it cuts and pads nothing.
-        end: the text of the one token that ends an answer.
-        pad: the id that Bunny pads with.
-        pad_is_eos: whether that is also the tokenizer's end of sequence.
-        maximum: most positions of a record.
-    """
-
-    tokenizer: tokenizers.Tokenizer
-    end: str
-    pad: int
-    pad_is_eos: bool
-    maximum: int
+    tokenizer: tokenizers.Tokenizer  # the base's `tokenizer.json`; it cuts and pads nothing
+    end: str  # the text of the one token that ends an answer
+    pad: int  # the id that Bunny pads with
+    pad_is_eos: bool  # whether that is also the tokenizer's end of sequence
+    maximum: int  # most positions of a record
 
     @property
     def ends(self) -> Sequence[int]:
@@ -269,11 +261,7 @@ class BunnyTemplate:
 def read_template(base: Path, model_type: str, maximum: int) -> BunnyTemplate:
     """The template of a base model, from its tokenizer's files alone: transformers 5 builds some anew, with other ids.
 
-    Args:
-        model_type: one of `ENDS`, whose text ends an answer.
-
-    Raises:
-        UserError: a file is missing, needs a newer library, contradicts the other, or lacks a token that is needed.
+    A `UserError` where a file is missing, needs a newer library, contradicts the other, or lacks a token.
     """
     file, settings_file = base / "tokenizer.json", base / "tokenizer_config.json"
     if not file.is_file():
@@ -294,10 +282,8 @@ def read_template(base: Path, model_type: str, maximum: int) -> BunnyTemplate:
     # transformers lets the settings change what tokenizer.json does; where they would, neither is taken.
     begins = len(tokenizer.encode("").ids) > 0
     with loading(settings_file):
-        added = {
-            int(number): token["content"] for number, token in (settings.get("added_tokens_decoder") or {}).items()
-        }
-    others = [text for number, text in added.items() if tokenizer.token_to_id(text) != number]
+        added = [(int(key), token["content"]) for key, token in (settings.get("added_tokens_decoder") or {}).items()]
+    others = [text for key, text in added if tokenizer.token_to_id(text) != key]
     if others or settings.get("add_bos_token", begins) is not begins or settings.get("add_eos_token", False):
         raise UserError(
             f"{settings_file} and tokenizer.json contradict each other ("
@@ -316,17 +302,12 @@ def read_template(base: Path, model_type: str, maximum: int) -> BunnyTemplate:
     special, older = dict(settings), base / "special_tokens_map.json"
     if "added_tokens_decoder" not in settings and older.is_file():  # then this file has the last word
         special |= read_object(older)
-    pad_text, unk, eos = (_text_of(special.get(f"{name}_token")) for name in ("pad", "unk", "eos"))
-    pad_text = pad_text or unk
-    pad = tokenizer.token_to_id(pad_text) if pad_text else None
-    if pad is None or eos is None:
+    tokens = [special.get(f"{name}_token") for name in ("pad", "unk", "eos")]
+    pad, unk, eos = (token.get("content") if isinstance(token, dict) else token for token in tokens)
+    number = tokenizer.token_to_id(str(pad or unk))
+    if number is None or eos is None:
         raise UserError(
             f"{settings_file} names no eos_token, or no pad_token or unk_token of tokenizer.json, one of which Bunny "
             "pads with; name the base that the adapter was trained on"
         )
-    return BunnyTemplate(tokenizer, end, pad, pad_text == eos, maximum)
-
-
-def _text_of(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    return BunnyTemplate(tokenizer, end, number, (pad or unk) == eos, maximum)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from tive.models import ModelFiles
 from tive.models.training_record import difference, model_folder
 from tive.util.errors import UserError
-from tive.util.files import read_json, read_object, sha256_of
+from tive.util.files import read_json, read_object
 
 # What stands in a file beside quantised weights, or in their place, in the names of the common libraries; scales are no
 # such thing where they are CLIP's (`logit_scale`) or those of a cache of keys and values (`k_scale`).
@@ -154,21 +153,6 @@ def refuse_options(files: ModelFiles, *names: str) -> None:
             raise UserError(
                 f"{name} {getattr(files, name)}: {files.model_path} is a model that does not read it; leave it out"
             )
-
-
-def fingerprint(hashed: Iterable[Path], listed: Iterable[Path], *texts: str) -> str:
-    """SHA-256 over files' content, over names, sizes and sampled content of the weight files in folders, and texts.
-
-    Two bases of one shape differ in nothing but the content; hashing 14 GB of it at each start would cost minutes.
-    """
-    digest = hashlib.sha256()
-    for file in hashed:
-        digest.update(sha256_of(file).encode())
-    for folder in listed:
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-            digest.update(f"{file.name} {file.stat().st_size} {sha256_of(file, sampled=True)}\n".encode())
-    digest.update("\n".join(texts).encode())
-    return digest.hexdigest()
 
 
 def load_pretrained(

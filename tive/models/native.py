@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from tive.data.media import IMAGE_TAG
 from tive.models import Collated, Encoded, ModelFiles, RecordLosses, Reference, native_encoding
-from tive.models.adapter import CONFIG_FILE, adapter_file, attach_adapter, check_adapter
+from tive.models.adapter import attach_adapter, check_adapter, fingerprint
 from tive.models.checkpoint import (
-    fingerprint,
     first_line,
     library_config,
     load_pretrained,
@@ -91,10 +90,9 @@ def identity(files: ModelFiles) -> str:
     Image processors of two backends, and of two releases, resize differently: their class and the versions count.
     """
     source, processor = processor_folder(files), load_processor(files).library
-    adapter = [] if files.model_base is None else [adapter_file(files.folder), files.folder / CONFIG_FILE]
-    read = [*adapter, files.base / "config.json", *(source / name for name in _PROCESSOR_FILES)]
     return fingerprint(
-        [file for file in read if file.is_file()],
+        files,
+        [files.base / "config.json", *(source / name for name in _PROCESSOR_FILES)],
         [files.base],
         processor.chat_template,
         type(processor).__name__,

@@ -29,23 +29,14 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class NativeProcessor:
-    """What a loader's worker needs to encode records; holds no weights.
+    """What a loader's worker needs to encode records; holds no weights."""
 
-    Attributes:
-        library: transformers' processor: tokenizer, image processor and chat template.
-        image_tokens: what stands for an image in a rendered conversation, and may stand in no text.
-        turn_ends: ids that can end an assistant's turn: the tokenizer's added tokens, images apart.
-        max_length: longer records are left out; None for no limit.
-        max_pixels: larger images are made smaller before the processor sees them; None for no limit.
-        dtype: what the model computes in, to which pixels are rounded.
-    """
-
-    library: Any
-    image_tokens: frozenset[str]
-    turn_ends: frozenset[int]
-    max_length: int | None
-    max_pixels: int | None
-    dtype: torch.dtype = torch.float32
+    library: Any  # transformers' processor: tokenizer, image processor and chat template
+    image_tokens: frozenset[str]  # what stands for an image in a rendered conversation, and may stand in no text
+    turn_ends: frozenset[int]  # ids that can end an assistant's turn: the tokenizer's added tokens, images apart
+    max_length: int | None  # longer records are left out
+    max_pixels: int | None  # larger images are made smaller before the processor sees them
+    dtype: torch.dtype = torch.float32  # what the model computes in, to which pixels are rounded
 
 
 @dataclass(frozen=True)

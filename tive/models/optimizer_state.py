@@ -65,19 +65,13 @@ class AdamConstants:
 
 @dataclass(frozen=True)
 class StoredState:
-    """An optimizer's state as it is on disk.
-
-    Attributes:
-        sha256: of the file, or over the moments' files of a converted DeepSpeed state.
-        by_name: the moments by the trainer's names of the parameters, where the state has names.
-        in_order: else those of the first group, in the trainer's order; None for a parameter never stepped.
-    """
+    """An optimizer's state as it is on disk."""
 
     path: Path
-    sha256: str
+    sha256: str  # of the file, or over the moments' files of a converted DeepSpeed state
     constants: AdamConstants
-    by_name: dict[str, Moments]
-    in_order: list[Moments | None]
+    by_name: dict[str, Moments]  # by the trainer's names of the parameters, where the state has names
+    in_order: list[Moments | None]  # else those of the first group, in the trainer's order; None: never stepped
 
 
 def read_trainer_state(model_path: str) -> tuple[int, dict[str, float]] | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +20,8 @@ from tive.data.conversations import image_of
 from tive.data.images import BadImage, read_image, resize_padded
 from tive.data.media import StoredImage
 from tive.models import Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
-from tive.models.adapter import (
-    CONFIG_FILE,
-    TRAINED_FILE,
-    adapter_file,
-    attach_adapter,
-    check_adapter,
-    place_tensors,
-    read_tensors,
-)
-from tive.models.checkpoint import fingerprint, read_config, refuse_options
+from tive.models.adapter import TRAINED_FILE, attach_adapter, check_adapter, fingerprint, place_tensors, read_tensors
+from tive.models.checkpoint import read_config, refuse_options
 from tive.models.common import IGNORE, collated, greedy, losses_at_supervised, packed, supervised_runs, unpacked
 from tive.models.training_record import model_folder
 from tive.util.errors import UserError
@@ -41,55 +33,30 @@ _READ_FILES = (
 )
 
 
-class Template(Protocol):
-    """How a family's conversations become tokens; `ends` are the ids that end an answer."""
-
-    @property
-    def ends(self) -> Sequence[int]: ...
-
-    def encode(self, turns: list[dict[str, Any]], has_image: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels, int64 `[t]`: `IMAGE_ID` once for each image, `IGNORE` where nothing is supervised."""
-
-    def decode(self, ids: list[int]) -> str:
-        """An answer's text, without what ends it."""
-
-    def begin(self, ids: np.ndarray, start: int) -> int:
-        """Where the answer begins whose first supervised token is at `start`."""
-
-
 @dataclass(frozen=True)
 class SplicedProcessor:
     """What a loader's worker needs to encode records; holds no weights.
 
-    Attributes:
-        image_processor: the vision tower's, of transformers.
-        pad: whether images are padded to a square.
-        image_features: of one image.
-        max_length: where records are cut.
-        dtype: what the model computes in, to which pixels are rounded.
+    The family's template makes tokens of conversations: `encode` gives ids and labels, int64 `[t]`, `IMAGE_ID` once for
+    each image and `IGNORE` where nothing is supervised; `decode` an answer's text without what ends it; `begin` where
+    the answer begins whose first supervised token is given; `ends` are the ids that end an answer.
     """
 
-    template: Template
-    image_processor: Any
-    pad: bool
-    image_features: int
-    max_length: int
-    dtype: torch.dtype
+    template: Any
+    image_processor: Any  # the vision tower's, of transformers
+    pad: bool  # images to a square
+    image_features: int  # of one image
+    max_length: int  # where records are cut
+    dtype: torch.dtype  # what the model computes in, to which pixels are rounded
 
 
 @dataclass(frozen=True)
 class SplicedRecord:
-    """A record's arrays.
+    """A record's arrays."""
 
-    Attributes:
-        ids: int64 `[t]`; `IMAGE_ID` where an image's features stand, once for each.
-        labels: int64 `[t]`; `IGNORE` where nothing is supervised.
-        pixels: `[3, height, width]`, `packed`, or None where no `IMAGE_ID` stands.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    pixels: np.ndarray | None
+    ids: np.ndarray  # int64 `[t]`; `IMAGE_ID` where an image's features stand, once for each
+    labels: np.ndarray  # int64 `[t]`; `IGNORE` where nothing is supervised
+    pixels: np.ndarray | None  # `[3, height, width]`, `packed`; None where no `IMAGE_ID` stands
 
 
 # Files
@@ -128,11 +95,10 @@ def check_parts(files: ModelFiles, remedy: str) -> dict[str, Any]:
 
 def identity_of(files: ModelFiles, settings: dict[str, Any]) -> str:
     """What tells one model from another: what was trained, base, tower, and settings of the encoding."""
-    folder, (_, tower) = files.folder, tower_of(files)
-    trained = [] if files.model_base is None else [adapter_file(folder), folder / CONFIG_FILE, folder / TRAINED_FILE]
+    _, tower = tower_of(files)
     folders = [files.base, *([] if tower is None else [tower])]
-    read = [part / name for part in folders for name in _READ_FILES if (part / name).is_file()]
-    return fingerprint([*trained, *read], folders, json.dumps(settings, sort_keys=True))
+    read = [files.folder / TRAINED_FILE, *(folder / name for folder in folders for name in _READ_FILES)]
+    return fingerprint(files, read, folders, json.dumps(settings, sort_keys=True))
 
 
 def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:

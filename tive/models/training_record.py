@@ -32,30 +32,17 @@ _CONFIG_KEYS_WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "use_cac
 
 
 class TrainingRecord(msgspec.Struct, frozen=True, tag_field="format", tag=1, forbid_unknown_fields=True):
-    """What a training used.
+    """What a training used."""
 
-    Attributes:
-        template: of LLaVA's trainer its `version`, one of `TEMPLATES` for a reference model; of TRL's the SHA-256 of
-            the chat template's text.
-        base: path and fingerprint, as `recorded_model` gives them.
-        lora: rank, alpha, dropout, bias; None where the whole model was trained.
-        versions: of the trainer and of what it ran on.
-        trainer: `llava` or `trl`.
-        image_aspect_ratio: LLaVA's, one of `ASPECT_RATIOS`.
-        vision_tower: LLaVA's, as `base`; None where there is none.
-        projector: LLaVA's: `start` ("file", "base" or "random"), and of a file its path and SHA-256.
-        settings: of TRL's trainer, those that say what is trained on: `assistant_only_loss`, `max_length`.
-    """
-
-    template: str
-    base: dict[str, Any]
-    lora: dict[str, Any] | None
-    versions: dict[str, str]
-    trainer: str = "llava"
-    image_aspect_ratio: str = ""
-    vision_tower: dict[str, Any] | None = None
-    projector: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
+    template: str  # of LLaVA's trainer its `version`; of TRL's the SHA-256 of the chat template's text
+    base: dict[str, Any]  # path and fingerprint, as `recorded_model` gives them
+    lora: dict[str, Any] | None  # rank, alpha, dropout, bias; None where the whole model was trained
+    versions: dict[str, str]  # of the trainer and of what it ran on
+    trainer: str = "llava"  # or `trl`
+    image_aspect_ratio: str = ""  # LLaVA's, one of `ASPECT_RATIOS`
+    vision_tower: dict[str, Any] | None = None  # LLaVA's, as `base`; None where there is none
+    projector: dict[str, Any] = {}  # LLaVA's: `start` ("file", "base" or "random"), and of a file its path and SHA-256
+    settings: dict[str, Any] = {}  # of TRL's trainer, those that say what is trained on
 
 
 def write_record(folder: Path, record: TrainingRecord) -> None:
