@@ -74,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported after the arguments are read, so that --help does not wait for torch.
+    import msgspec
+
     from tive.data.problems import refuse_bad_records
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
@@ -84,16 +86,16 @@ def main() -> None:
         Conditions,
         Evaluation,
         ModelResult,
-        differing,
         known_results,
         read_stored,
         tables,
         task_results,
         write_result,
     )
-    from tive.evaluation.run import EvaluationOptions, evaluate, report_left_out, results_of, store_of, take_known
+    from tive.evaluation.run import COLUMNS, EvaluationOptions, evaluate, results_of, take_known
     from tive.features.launch import hold
     from tive.features.loader import workers_beside
+    from tive.features.store import Store
     from tive.models import ModelFiles, family_of
     from tive.models.checkpoint import base_folder
     from tive.models.training_record import versions_of
@@ -139,16 +141,18 @@ def main() -> None:
         known = {} if arguments.overwrite else known_results(arguments.save_path, conditions)
         if target.exists() and not arguments.overwrite:
             stored = read_stored(target, ModelResult)
-            differs = differing(stored.conditions, conditions)
-            if not differs:
+            were = msgspec.structs.asdict(stored.conditions)
+            differing = [key for key, value in msgspec.structs.asdict(conditions).items() if were[key] != value]
+            if not differing:
                 print(f"{name}: {target} is there")
                 return stored
             # Results of data that was relabelled, reordered or has grown are all in the new ones.
             kept = {record.content for record in stored.records if record.loss is not None}
             if not kept <= known.keys() & set(content):
                 raise UserError(
-                    f"{target} has {differs}, and holds results that would be lost; take another name for the model, "
-                    "which computes only what is not known, or --overwrite"
+                    f"{target} has another {' and another '.join(differing).replace('_', ' ')}, and holds results that "
+                    "would be lost; take another name for the model, which computes only what is not known, or "
+                    "--overwrite"
                 )
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
@@ -160,14 +164,13 @@ def main() -> None:
             refuse_bad_records(data, checked.reasons, arguments.save_path / "bad_records.json", remedy)
         progress = arguments.save_path / f".model_{name}.progress"
         with hold(progress / "lock", f"evaluating into {progress.name}"):
-            store = store_of(progress, conditions)
+            store = Store(progress, range(len(data)), msgspec.to_builtins(conditions), COLUMNS)
             print(f"{name}: {path}")
             if taken := take_known(store, content, known):
                 print(f"{name}: {taken:,} of {len(data):,} records were evaluated before; their results are taken")
             if store.missing(options.window):
                 evaluate(family, family.load(files, device, dtype), scan, checked, options, store)
-            records = results_of(store, content)
-            report_left_out(name, records)
+            records = results_of(name, store, content)
             tasks = task_results([task or "(no task)" for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
             versions = versions_of(*family.LIBRARIES)

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from tive.util.errors import UserError
 from tive.util.files import write_json
 
-FORMAT = 2
 EVALUATION_FILE = "evaluation.json"
 Measure = Literal["loss", "exact_share"]
 TITLES: dict[Measure, str] = {
@@ -70,13 +69,9 @@ class HeldOutResult(Struct, frozen=True):
 
 
 class TaskResult(Struct, frozen=True, rename={"name": "task"}):
-    """One task of one model.
-
-    Attributes:
-        records: of the held-out file; `left_out` of them have no loss.
-        loss: mean over its records; None where none has one.
-        answers: that the model was asked for; `exact` of them it produced.
-        loss_error, exact_share_error: standard errors over the records; None where fewer than two say something.
+    """One task of one model: its records of the held-out file, of which `left_out` have no loss; the mean loss of the
+    others; the answers that the model was asked for, and how many it produced. Errors are standard errors over the
+    records, None where fewer than two say something.
     """
 
     name: str
@@ -94,12 +89,8 @@ class TaskResult(Struct, frozen=True, rename={"name": "task"}):
 
 
 class ModelResult(Struct, frozen=True):
-    """One model on a held-out file.
-
-    Attributes:
-        name: as the command calls it; `path` and `base` are where it lay.
-        records: by row, every one of the held-out file.
-        versions: of what the numbers depend on.
+    """One model on a held-out file: the name that the command gave it, where it and its base lay, and every record by
+    row; `versions` are those of the libraries that the numbers depend on.
     """
 
     name: str
@@ -111,7 +102,7 @@ class ModelResult(Struct, frozen=True):
     tasks: list[TaskResult]
     records: list[HeldOutResult]
     versions: dict[str, str]
-    format: int = FORMAT
+    format: Literal[2] = 2
 
 
 class Evaluation(Struct, frozen=True):
@@ -119,13 +110,7 @@ class Evaluation(Struct, frozen=True):
 
     data_path: str
     models: Annotated[list[ModelResult], Meta(min_length=1)]
-    format: int = FORMAT
-
-
-def differing(stored: Conditions, wanted: Conditions) -> str:
-    """In a few words, in what a stored result differs from what is wanted; empty where it does not."""
-    names = [name for name in Conditions.__struct_fields__ if getattr(stored, name) != getattr(wanted, name)]
-    return "another " + " and another ".join(name.replace("_", " ") for name in names) if names else ""
+    format: Literal[2] = 2
 
 
 def known_results(folder: Path, wanted: Conditions) -> dict[str | None, HeldOutResult]:
@@ -150,40 +135,39 @@ def task_results(tasks: Sequence[str], records: Sequence[HeldOutResult]) -> list
     by_task: dict[str, list[HeldOutResult]] = {}
     for record, task in zip(records, tasks, strict=True):
         by_task.setdefault(task, []).append(record)
-    return [_task_result(name, members) for name, members in by_task.items()]
+    results = []
+    for task, of_task in by_task.items():
+        losses = np.array([record.loss for record in of_task if record.loss is not None])
+        asked = [(record.answers, record.exact) for record in of_task if record.answers]
+        answers, exact = np.array(asked).reshape(-1, 2).T
+        # Several answers of a record are alike, so the error of their share is that of a ratio over the records.
+        share, mean = (exact.sum() / answers.sum(), answers.mean()) if asked else (0.0, 1.0)
+        loss_error, share_error = (
+            float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+            for values in (losses, (exact - share * answers) / mean)
+        )
+        results.append(
+            TaskResult(
+                task,
+                len(of_task),
+                sum(record.left_out is not None for record in of_task),
+                float(losses.mean()) if len(losses) else None,
+                int(answers.sum()),
+                int(exact.sum()),
+                loss_error,
+                share_error,
+            )
+        )
+    return results
 
 
-def _task_result(name: str, records: Sequence[HeldOutResult]) -> TaskResult:
-    losses = np.array([record.loss for record in records if record.loss is not None])
-    answers, exact = np.array([(record.answers, record.exact) for record in records if record.answers]).reshape(-1, 2).T
-    # Several answers of a record are alike, so the error of their share is that of a ratio over the records.
-    share, mean = (exact.sum() / answers.sum(), answers.mean()) if len(answers) else (0.0, 1.0)
-    return TaskResult(
-        name,
-        len(records),
-        sum(record.left_out is not None for record in records),
-        float(losses.mean()) if len(losses) else None,
-        int(answers.sum()),
-        int(exact.sum()),
-        _standard_error(losses),
-        _standard_error((exact - share * answers) / mean),
-    )
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
-def mean_over_tasks(model: ModelResult, measure: Measure) -> float | None:
-    """Mean over tasks; every task counts the same, whatever its size. None where a task has no value."""
-    values = [getattr(task, measure) for task in model.tasks]
-    return sum(values) / len(values) if values and None not in values else None
-
-
-def error_over_tasks(model: ModelResult, measure: Measure) -> float | None:
-    """Standard error of `mean_over_tasks` over the records; None where that of a task is not known."""
-    errors = [getattr(task, f"{measure}_error") for task in model.tasks]
-    return math.hypot(*errors) / len(errors) if errors and None not in errors else None
+def mean_over_tasks(model: ModelResult, measure: Measure) -> tuple[float | None, float | None]:
+    """Mean over tasks, of which every one counts the same, whatever its size; and its standard error over the records.
+    None where a task has none.
+    """
+    values, errors = ([getattr(task, f"{measure}{end}") for task in model.tasks] for end in ("", "_error"))
+    mean = sum(values) / len(values) if values and None not in values else None
+    return mean, math.hypot(*errors) / len(errors) if errors and None not in errors else None
 
 
 def relative(model: ModelResult, first: ModelResult, measure: Measure) -> float | None:
@@ -202,39 +186,40 @@ def tables(evaluation: Evaluation) -> dict[str, list[tuple[str, ...]]]:
 
     The last two rows are the mean over the tasks, and what the models' values are of the first model's.
     """
-    answered = any(task.answers for model in evaluation.models for task in model.tasks)
-    return {title: _rows(evaluation, measure) for measure, title in TITLES.items() if answered or measure == "loss"}
-
-
-def _rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str, ...]]:
     models = evaluation.models
     by_name = [{task.name: task for task in model.tasks} for model in models]
-    rows, total = [("task", "records", *(model.name for model in models))], 0
-    for name in dict.fromkeys(name for tasks in by_name for name in tasks):
-        results = [tasks.get(name) for tasks in by_name]
-        records = max(task.records for task in results if task)
-        total += records
-        cells = [(getattr(task, measure, None), getattr(task, f"{measure}_error", None)) for task in results]
-        rows.append((name, f"{records:,}", *(_cell(measure, *cell) for cell in cells)))
-    means = [mean_over_tasks(model, measure) for model in models]
-    errors = [error_over_tasks(model, measure) for model in models]
-    cells = list(zip(means, errors, strict=True))
-    rows.append(("mean over tasks", f"{total:,}", *(_cell(measure, *cell) for cell in cells)))
-    if len(models) > 1:
-        # A model that lacks a task has no mean, so none that could be compared.
-        ratios = [
-            None if model_mean is None else relative(model, models[0], measure)
-            for model, model_mean in zip(models, means, strict=True)
+    records: dict[str, int] = {}
+    for task in (task for model in models for task in model.tasks):
+        records[task.name] = max(task.records, records.get(task.name, 0))
+    answered = any(task.answers for model in models for task in model.tasks)
+    result = {}
+    for measure, title in TITLES.items():
+        if measure == "exact_share" and not answered:
+            continue
+        values = [
+            {name: (getattr(task, measure), getattr(task, f"{measure}_error")) for name, task in tasks.items()}
+            for tasks in by_name
         ]
-        rows.append((f"relative to {models[0].name}", "", *("-" if part is None else f"{part:.1%}" for part in ratios)))
-    return rows
+        rows = [("task", "records", *(model.name for model in models))]
+        for name, count in records.items():
+            rows.append((name, f"{count:,}", *(_cell(measure, *of.get(name, (None, None))) for of in values)))
+        means = [mean_over_tasks(model, measure) for model in models]
+        rows.append(("mean over tasks", f"{sum(records.values()):,}", *(_cell(measure, *mean) for mean in means)))
+        if len(models) > 1:
+            # A model that lacks a task has no mean, so none that could be compared.
+            parts = [
+                None if mean is None else relative(model, models[0], measure)
+                for model, (mean, _) in zip(models, means, strict=True)
+            ]
+            cells = ("-" if part is None else f"{part:.1%}" for part in parts)
+            rows.append((f"relative to {models[0].name}", "", *cells))
+        result[title] = rows
+    return result
 
 
 def _cell(measure: Measure, value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
     form = "{:.4f}".format if measure == "loss" else "{:.1%}".format
-    return form(value) + ("" if error is None else f" ± {form(1.96 * error)}")
+    return "-" if value is None else form(value) + ("" if error is None else f" ± {form(1.96 * error)}")
 
 
 def write_result(path: Path, result: ModelResult | Evaluation) -> None:
@@ -245,18 +230,13 @@ _Form = TypeVar("_Form", ModelResult, Evaluation)
 
 
 def read_stored(path: Path, form: type[_Form]) -> _Form:
-    """A result of `scripts/evaluate.py`: a model's, or an evaluation, which its folder stands for too.
-
-    Raises:
-        UserError: the file cannot be read, was not written by this version, or holds no model.
+    """A result of `scripts/evaluate.py`: a model's, or an evaluation, which its folder stands for too; a `UserError`
+    where the file cannot be read, was not written by this version, or holds no model.
     """
     path = path / EVALUATION_FILE if path.is_dir() else path
     try:
-        content = msgspec.json.decode(path.read_bytes(), type=form)
+        return msgspec.json.decode(path.read_bytes(), type=form)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except msgspec.MsgspecError as error:
-        raise UserError(f"{path} is no result of scripts/evaluate.py ({error}); write it again") from error
-    if content.format != FORMAT:
-        raise UserError(f"{path} is of another version (format {content.format}); write it again")
-    return content
+        raise UserError(f"{path} is no result of scripts/evaluate.py, or of another version of it ({error})") from error

@@ -1,23 +1,22 @@
-"""One model over a held-out file: the loss of each record, and the answers that it generates itself."""
+"""One model over a held-out file: each record's loss, the answers that the model generates, and which are exact."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tive.data.scan import Checked, Scan
-from tive.evaluation.answers import is_exact
-from tive.evaluation.results import Conditions, HeldOutResult
+from tive.evaluation.results import HeldOutResult
 from tive.features.batches import Batches
 from tive.features.chunk import LeftOutRecord
 from tive.features.loader import Loader, usable
@@ -27,7 +26,15 @@ from tive.util.errors import UserError
 from tive.util.text import shown
 
 # Of each record, as `HeldOutResult` names them.
-_COLUMNS = {"loss": np.float32, "answers": np.int32, "exact": np.int32, "not_asked": np.int32}
+COLUMNS = {"loss": np.float32, "answers": np.int32, "exact": np.int32, "not_asked": np.int32}
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_SEPARATOR_IN_NUMBER = re.compile(r"(?<=\d),(?=\d{3})")
+# What is no part of a word or number. `0.5`, `.5`, `10:30`, `1/2`, `-5`, `-$5`, `-x` and `-∞` are, `it's` is a word.
+_SIGN = re.compile(r"\.(?!\d)|(?<!\d)[:/]|[:/](?!\d)|(?<=[\w-])-|-(?!\.?\w)|[^\w\s.:/'-]|_")
+_DASHES = str.maketrans("−–‐‑", "----")
+_PUNCTUATION_THAT_COUNTS = "%&#@*"
 
 
 @dataclass(frozen=True)
@@ -43,38 +50,23 @@ class EvaluationOptions:
     skip_bad: bool
 
 
-def store_of(folder: Path, conditions: Conditions) -> Store:
-    """What is on disk of a model's results under these conditions; the caller holds `folder` and removes it at the end.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    return Store(folder, range(conditions.data_records), msgspec.to_builtins(conditions), _COLUMNS)
-
-
 def take_known(store: Store, content: Sequence[str], known: Mapping[str | None, HeldOutResult]) -> int:
     """Put the results that are known of records of equal content into the store, and count them."""
-    taken = 0
-    for missing in store.missing(len(content)):
-        for is_known, run in groupby(missing, key=lambda row: content[row] in known):
-            rows = list(run)
-            if is_known:
-                results = [known[content[row]] for row in rows]
-                columns = {
-                    name: np.array([getattr(one, name) for one in results], kind) for name, kind in _COLUMNS.items()
-                }
-                store.write(Window(range(rows[0], rows[-1] + 1), columns, []))
-                taken += len(rows)
-    return taken
+    missing = [row for rows in store.missing(len(content)) for row in rows if content[row] in known]
+    for _, run in groupby(enumerate(missing), key=lambda pair: pair[1] - pair[0]):  # of consecutive rows
+        rows = [row for _, row in run]
+        columns = {
+            name: np.array([getattr(known[content[row]], name) for row in rows], kind) for name, kind in COLUMNS.items()
+        }
+        store.write(Window(range(rows[0], rows[-1] + 1), columns, []))
+    return len(missing)
 
 
 def evaluate(
     family: Family, reference: Reference, scan: Scan, checked: Checked, options: EvaluationOptions, store: Store
 ) -> None:
-    """Compute the results of all records that are not on disk; those of each window are when it is done.
-
-    Raises:
-        UserError: a record cannot be used and is not to be skipped, or a batch of one does not fit in memory.
+    """Compute the results of all records that are not on disk; those of each window are when it is done. A `UserError`
+    where a record cannot be used and is not to be skipped, or a batch of one does not fit in memory.
     """
     windows = store.missing(options.window)
     readable = [row for rows in windows for row in rows if row not in checked.reasons]
@@ -97,7 +89,7 @@ def evaluate(
                 numbers |= {"answers": answers, "exact": exact, "not_asked": not_asked}
             columns = {
                 name: np.array([numbers.get(name, {}).get(row, np.nan if name == "loss" else 0) for row in rows], kind)
-                for name, kind in _COLUMNS.items()
+                for name, kind in COLUMNS.items()
             }
             store.write(Window(rows, columns, [LeftOutRecord(row, None, reasons[row]) for row in sorted(reasons)]))
             bar.update(len(rows))
@@ -133,29 +125,58 @@ def answers_of(
     return Counter(row for row, *_ in asked), exact
 
 
-def results_of(store: Store, content: Sequence[str]) -> list[HeldOutResult]:
-    """The results on disk, by row; `content` are the records' hashes."""
-    reasons = {entry.row: entry.reason for entry in store.left_out()}
-    columns = {name: values.tolist() for name, values in store.columns().items()}
-    return [
-        HeldOutResult(row, left_out=reasons[row], content=content[row])
-        if row in reasons
-        else HeldOutResult(row, content=content[row], **{name: values[row] for name, values in columns.items()})
+def results_of(name: str, store: Store, content: Sequence[str]) -> list[HeldOutResult]:
+    """The results on disk, by row, of which those without a loss are printed with the reasons, and how many answers the
+    model was not asked for; a `UserError` where no record has a loss.
+
+    Args:
+        content: the records' hashes.
+    """
+    left_out = {entry.row: entry.reason for entry in store.left_out()}
+    columns = {column: values.tolist() for column, values in store.columns().items()}
+    results = [
+        HeldOutResult(row, left_out=left_out[row], content=content[row])
+        if row in left_out
+        else HeldOutResult(row, content=content[row], **{column: values[row] for column, values in columns.items()})
         for row in store.rows
     ]
-
-
-def report_left_out(name: str, records: list[HeldOutResult]) -> None:
-    """Print how many records of a model have no loss and why, and how many answers it was not asked for.
-
-    Raises:
-        UserError: no record has a loss.
-    """
-    reasons = Counter(record.left_out for record in records if record.left_out is not None)
-    if reasons:
-        why = ", ".join(f"{count:,} {shown(reason, 80)}" for reason, count in reasons.most_common(5))
-        print(f"{name}: {sum(reasons.values()):,} of {len(records):,} records are left out ({why})")
-    if sum(reasons.values()) == len(records):
-        raise UserError(f"{name}: no record has a loss ({next(iter(reasons))}); is this the data's model?")
-    if not_asked := sum(record.not_asked for record in records):
+    if left_out:
+        reasons = Counter(left_out.values()).most_common(5)
+        why = ", ".join(f"{count:,} {shown(reason, 80)}" for reason, count in reasons)
+        print(f"{name}: {len(left_out):,} of {len(results):,} records are left out ({why})")
+        if len(left_out) == len(results):
+            raise UserError(f"{name}: no record has a loss ({reasons[0][0]}); is this the data's model?")
+    if not_asked := sum(result.not_asked for result in results):
         print(f"{name}: {not_asked:,} answers were not asked for: cut at the maximum length, or before an image")
+    return results
+
+
+def is_exact(produced: str, expected: str) -> bool:
+    """Whether an answer was produced exactly: both texts are the same once they are normalised."""
+    return bool(produced.strip()) and normalised(produced) == normalised(expected)
+
+
+def normalised(text: str) -> str:
+    """An answer without what is not looked at: case, punctuation, articles, numbers as words.
+
+    After VQA's evaluation, without its list of contractions. Its rule was made for words, so this one departs from it
+    where signs carry meaning: `<`, `+`, `%`, emoji and the like stay, and so does a minus before a number or letter,
+    whichever dash is written; an answer of nothing but an article or punctuation keeps it.
+    """
+    text = " ".join(text.lower().translate(_DASHES).split())
+    words = _SIGN.sub(_apart, _SEPARATOR_IN_NUMBER.sub("", text)).split()
+    kept = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_DIGITS.get(word, word) for word in kept) or text
+
+
+def _apart(sign: re.Match[str]) -> str:
+    """Punctuation, and what could not be decoded, parts words; a mark on a letter stays; a symbol is a word, with the
+    minus before it."""
+    before, behind = sign.string[: sign.start()][-1:], sign.string[sign.end() :][:1]
+    kind = unicodedata.category(sign[0])[0]
+    if kind == "M":
+        return sign[0]
+    if sign[0] == "-" and behind and unicodedata.category(behind)[0] == "S" and not re.match(r"\w", before):
+        return " -"
+    parts = kind in "PC" and sign[0] not in _PUNCTUATION_THAT_COUNTS
+    return " " if parts or sign[0] == "\ufffd" else f"{sign[0]} " if before == "-" else f" {sign[0]} "
