@@ -19,6 +19,7 @@ MESSAGES = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assis
         {"conversations": [dict(reversed(turn.items())) for turn in TURNS], "image": "./coco//1.jpg", "id": "other"},
         {"messages": MESSAGES, "images": ["coco/1.jpg"], "dataset": "another task"},
         {"image": ["coco/1.jpg"], "conversations": TURNS, "system": ""},
+        RECORD | {"conversations": [TURNS[0] | {"loss": None}, TURNS[1] | {"source": "a set"}]},
         json.loads(json.dumps(RECORD, indent=4)),
     ],
 )

@@ -89,7 +89,7 @@ def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
     """
     trained = True
     for key, value in turn.items():
-        if key in ("from", "value") or key in NOTES or is_empty(value):
+        if key in ("from", "value") or _is_note(key, value):
             continue
         if key not in TRAINED_KEYS:
             raise ValueError(
@@ -104,6 +104,11 @@ def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
             )
         trained = trained and bool(value)
     return trained
+
+
+def _is_note(key: str, value: Any) -> bool:
+    """Whether a key of a turn, as `to_llava` returns it, says nothing that a trainer acts on."""
+    return key not in ("from", "value") and (key in NOTES or is_empty(value))
 
 
 def problem_of(record: Any) -> str | None:
@@ -207,9 +212,9 @@ def record_hash(record: Any) -> bytes:
     """128 bits of a record's turns, system prompt and images; `HASH_BYTES` long.
 
     Two records have the same hash where a trainer sees the same in both: the form (`to_llava`), the order of keys,
-    the spelling of a path, ids, tasks and other keys play no part. An image counts by its path, or by its bytes where
-    they lie in the record (`StoredImage`; by its name where they were left on disk). A record of no known form is
-    hashed whole.
+    the spelling of a path, ids, tasks, notes and other keys play no part. An image counts by its path, or by its bytes
+    where they lie in the record (`StoredImage`; by its name where they were left on disk). A record of no known form
+    is hashed whole.
     """
     try:
         plain = plain_images(record)
@@ -217,7 +222,11 @@ def record_hash(record: Any) -> bytes:
             content: list[Any] = [record["conversations"], "", plain]
         else:
             conversation = to_llava(record)
-            content = [conversation["conversations"], conversation.get("system", ""), []]
+            turns = [
+                {key: value for key, value in turn.items() if not _is_note(key, value)}
+                for turn in conversation["conversations"]
+            ]
+            content = [turns, conversation.get("system", ""), []]
             for image in image_paths(conversation):
                 if isinstance(image, str):
                     content[2].append(image)
