@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from scripts.gpu_check import main as gpu_check
-from scripts.gpu_check.results import NotHere, run_check, within
+from scripts.gpu_check.checks import within
+from scripts.gpu_check.goldens import NotHere
+from scripts.gpu_check.main import run_check
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = dict(gpu_check.checks_of(with_llava_7b=True))

@@ -1,14 +1,13 @@
-"""`benchmark.py gradients`: ways to get projected per-record gradients, in one run, on the same batches."""
+"""Ways to get projected per-record gradients, in one run on the same batches, and what none can cost less than."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +24,13 @@ from .cases import Case
 # A method is made ready once, and then computes batch after batch.
 Compute = Callable[[list[int]], None]
 Method = Callable[[Case, int], Compute]
-# Above this many random numbers a batch, TRAK's BasicProjector on a CPU takes minutes for one.
-_MOST_RANDOM_NUMBERS = 1e11
-
-
-@dataclass
-class Measured:
-    """The best round of a method: records, seconds a record, and its peak memory in bytes."""
-
-    records: int
-    cost: float
-    peak: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
     add = parser.add_argument
     add("--proj_dim", type=int, default=8192, help="numbers in a feature")
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"all that run here; of {' '.join(METHODS)}")
+    add("--methods", nargs="+", choices=METHODS, default=USUAL, metavar="METHOD", help=f"of {' '.join(METHODS)}")
     add("--rounds", type=int, default=3, help="methods take turns so often; the best counts")
     add("--seconds", type=float, default=60, help="a method gets no further round, and ends a round, after this long")
 
@@ -57,21 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"padding efficiency {tokens / padded:.2f}; {case.parameters:,} parameters in {len(case.matrices)} matrices, "
         f"{arguments.proj_dim} features"
     )
-    measured = compare_methods(case, arguments)
-    forward, limit = (measured.get(name) for name in ("forward", "forward_and_backward"))
-    rows = [("method", "ms/record", "records/s", "x forward", "x limit", "peak GiB", "records")]
-    for name, best in measured.items():
-        ratios = [f"{best.cost / to.cost:.2f}" if to else "-" for to in (forward, limit)]
-        cost, memory = f"{best.cost * 1000:.2f}", f"{best.peak / 2**30:.2f}"
-        rows.append((name, cost, f"{1 / best.cost:.2f}", ratios[0], ratios[1], memory, str(best.records)))
-    print_table(rows)
-
-
-def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Measured]:
-    """Measure the methods in turns, so that what else the machine does meets all of them."""
-    best: dict[str, Measured] = {}
-    spent: dict[str, float] = dict.fromkeys(arguments.methods or usual_methods(case, arguments), 0.0)
-    for _ in range(arguments.rounds):
+    best: dict[str, Round] = {}
+    spent = dict.fromkeys(arguments.methods, 0.0)
+    for _ in range(arguments.rounds):  # in turns, so that what else the machine does meets all of them
         for name in [name for name, seconds in spent.items() if seconds < arguments.seconds]:
             try:
                 measured = one_round(METHODS[name], case, arguments)
@@ -80,22 +56,24 @@ def compare_methods(case: Case, arguments: argparse.Namespace) -> dict[str, Meas
                 del spent[name]
                 continue
             spent[name] += measured.cost * measured.records
-            if name not in best or measured.cost < best[name].cost:
-                best[name] = measured
-    return best
+            best[name] = min(measured, best.get(name, measured))
+    forward, limit = (best.get(name) for name in ("forward", "forward_and_backward"))
+    rows: list[tuple[str, ...]] = [("method", "ms/record", "records/s", "x forward", "x limit", "peak GiB", "records")]
+    for name, (cost, records, peak) in best.items():
+        ratios = [f"{cost / to.cost:.2f}" if to else "-" for to in (forward, limit)]
+        rows.append((name, f"{cost * 1000:.2f}", f"{1 / cost:.2f}", *ratios, f"{peak / 2**30:.2f}", str(records)))
+    print_table(rows)
 
 
-def usual_methods(case: Case, arguments: argparse.Namespace) -> list[str]:
-    names = [name for name in METHODS if name != "bergson"]
-    if case.reference.device.type == "cpu" and case.parameters * arguments.proj_dim > _MOST_RANDOM_NUMBERS:
-        names = [name for name in names if name not in ("trak", "one_at_a_time")]
-        print("left out, as BasicProjector would take many minutes a batch: trak, one_at_a_time")
-    if arguments.text and importlib.util.find_spec("bergson"):
-        names.append("bergson")
-    return names
+class Round(NamedTuple):
+    """Seconds a record, records, and peak memory in bytes."""
+
+    cost: float
+    records: int
+    peak: int
 
 
-def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Measured:
+def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Round:
     """One pass over the batches, ended after `--seconds`; before it, if rounds are many, an uncounted batch."""
     compute = method(case, arguments.proj_dim)
     if arguments.rounds > 1:
@@ -109,7 +87,7 @@ def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Meas
         seconds = now(case.reference.device) - begin
         if seconds > arguments.seconds:
             break
-    return Measured(records, seconds / records, peak_memory(case.reference.device))
+    return Round(seconds / records, records, peak_memory(case.reference.device))
 
 
 def now(device: torch.device) -> float:
@@ -258,3 +236,5 @@ METHODS: dict[str, Method] = {
     "one_at_a_time": one_at_a_time,
     "bergson": bergson,
 }
+# The others take minutes a batch for large models on a CPU, or a library of their own.
+USUAL = ("forward", "none", "forward_and_backward", "no_projection", "sparse")

@@ -1,4 +1,4 @@
-"""`benchmark.py projection`: what the projections keep of real gradients' inner products, over several seeds."""
+"""What the projections keep of real gradients' inner products, over several seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tive.util.text import print_table
 from . import cases
 from .whole import whole_gradients
 
-KINDS = {"sparse": "sparse", "dense": "trak"}
+KINDS = {"sparse": "sparse", "dense": "trak"}  # TRAK's BasicProjector stands for the dense
 _MOST_BYTES = 4 * 2**30
 
 
@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--proj_dims", type=int, nargs="+", default=[512, 2048, 8192], help="numbers in a feature")
     add("--seeds", type=int, default=5, help="projections of each kind and size, seeds 0, 1, ...")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="sparse, and TRAK's BasicProjector as the dense")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,10 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
     for proj_dim in arguments.proj_dims:
         # Of unit vectors x, y: the variance (1 + <x, y>^2) / proj_dim.
         bound = float(np.sqrt(np.mean(1 + cosines**2) / proj_dim))
-        for kind in arguments.kinds:
+        for kind, projector_kind in KINDS.items():
             errors, same = [], []
             for seed in range(arguments.seeds):
-                projector = make_projector(KINDS[kind], seed, proj_dim, device)
+                projector = make_projector(projector_kind, seed, proj_dim, device)
                 sketch = torch.zeros(len(gradients), proj_dim)
                 for name, part in zip(case.matrices, gradients.split(sizes, dim=1), strict=True):
                     sketch += project(projector, name, part.contiguous().to(device)).cpu()

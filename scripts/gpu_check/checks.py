@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from scripts.benchmark import models
-from scripts.gpu_check.goldens import GOLDEN, GOLDENS, ROOT, first_here, golden
-from scripts.gpu_check.results import NotHere, within
+from scripts.gpu_check.goldens import GOLDEN, GOLDENS, ROOT, NotHere, first_here, golden
 from scripts.gpu_check.speed import step_of
 from tive.features.batches import Batches
 from tive.features.step import FLOAT16_LOSS_SCALES
@@ -26,6 +25,12 @@ from tive.util.errors import UserError
 
 # Norms relative to the published code's, and cosines absolute.
 TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.05, 0.05), torch.float16: (0.02, 0.02)}
+
+
+def within(figures: dict[str, float], **limits: float) -> tuple[dict[str, float], str]:
+    """The figures, and which of them lie above their limits."""
+    above = [f"{name} is above {limit:g}" for name, limit in limits.items() if not figures[name] <= limit]
+    return figures, "; ".join(above)
 
 
 def farthest(values: np.ndarray, others: np.ndarray) -> float:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from scripts.benchmark.whole import whole_gradients
-from scripts.gpu_check.results import NotHere
 from tive.models import Encoded, Family, ModelFiles, Reference, family_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +24,10 @@ GOLDENS = {
     "internvl": ("native/internvl/adapter", "native/internvl/base", "native/internvl"),
 }
 _OLDEST_TRANSFORMERS = (4, 57)
+
+
+class NotHere(Exception):
+    """Why a check cannot run on this machine."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ class Golden:
         return norms.numpy(), (gradients.double() @ gradients.double().T).numpy()
 
 
-def golden(name: str, device: torch.device, dtype: torch.dtype, load_in_4bit: bool = False) -> Golden:
-    """Load a golden model.
+def lacks_library(name: str) -> str:
+    """Why a golden model cannot be loaded here; empty where it can."""
+    if name == "llava":
+        return "" if importlib.util.find_spec("llava") else "the library llava is not installed"
+    old = tuple(map(int, version("transformers").split(".")[:2])) < _OLDEST_TRANSFORMERS
+    return f"transformers {version('transformers')} does not have its class" if old else ""
 
-    Raises:
-        NotHere: its library is not here.
-    """
+
+def golden(name: str, device: torch.device, dtype: torch.dtype, load_in_4bit: bool = False) -> Golden:
+    """Load a golden model; a `NotHere` where its library is not here."""
     if reason := lacks_library(name):
         raise NotHere(reason)
     adapter, base, data = (GOLDEN / part for part in GOLDENS[name])
@@ -66,23 +73,9 @@ def golden(name: str, device: torch.device, dtype: torch.dtype, load_in_4bit: bo
     return Golden(family, reference, records, np.array(expected["norms"]), np.array(expected["cosines"]))
 
 
-def lacks_library(name: str) -> str:
-    """Why a golden model cannot be loaded here; empty where it can."""
-    if name == "llava":
-        return "" if importlib.util.find_spec("llava") else "the library llava is not installed"
-    if tuple(map(int, version("transformers").split(".")[:2])) < _OLDEST_TRANSFORMERS:
-        return f"transformers {version('transformers')} does not have its class"
-    return ""
-
-
 def first_here() -> str:
-    """The first golden model whose library is here.
-
-    Raises:
-        NotHere: none is.
-    """
-    reasons = {name: lacks_library(name) for name in GOLDENS}
-    for name, reason in reasons.items():
-        if not reason:
-            return name
-    raise NotHere("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    """The first golden model whose library is here; a `NotHere` where there is none."""
+    names = [name for name in GOLDENS if not lacks_library(name)]
+    if not names:
+        raise NotHere("; ".join(f"{name}: {lacks_library(name)}" for name in GOLDENS))
+    return names[0]

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,29 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 
 from scripts.gpu_check import checks, speed
-from scripts.gpu_check.goldens import GOLDENS
-from scripts.gpu_check.results import Check, Result, run_check
+from scripts.gpu_check.goldens import GOLDENS, NotHere
 from tive.util.device import device_name, device_of
 from tive.util.errors import run
 from tive.util.files import write_json
+
+# A check gives its figures, and what is wrong, empty where nothing is.
+Check = Callable[[torch.device], tuple[dict[str, float], str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: `passed`, `failed` or `left out`, its figures, and why."""
+
+    name: str
+    outcome: str
+    seconds: float
+    figures: dict[str, float]
+    why: str
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{key} {value:.3g}" for key, value in self.figures.items())
+        details = "; ".join(filter(None, (figures, self.why)))
+        return f"{self.outcome:<8}  {self.seconds:6.1f} s  {self.name}: {details}"
 
 
 def checks_of(with_llava_7b: bool) -> Iterator[tuple[str, Check]]:
@@ -43,18 +61,29 @@ def checks_of(with_llava_7b: bool) -> Iterator[tuple[str, Check]]:
         yield "speed: LLaVA-1.5-7B's shape", partial(speed.speed, speed.llava)
 
 
-def parse_arguments() -> argparse.Namespace:
+def run_check(name: str, check: Check, device: torch.device) -> Result:
+    """Run one check; whatever it raises is a failure of its own."""
+    begin, figures = time.perf_counter(), dict[str, float]()
+    try:
+        figures, why = check(device)
+        outcome = "failed" if why else "passed"
+    except (NotHere, ImportError) as reason:
+        outcome, why = "left out", str(reason)
+    except Exception as error:  # the others are to run all the same
+        outcome, why = "failed", f"{type(error).__name__}: {error}"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Result(name, outcome, time.perf_counter() - begin, figures, " ".join(why.split())[:300])
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--llava_7b", action="store_true", help="also measure LLaVA-1.5-7B's shape with random weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:K; on a CPU shapes are small: it shows that they run")
     add("--seconds", type=float, default=300, help="no check is begun after so long (300)")
     add("--output", type=Path, default=Path("gpu_check.json"), help="the JSON with everything (gpu_check.json)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments, begin = parse_arguments(), time.perf_counter()
+    arguments, begin = parser.parse_args(), time.perf_counter()
     device = device_of(arguments.device)
     about = {"device": device_name(device), "torch": torch.__version__, "python": sys.version.split()[0]}
     print(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -37,10 +37,12 @@ def rows_of(output: str) -> dict[str, list[str]]:
 
 
 def test_the_gradient_benchmark_compares_all_methods_on_the_same_records():
-    done = benchmark("gradients", *MODEL, "--records", "6", "--proj_dim", "64", "--device", "cpu", "--rounds", "1")
+    methods = ("forward", "forward_and_backward", "no_projection", "sparse", "trak", "one_at_a_time")
+    sizes = ("--records", "6", "--proj_dim", "64", "--device", "cpu", "--rounds", "1")
+    done = benchmark("gradients", *MODEL, *sizes, "--methods", *methods)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
-    for method in ("forward", "forward_and_backward", "no_projection", "sparse", "trak", "one_at_a_time"):
+    for method in methods:
         cost, rate, times_forward, times_limit, memory, records = map(float, rows[method])
         assert cost > 0 and times_forward > 0 and times_limit > 0 and memory > 0 and records == 6
         assert rate == pytest.approx(1000 / cost, rel=0.01)
