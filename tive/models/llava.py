@@ -27,12 +27,12 @@ from tive.models.training_record import (
     ASPECT_RATIOS,
     RECORD_FILE,
     TEMPLATES,
+    check_llava,
     lacks_tokenizer,
     read_record,
     weight_files,
 )
 from tive.util.errors import UserError
-from tive.util.packages import check_llava
 
 LIBRARIES: tuple[str, ...] = ("transformers", "peft", "accelerate")
 record_problem = problem_of

@@ -7,12 +7,16 @@ each checkpoint. Step 3 computes what stands there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import msgspec
 
@@ -133,3 +137,30 @@ def lacks_tokenizer(base: Path) -> str | None:
         f"{base} has no tokenizer.model, which LLaVA's trainer needs (use_fast=False takes no tokenizer.json); "
         "take it from the original base"
     )
+
+
+def check_llava() -> tuple[Path, str]:
+    """The folder and the version of the LLaVA that an import takes; a `UserError` where there is none, or it is another
+    than the one that is known here: PYTHONPATH or the working folder holds a package of that name.
+    """
+    spec = importlib.util.find_spec("llava")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{sys.executable} has no LLaVA; `bash scripts/setup.sh` makes an environment that has: run the same "
+            "command with .venv/bin/python"
+        )
+    folder, known = Path(next(iter(spec.submodule_search_locations))).resolve(), None
+    for name in ("llava-torch", "llava"):  # from PyPI, or from its repository
+        with contextlib.suppress(PackageNotFoundError):
+            installed = distribution(name)
+            places = [Path(str(installed.locate_file(""))).resolve()]  # beside its metadata
+            if direct := installed.read_text("direct_url.json"):  # of an editable install: its checkout
+                url = urlparse(json.loads(direct).get("url", ""))
+                places += [Path(unquote(url.path)).resolve()] if url.scheme == "file" else []
+            known = known or (installed.version if folder.parent in places else None)
+    if known is None or not known.startswith("1.2."):
+        raise UserError(
+            f"llava is taken from {folder} ({known or 'which no pip installed'}), another LLaVA than the 1.2 that is "
+            "supported; is PYTHONPATH set? `bash scripts/setup.sh` installs the right one"
+        )
+    return folder, known

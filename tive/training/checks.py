@@ -20,10 +20,9 @@ from tive.data.problems import refuse_bad_records
 from tive.data.records import JsonRecords, open_records
 from tive.data.scan import check_chunk, scan_records
 from tive.data.trained import problem_of
-from tive.models.training_record import ASPECT_RATIOS, TEMPLATES, lacks_tokenizer, model_folder
+from tive.models.training_record import ASPECT_RATIOS, TEMPLATES, check_llava, lacks_tokenizer, model_folder
 from tive.util.errors import UserError, run
 from tive.util.files import read_object
-from tive.util.packages import check_llava
 from tive.util.text import command, shown
 
 PRETRAINED_PROJECTOR = "./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"

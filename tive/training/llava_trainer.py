@@ -31,6 +31,7 @@ from tive.models.optimizer_state import save_moments
 from tive.models.training_record import (
     RECORD_FILE,
     TrainingRecord,
+    check_llava,
     lora_of,
     read_record,
     recorded_model,
@@ -41,7 +42,6 @@ from tive.training.checks import base_config, has_projector, model_config, proje
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError, run
 from tive.util.files import sha256_of
-from tive.util.packages import check_llava
 
 # What LLaVA's trainer warns of in every run, and nobody has to act on.
 _WARNED_IN_VAIN = (

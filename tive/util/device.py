@@ -38,10 +38,8 @@ def leave_a_core(width: int) -> None:
 
 
 def usable_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The CPU or a GPU of CUDA or ROCm by its name; `auto` is this process's GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
+    """The CPU or a GPU of CUDA or ROCm by its name; `auto` is this process's GPU where there is one, else the CPU. A
+    `UserError` where there is no such device here.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,10 +74,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use at one time, since the start or `forget_peak`: of a GPU's memory, else of this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = _kernel_says("/proc/self/status", "VmHWM")
-    if peak is None:  # not Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak
+    if (peak := _kernel_says("/proc/self/status", "VmHWM")) is not None:
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak(device: torch.device) -> None:

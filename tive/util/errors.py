@@ -33,7 +33,10 @@ def run(main: Callable[[], None]) -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"tive {version('tive')}")
         return
-    _occupy_standard_descriptors()
+    # A file that is opened next must not get the number of a closed terminal (`>&-`), and what is written to it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     sys.stdout, sys.stderr = _terminal(sys.stdout, 1), _terminal(sys.stderr, 2)
     try:
         main()
@@ -100,10 +103,3 @@ def _terminal(stream: TextIO | None, descriptor: int) -> TextIO:
     file = io.BufferedWriter(_Lasting(descriptor, "w", closefd=False))
     lines = descriptor == 2 or os.isatty(descriptor)
     return _Terminal(file, encoding=encoding, errors="backslashreplace", line_buffering=lines, write_through=lines)
-
-
-def _occupy_standard_descriptors() -> None:
-    """A file that is opened next must not get the number of a closed terminal (`>&-`), and what is written to it."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)

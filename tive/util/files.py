@@ -18,10 +18,8 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file that takes its final name only when the block ends well.
-
-    Raises:
-        UserError: the folder cannot be made or written, or the disk is full; nothing stays behind.
+    """Open a binary file that takes its final name only when the block ends well; nothing stays behind, and a
+    `UserError`, where the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +30,12 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        with contextlib.suppress(OSError):  # a rename lasts through a power cut, where the file system can flush it
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free space or name another folder") from error
     finally:
@@ -58,16 +61,6 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; some file systems cannot, and that is no error."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
     """Write `content` as strict JSON (no NaN), whole or not at all."""
     with whole_file(path) as file:
@@ -90,11 +83,7 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a small JSON file.
-
-    Raises:
-        UserError: the file is not there, cannot be read, or is not JSON.
-    """
+    """Read a small JSON file; a `UserError` where it cannot be read, or is not JSON."""
     try:
         with _reading(path):
             return json.loads(Path(path).read_bytes())
@@ -103,11 +92,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a small JSON file that holds an object.
-
-    Raises:
-        UserError: as `read_json`; or it holds something else.
-    """
+    """Read a small JSON file that holds an object; a `UserError` as of `read_json`, or where it holds another thing."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; make or download it again")
@@ -115,10 +100,8 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def sha256_of(path: str | os.PathLike[str], sampled: bool = False) -> str:
-    """SHA-256 of a file, in hexadecimal; sampled, of a file above 64 MB at 64 places: a base of 14 GB costs a moment.
-
-    Raises:
-        UserError: the file cannot be read.
+    """SHA-256 of a file, in hexadecimal; sampled, of a file above 64 MB at 64 places: a base of 14 GB costs a moment. A
+    `UserError` where the file cannot be read.
     """
     digest = hashlib.sha256()
     with _reading(path), open(path, "rb") as file:
