@@ -115,7 +115,7 @@ for number in "${!processes[@]}"; do
     code=$?
     if ((code != 0 && !stopped)); then
         error=$(last_words "$number")
-        # What stops all of them is said once.
+        # Prints once what stops all of them.
         [[ $'\n'$(printf '%s\n' "${errors[@]}")$'\n' == *$'\n'"$error"$'\n'* ]] ||
             echo "error: process $number on ${gpus[number]} ended with $code: $error (whole log: ${logs[number]})" >&2
         errors+=("$error")

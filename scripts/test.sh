@@ -45,7 +45,7 @@ check_style() {
     fi
 }
 
-# Runs pytest; an environment without a test of those asked for is said, and is no failure.
+# Runs pytest; prints which environment has none of the tests asked for, which is no failure.
 found=0
 run_tests() {
     local parallel=() code=0

@@ -65,7 +65,7 @@ def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         UserError: it is not there, is no file (a pipe, say), or its first bytes tell that it is neither a JSON list of
-            records nor JSON Lines; the command that turns it into records is named.
+            records nor JSON Lines; the error names the command that turns it into records.
     """
     path = Path(path)
     try:

@@ -199,7 +199,7 @@ def read_rules(path: str | os.PathLike[str]) -> Rules:
     """Read a rule file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or holds a rule outside the vocabulary; the rule is named.
+        UserError: the file cannot be read, is not YAML, or holds a rule outside the vocabulary; the error names it.
     """
     path = Path(path)
     try:

@@ -121,7 +121,7 @@ def compute_open_chunks(num_chunks: int, compute: Callable[[int], None]) -> None
         compute: computes a chunk, or sees that it is complete; raises `Held` where another process computes it.
 
     Raises:
-        UserError: chunks failed; each is named with its reason.
+        UserError: chunks failed; the error names each with its reason.
     """
     still_open, held = set(range(num_chunks)), set[int]()
     failed: dict[int, UserError] = {}
