@@ -1,4 +1,4 @@
-"""Makes `tive` the folder above for the scripts here, in any Python; in one without the libraries it prints one line."""
+"""Makes `tive` the folder above for the scripts here, in any Python; without the libraries it prints one line."""
 
 from importlib.util import find_spec
 from pathlib import Path
