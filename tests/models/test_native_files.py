@@ -162,8 +162,7 @@ def test_the_base_that_an_adapter_names_is_printed_where_it_is_another(
 
     assert "names the base" not in printed(files.model_base)
     other = printed("someone/another-base")
-    assert "someone/another-base" in other and str(files.model_base) in other and "quantised" not in other
-    assert "quantised" in printed("unsloth/internvl-unsloth-bnb-4bit")
+    assert "someone/another-base" in other and str(files.model_base) in other and "load_in_4bit" in other
 
 
 def test_the_base_has_to_be_the_one_that_the_training_recorded(

@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_records_text_is_known_without_its_images(record: A
 
 def test_an_image_that_the_processor_refuses_leaves_its_record_out(tmp_path: Path) -> None:
     Image.new("RGB", (4000, 8)).save(tmp_path / "thin.png")
-    with pytest.raises(LeftOut, match=r"the processor refuses it: .*aspect ratio"):
+    with pytest.raises(LeftOut, match=r"processor refuses it: .*aspect ratio"):
         native.encode(
             loaded("qwen2_5_vl").processor, conversation("<image>What?", "A line.", image="thin.png"), str(tmp_path)
         )
@@ -182,7 +182,7 @@ def test_a_template_that_refuses_a_record_leaves_it_out_with_the_templates_words
     refusal = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('must start with user') }}{% endif %}"
     processor = with_template("internvl", lambda text: refusal + text, tmp_path)
     record = {"conversations": [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Hi"}]}
-    with pytest.raises(LeftOut, match="the chat template refuses it: must start with user"):
+    with pytest.raises(LeftOut, match="refuses it: must start with user"):
         native.encode(processor, record, "")
 
 

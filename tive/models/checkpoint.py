@@ -21,7 +21,6 @@ from tive.util.files import read_json, read_object
 _QUANTIZED = re.compile(
     r"(?<!logit_)(?<!\.[kv]_)scale|zero_point|qweight|qzeros|g_idx|packed|absmax|quant_(state|map)|SCB$|W_q$"
 )
-_QUANTIZED_NAME = re.compile(r"(?i)(bnb|[348]-?bits?|int[48]|awq|gptq|fp8|nf4|hqq|w[48]a\d+)(?![a-z])")
 
 
 def first_line(error: BaseException) -> str:
@@ -120,19 +119,15 @@ def refuse_other(folder: Path, what: str, recorded: dict[str, Any] | None, prese
         )
 
 
-def print_named_base(folder: Path, base: Path, in_4bit: bool = False) -> None:
-    """Print the base that an adapter names, where another is used, or one of another precision than its name says."""
+def print_named_base(folder: Path, base: Path) -> None:
+    """Print the base that an adapter names, where another is used."""
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
     of_hub = re.search(r"models--([^/]+)/snapshots/", f"{base}/")
-    if Path(named).resolve() == base.resolve() or (of_hub and named == of_hub[1].replace("--", "/")):
-        return
-    note = ""
-    if _QUANTIZED_NAME.search(named) and not in_4bit:
-        note = (
-            ", which by its name has quantised weights: an adapter belongs to the weights that it was trained on (of 4 "
-            "bits with load_in_4bit)"
+    if Path(named).resolve() != base.resolve() and not (of_hub and named == of_hub[1].replace("--", "/")):
+        print(
+            f"{folder}/adapter_config.json names the base {named}; taken as trained on {base} (in the same precision: "
+            "an adapter of a base in 4 bits needs load_in_4bit)"
         )
-    print(f"{folder}/adapter_config.json names the base {named}{note}; taken as trained on {base}")
 
 
 def base_folder(model_base: str) -> str:
@@ -172,14 +167,10 @@ def load_pretrained(
     device, dtype = place
     if device.type != "cpu" or "quantization_config" in options:
         options["device_map"] = {"": device}
-    level = logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of is looked at below
-    try:
-        with loading(folder), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*do_sample.*")  # of a generation config that is not used here
-            model, report = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
-    finally:
-        logging.set_verbosity(level)
+    with loading(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*do_sample.*")  # of a generation config that is not used here
+        model, report = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
     unused = sorted(key for key in map(str, report["unexpected_keys"]) if not key.startswith(apart))
     quantized = [key for key in unused if _QUANTIZED.search(key)]
     if quantized:

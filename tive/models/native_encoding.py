@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from tive.data.conversations import placeholder_in
+from tive.data.conversations import image_paths, placeholder_in
 from tive.data.images import BadImage, read_image
 from tive.data.media import IMAGE_TAG, StoredImage
 from tive.data.trained import conversation_of, is_trained_on
 from tive.models import Encoded, LeftOut, ModelFiles
 from tive.models.checkpoint import first_line, loading
-from tive.models.common import IGNORE, packed, supervised_runs
+from tive.models.common import IGNORE, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_object
 
@@ -36,15 +34,11 @@ class NativeProcessor:
     turn_ends: frozenset[int]  # ids that can end an assistant's turn: the tokenizer's added tokens, images apart
     max_length: int | None  # longer records are left out
     max_pixels: int | None  # larger images are made smaller before the processor sees them
-    dtype: torch.dtype = torch.float32  # what the model computes in, to which pixels are rounded
 
 
 @dataclass(frozen=True)
 class ProcessedRecord:
-    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`.
-
-    Numbers that are not whole (pixels) are `packed`.
-    """
+    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`."""
 
     arrays: dict[str, np.ndarray]
     labels: np.ndarray
@@ -98,11 +92,9 @@ def _template_in(folder: Path) -> str | None:
     """The chat template in a folder, in any of the three files that releases have written it to."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-        template = read_object(file).get("chat_template") if file.is_file() else None
-        if isinstance(template, str):
-            return template
-    return None
+    files = [file for name in ("chat_template.json", "tokenizer_config.json") if (file := folder / name).is_file()]
+    templates = [read_object(file).get("chat_template") for file in files]
+    return next((template for template in templates if isinstance(template, str)), None)
 
 
 def record_problem(record: Any) -> str | None:
@@ -117,8 +109,7 @@ def record_problem(record: Any) -> str | None:
 def _read(record: Any) -> tuple[str | None, list[dict[str, str]], list[str | StoredImage]]:
     """A record's system prompt, its turns and its images, paths or the images themselves."""
     converted = conversation_of(record)
-    turns, images = converted["conversations"], converted.get("image") or []
-    images = images if isinstance(images, list) else [images]
+    turns, images = converted["conversations"], list(image_paths(converted))
     tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)
     if images and tags != len(images):
         mark = placeholder_in(turns)
@@ -148,18 +139,24 @@ def encode_turns(
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     if any(token in text for token in processor.image_tokens for text in texts):
         raise LeftOut("an image token in its text")
-    with _refused("the chat template"):
-        text, spans = answer_spans(lambda messages: library.apply_chat_template(messages, tokenize=False), messages)
     trained = [is_trained_on(turn) for turn in turns if turn["from"] == "gpt"]
+    shown = [_shrunk(image, processor.max_pixels) for image in images]
+    try:
+        text, spans = answer_spans(lambda messages: library.apply_chat_template(messages, tokenize=False), messages)
+        # A template that prints the first token itself would get it twice.
+        add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+        tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
+        outputs = library(
+            text=[text], images=[shown] if shown else None, return_tensors="pt", add_special_tokens=add_first
+        )
+    except LeftOut:
+        raise
+    except (
+        Exception
+    ) as error:  # they raise what they like: at a role out of turn, an image of a shape that is not taken
+        raise LeftOut(f"the chat template or the processor refuses it: {first_line(error)}") from error
     spans = [span for span, counts in zip(spans, trained, strict=True) if counts]
-    # A template that prints the first token itself would get it twice.
-    add_first = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    tokens = tokenizer(text, add_special_tokens=add_first, return_offsets_mapping=True)
-    shown = [[_shrunk(image, processor.max_pixels) for image in images]] if images else None
-    with _refused("the processor"):  # an image of a shape that it does not take, for example
-        outputs = library(text=[text], images=shown, return_tensors="pt", add_special_tokens=add_first)
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
-    arrays |= {name: packed(a, processor.dtype) for name, a in arrays.items() if np.issubdtype(a.dtype, np.floating)}
     ids, plain = arrays["input_ids"][0], tokens["input_ids"]
     if processor.max_length is not None and len(ids) > processor.max_length:
         raise LeftOut("longer than the maximum length")
@@ -171,17 +168,6 @@ def encode_turns(
     if not supervised:
         raise LeftOut("no supervised token")
     return Encoded(len(ids), supervised, "image" if images else "text", ProcessedRecord(arrays, labels))
-
-
-@contextlib.contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """A template and a processor raise what they like: each is a reason to leave the record out."""
-    try:
-        yield
-    except LeftOut:
-        raise
-    except Exception as error:
-        raise LeftOut(f"{what} refuses it: {first_line(error)}") from error
 
 
 def answers(processor: NativeProcessor, record: Encoded) -> list[tuple[Encoded, str]]:
@@ -205,10 +191,10 @@ def _message(turn: dict[str, str], has_images: bool) -> dict[str, Any]:
     pieces = turn["value"].split(IMAGE_TAG) if has_images else [turn["value"]]
     if len(pieces) == 1:
         return text_message(_ROLES[turn["from"]], pieces[0])
-    content: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
+    content = []
+    for number, piece in enumerate(map(str.strip, pieces)):
         content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+        content += [{"type": "text", "text": piece}] if piece else []
     return {"role": _ROLES[turn["from"]], "content": content}
 
 
