@@ -56,8 +56,6 @@ def folder(tmp_path) -> Path:
     for name in ("Photo.PNG", "other.png", "twice.png", "Twice.png", unicodedata.normalize("NFD", "\u00e9t\u00e9.png")):
         noise(4, 3).save(tmp_path / "COCO" / "caf\u00e9" / name)
     (tmp_path / "COCO" / "folder.png").mkdir()
-    images.names_in.cache_clear()
-    images._names_alike.cache_clear()
     return tmp_path
 
 
@@ -77,11 +75,9 @@ def folder(tmp_path) -> Path:
 def test_a_file_whose_name_differs_in_extension_capitals_or_unicode_form_stands_in(folder, image, found):
     expected = str(folder / "COCO" / "caf\u00e9" / found)
     assert find_image(str(folder), image) == expected
-    looked = look_for(str(folder), [image])
-    assert looked.bad == {}
-    assert looked.renamed == (
-        {} if image.removeprefix("./").replace("//", "/") == f"COCO/café/{found}" else {image: expected}
-    )
+    bad, renamed = look_for(str(folder), [image])
+    assert bad == {}
+    assert renamed == ({} if image.removeprefix("./").replace("//", "/") == f"COCO/café/{found}" else {image: expected})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +86,7 @@ def test_a_file_whose_name_differs_in_extension_capitals_or_unicode_form_stands_
 def test_a_name_that_two_files_or_none_could_stand_for_is_missing(folder, image):
     with pytest.raises(BadImage, match=r"^missing image$"):
         find_image(str(folder), image)
-    assert look_for(str(folder), [image, image]).bad == {image: "missing image"}
+    assert look_for(str(folder), [image, image])[0] == {image: "missing image"}
 
 
 def test_a_path_with_backslashes_is_told_what_it_is(folder):
@@ -101,9 +97,9 @@ def test_a_path_with_backslashes_is_told_what_it_is(folder):
 def test_reading_what_is_found_can_be_asked_for(folder):
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     names = ["broken.png", "coco/café/other.png"]
-    assert look_for(str(folder), names).bad == {}
-    looked = look_for(str(folder), names, open_image)
-    assert list(looked.bad) == ["broken.png"] and looked.bad["broken.png"].startswith("unreadable image: ")
+    assert look_for(str(folder), names) == ({}, {"coco/café/other.png": str(folder / "COCO/café/other.png")})
+    bad, _ = look_for(str(folder), names, open_image)
+    assert list(bad) == ["broken.png"] and bad["broken.png"].startswith("unreadable image: ")
 
 
 SIDE = int(MOST_PIXELS**0.5)

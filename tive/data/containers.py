@@ -7,15 +7,14 @@ import json
 import os
 import re
 import shlex
-import stat
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from tive.data.conversations import KEYS_OF_TURNS, to_llava
+from tive.data.conversations import KEYS_OF_TURNS
 from tive.data.images import EXTENSIONS
 from tive.util.errors import UserError
 from tive.util.text import listed, shown_value
@@ -23,21 +22,22 @@ from tive.util.text import listed, shown_value
 _HEAD_BYTES = 1 << 20
 _DATA_ENDINGS = (".json", ".jsonl", ".parquet", ".arrow")
 _PYTHON = shlex.quote(sys.executable or "python")
+_UTF = "is {encoding} text: make it UTF-8 with `iconv -f {encoding} -t UTF-8 {source} > {target}`"
 # First bytes -> what the file is, and what to do: {source} is the file, {target} the records, {folder} a new folder.
 _KINDS = {
     b"\x1f\x8b": "is gzip: unpack it with `gunzip -c {source} > {target}`",
     b"BZh": "is bzip2: unpack it with `bunzip2 -c {source} > {target}`",
     b"\xfd7zXZ\0": "is xz: unpack it with `unxz -c {source} > {target}`",
     b"\x28\xb5\x2f\xfd": "is zstd: unpack it with `zstd -dc {source} > {target}`",
-    codecs.BOM_UTF32_LE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
-    codecs.BOM_UTF32_BE: "is UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8 {source} > {target}`",
-    codecs.BOM_UTF16_LE: "is UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8 {source} > {target}`",
-    codecs.BOM_UTF16_BE: "is UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8 {source} > {target}`",
+    codecs.BOM_UTF32_LE: _UTF.replace("{encoding}", "UTF-32"),
+    codecs.BOM_UTF32_BE: _UTF.replace("{encoding}", "UTF-32"),
+    codecs.BOM_UTF16_LE: _UTF.replace("{encoding}", "UTF-16"),
+    codecs.BOM_UTF16_BE: _UTF.replace("{encoding}", "UTF-16"),
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder",
     b"<": "is a web page or XML: a download may have failed; download the data file itself",
 }
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
-_LISTS_OF_TURNS = ("conversations", "messages", "texts")
+_BETWEEN = re.compile(r"[ \t\r\n,:]*")
 # A list of data files has these in its entries: InternVL's, LLaMA-Factory's; LLaVA-NeXT's is a list.
 _FILE_KEYS = (
     *("annotation", "json_path", "file_name", "cloud_file_name"),
@@ -54,7 +54,6 @@ _RECORDS_OF_SAMPLES = (
     'records = [sample | {"image": image} if image else sample for sample, image in samples]; '
     'json.dump(records, open(sys.argv[2], "w"))'
 )
-# A column is a list, or, as pandas writes it, an object by row number.
 _ROWS_OF_COLUMNS = (
     "[dict(zip(data, row)) for row in zip(*(x.values() if isinstance(x, dict) else x for x in data.values()))]"
 )
@@ -68,23 +67,18 @@ def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
             records nor JSON Lines; the error names the command that turns it into records.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{path} is a pipe or a device, and records are read more than once; write them to a file first, as in "
+            "`zcat data.json.gz > data.json`, and name that"
+        )
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise UserError(
-                f"{path} is a pipe or a device, and records are read more than once; write them to a file first, "
-                "as in `zcat data.json.gz > data.json`, and name that"
-            )
         file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        head = file.read(_HEAD_BYTES)
+        file.seek(0)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}; check the path") from error
-    try:
-        problem = container_of(file.read(_HEAD_BYTES), path)
-        file.seek(0)
-    except OSError as error:
-        file.close()
-        raise UserError(f"cannot read {path}: {error.strerror}; check the disk") from error
-    if problem:
+    if problem := container_of(head, path):
         file.close()
         raise UserError(f"{path} {problem}")
     return file
@@ -106,7 +100,7 @@ def container_of(head: bytes, path: Path) -> str | None:
     zeros = head[:4].count(0)
     if zeros in (2, 3):
         encoding = f"UTF-{16 if zeros == 2 else 32}" + ("LE" if head[0] else "BE")
-        return _KINDS[codecs.BOM_UTF16_LE].format(**quoted).replace("UTF-16", encoding)
+        return _UTF.format(encoding=encoding, **quoted)
     if _LIST_OF_SOURCES.match(text):
         return _FILES
     return _object(codecs.utf_8_decode(text, "ignore")[0], quoted) if text.startswith(b"{") else None
@@ -124,11 +118,11 @@ def _archive(path: Path, kind: str, quoted: dict[str, str]) -> str:
         return f"is a {kind} archive that is damaged: download it again"
     # A Mac adds files of its own.
     files = [PurePath(name) for name in members if "__MACOSX" not in name]
-    images = {file.with_suffix("") for file in files if file.suffix in EXTENSIONS}
+    images = {file.with_suffix("") for file in files if file.suffix.lower() in EXTENSIONS}
     texts = {file.with_suffix("") for file in files if file.suffix == ".json"}
     unpack = f"{_PYTHON} -m {kind}file -e {{source}} {{folder}}".format(**quoted)
     if images & texts:
-        ends = " ".join(sorted({end.lower() for end in EXTENSIONS}))
+        ends = " ".join(EXTENSIONS)
         make = "{python} -c {code} {folder} {target} {ends}".format(
             python=_PYTHON, code=shlex.quote(_RECORDS_OF_SAMPLES), ends=ends, **quoted
         )
@@ -164,15 +158,17 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
     except (ValueError, IndexError, RecursionError):
         pass  # the text breaks off, or is no JSON, which its reader says better
     for key, value, is_list in entries:
-        is_record = isinstance(value, dict) and (any(turns in value for turns in _LISTS_OF_TURNS) or _is_read(value))
-        if key in KEYS_OF_TURNS and not _is_column(key, value, is_list):
-            return None
         if key in KEYS_OF_TURNS:
+            # A column is a list of texts or of lists of turns, or, as pandas writes it, an object by row number.
+            is_texts = isinstance(value, str) and key not in ("conversations", "messages", "texts")
+            if not (is_texts or isinstance(value, list) if is_list else isinstance(value, dict) and "0" in value):
+                return None
             what, records = "is a table by columns", _ROWS_OF_COLUMNS
-        elif is_record and is_list and not what:
-            what, records = f"is an object with a list of records under {shown_value(key)}", f"data[{json.dumps(key)}]"
-        elif is_record and not what:
+        elif not what and isinstance(value, dict) and not value.keys().isdisjoint(KEYS_OF_TURNS):
             what, records = "is an object whose values are records", "list(data.values())"
+            if is_list:
+                what = f"is an object with a list of records under {shown_value(key)}"
+                records = f"data[{json.dumps(key)}]"
     if entries and all(
         isinstance(value, dict) and any(name in value for name in _FILE_KEYS) for _, value, _ in entries
     ):
@@ -183,36 +179,19 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
     return f"{what}: make it a list with `{_PYTHON} -c {shlex.quote(code)} {quoted['source']} {quoted['target']}`"
 
 
-def _is_read(record: dict[str, Any]) -> bool:
-    try:
-        return bool(to_llava(record))
-    except ValueError:
-        return False
-
-
-def _is_column(key: str, value: Any, is_list: bool) -> bool:
-    """Whether a key of `KEYS_OF_TURNS` holds many records' conversations; `value` is the first entry of a list."""
-    if is_list:
-        return isinstance(value, list) or (isinstance(value, str) and key not in _LISTS_OF_TURNS)
-    return isinstance(value, dict) and "0" in value
-
-
 def entries_of(text: str) -> Iterator[tuple[str, int]]:
     """The keys of the JSON object that a text begins with, and where the value of each starts.
 
     Raises:
         ValueError, IndexError, RecursionError: the text breaks off, or is no JSON; what is before that is yielded.
     """
-    parse = json.JSONDecoder().raw_decode
-    position = 1
+    parse, position = json.JSONDecoder().raw_decode, 1
 
-    def skip(position: int, characters: str) -> int:
-        while text[position] in characters:
-            position += 1
-        return position
+    def after(position: int) -> int:
+        return _BETWEEN.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing too
 
-    while text[position := skip(position, ", \t\r\n")] == '"':
+    while text[position := after(position)] == '"':
         key, position = parse(text, position)
-        start = skip(position, ": \t\r\n")
+        start = after(position)
         yield key, start
         position = parse(text, start)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -10,7 +11,6 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -20,8 +20,7 @@ from tqdm import tqdm
 from tive.data.media import StoredImage
 from tive.util.files import whole_file
 
-_LOWER = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-EXTENSIONS = (*_LOWER, *(extension.upper() for extension in _LOWER))
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 # Of the formats that the trainer's Pillow reads, those whose readers run no other program (as that of PostScript
 # does) and need no other handler.
 _FORMATS = (
@@ -46,11 +45,7 @@ class BadImage(Exception):
 
 
 def path_of(folder: str, image: str) -> str:
-    """Where a record's image should lie.
-
-    Raises:
-        BadImage: the path leaves the image folder (`..`, an absolute path).
-    """
+    """Where a record's image should lie; `BadImage` where the path leaves the image folder (`..`, an absolute path)."""
     inside = os.path.normpath(image)
     if os.path.isabs(inside):
         leaves = not inside.startswith(os.path.join(os.path.abspath(folder), ""))
@@ -70,21 +65,20 @@ def find_image(folder: str, image: str) -> str:
     """
     path = path_of(folder, image)
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        stand_in = _stand_in(folder, path)
-        if stand_in is None:
+        path = _stand_in(folder, path) or ""
+        if not path:
             backslashes = ": its path has backslashes, write it with /" if "\\" in image else ""
             raise BadImage(f"missing image{backslashes}") from None
-        path = stand_in
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise BadImage(f"unreadable image: {error.strerror}") from error
     except ValueError as error:  # a NUL byte, or half of a surrogate pair
         raise BadImage("image path is no file name") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BadImage("missing image")
-    if not found.st_size:
+    if not status.st_size:
         raise BadImage("unreadable image: the file is empty")
     return path
 
@@ -93,68 +87,39 @@ def _stand_in(folder: str, path: str) -> str | None:
     place = folder
     *folders, name = os.path.relpath(path, folder).split(os.sep)
     for part in folders:
-        below = os.path.join(place, part)
-        if not os.path.isdir(below):
-            alike = _names_alike(place).get(_alike(part), ())
-            if len(alike) != 1:
-                return None
-            below = os.path.join(place, alike[0])
-        place = below
-    stem = os.path.splitext(name)[0]
-    names = sorted({stem + extension for extension in EXTENSIONS} & names_in(place))
-    if not names:
-        alike_by_name = _names_alike(place)
-        names = list(alike_by_name.get(_alike(name), ()))
-        if not names:
-            names = [one for extension in _LOWER for one in alike_by_name.get(_alike(stem + extension), ())]
-        if len(names) > 1:  # two images whose names differ in capitals alone: either may be meant
+        names = (
+            [part] if os.path.isdir(os.path.join(place, part)) else _names_alike(place).get((False, _alike(part)), [])
+        )
+        if len(names) != 1:
             return None
-    return os.path.join(place, names[0]) if names and names[0] in names_in(place) else None
+        place = os.path.join(place, names[0])
+    stem, alike = os.path.splitext(name)[0], _names_alike(place)
+    others = [other for extension in EXTENSIONS for other in alike.get((True, _alike(stem + extension)), ())]
+    same_stem = sorted(other for other in others if os.path.splitext(other)[0] == stem)
+    names = same_stem[:1] or alike.get((True, _alike(name)), []) or others
+    # Of two images whose names differ in capitals alone either may be meant.
+    return os.path.join(place, names[0]) if len(names) == 1 else None
 
 
 def _alike(name: str) -> str:
+    """What is left of a name without capitals and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 @lru_cache(maxsize=64)
-def names_in(folder: str) -> frozenset[str]:
-    """Names of the files in a folder that can be opened; none when it is not there. Kept: a folder answers for many."""
-    try:
-        with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
-    except OSError:
-        return frozenset()
-
-
-@lru_cache(maxsize=64)
-def _names_alike(folder: str) -> dict[str, tuple[str, ...]]:
-    """The files and folders in a folder, by what is left of a name without capitals and Unicode form."""
-    alike: dict[str, tuple[str, ...]] = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                key = _alike(entry.name)
-                alike[key] = (*alike.get(key, ()), entry.name)
-    except OSError:
-        return {}
+def _names_alike(folder: str) -> dict[tuple[bool, str], list[str]]:
+    """The names in a folder, by whether each is a file and what it is alike. Kept: a folder answers for many."""
+    alike: dict[tuple[bool, str], list[str]] = {}
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            alike.setdefault((entry.is_file(), _alike(entry.name)), []).append(entry.name)
     return alike
 
 
-@dataclass(frozen=True)
-class LookedFor:
-    """What became of the images that were looked for.
-
-    Attributes:
-        bad: image -> why it cannot be used.
-        renamed: image -> the file that stands in for it, as `find_image` says; LLaVA's trainer would not find it.
-    """
-
-    bad: dict[str, str]
-    renamed: dict[str, str]
-
-
-def look_for(folder: str, images: Iterable[str], read: Callable[[str | BinaryIO], object] | None = None) -> LookedFor:
-    """See for each image whether it can be used.
+def look_for(
+    folder: str, images: Iterable[str], read: Callable[[str | BinaryIO], object] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Why images cannot be used, by image; and the files that stand in for others, as `find_image` says.
 
     Args:
         images: paths below the folder, as the records write them.
@@ -175,17 +140,18 @@ def look_for(folder: str, images: Iterable[str], read: Callable[[str | BinaryIO]
     size = 1000 if read is None else 8
     blocks = [names[start : start + size] for start in range(0, len(names), size)]
     title = "Looking for images" if read is None else "Opening images"
-    looked = LookedFor({}, {})
+    bad: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     with ThreadPoolExecutor(_THREADS) as threads, tqdm(total=len(names), desc=title, unit=" images", delay=2) as bar:
-        found = threads.map(lambda block: [look(image) for image in block], blocks)
-        for block, states in zip(blocks, found, strict=True):
+        looked = threads.map(lambda block: [look(image) for image in block], blocks)
+        for block, states in zip(blocks, looked, strict=True):
             for image, (reason, stand_in) in zip(block, states, strict=True):
                 if reason is not None:
-                    looked.bad[image] = reason
+                    bad[image] = reason
                 elif stand_in is not None:
-                    looked.renamed[image] = stand_in
+                    renamed[image] = stand_in
             bar.update(len(block))
-    return looked
+    return bad, renamed
 
 
 @lru_cache(maxsize=1)
@@ -196,11 +162,7 @@ def _formats() -> list[str]:
 
 
 def read_image(folder: str, image: str | StoredImage, padded: bool = False, upright: bool = False) -> Image.Image:
-    """`open_image` of a record's image: a path below the image folder, or the image itself.
-
-    Raises:
-        BadImage: as `find_image` and `open_image`.
-    """
+    """`open_image` of a record's image: a path below the image folder (`find_image`), or the image itself."""
     if isinstance(image, str):
         return open_image(find_image(folder, image), padded, upright)
     if not image.content:
@@ -211,10 +173,8 @@ def read_image(folder: str, image: str | StoredImage, padded: bool = False, upri
 def store_image(folder: str, image: StoredImage) -> str:
     """Write an image that lies in its row to a file below the folder, unless it is there; its path below the folder.
 
-    Equal bytes are one file, whose name is their hash and whose suffix is that of their format.
-
-    Raises:
-        ValueError: the bytes are no image.
+    Equal bytes are one file, whose name is their hash and whose suffix is that of their format; a `ValueError` where
+    they are no image.
     """
     content = image.content or b""
     try:
@@ -231,11 +191,7 @@ def store_image(folder: str, image: StoredImage) -> str:
 
 
 def format_and_size(path: str | BinaryIO) -> tuple[str, tuple[int, int]]:
-    """The suffix of an image's format, `jpg` or `png`, and its width and height, by its first bytes.
-
-    Raises:
-        BadImage: it is no image.
-    """
+    """The suffix of an image's format, `jpg` or `png`, and its width and height, by its first bytes; else `BadImage`."""
     try:
         with Image.open(path, formats=_formats()) as image:
             return {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower()), image.size

@@ -201,13 +201,14 @@ def check_chunk(
     check_image_folder(scan, rows, image_folder)
     checked = Checked(scan.records, rows, {row: scan.problems[row] for row in rows if row in scan.problems})
     checked.notes = tag_notes(scan, rows)
-    looked = look_for(image_folder, itertools.chain.from_iterable(scan.images[row] for row in rows), read_image)
+    images = itertools.chain.from_iterable(scan.images[row] for row in rows)
+    unusable, renamed = look_for(image_folder, images, read_image)
     for row in rows:
         paths = scan.images[row]
-        if bad := [looked.bad[image] for image in paths if image in looked.bad]:
-            checked.reasons[row] = bad[0]
-        elif renamed := [looked.renamed[image] for image in paths if image in looked.renamed]:
-            checked.renamed[row] = renamed[0]
+        if wrong := [unusable[image] for image in paths if image in unusable]:
+            checked.reasons[row] = wrong[0]
+        elif files := [renamed[image] for image in paths if image in renamed]:
+            checked.renamed[row] = files[0]
     if read_image is not None and isinstance(scan.records, TableRecords) and scan.records.image_columns:
         for row in tqdm(rows, "Opening images", unit=" records", delay=2):
             images = [] if row in checked.reasons else images_of(scan.records[row])
