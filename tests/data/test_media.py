@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,10 +12,22 @@ from tive.data.media import (
     IMAGE_KEYS,
     OTHER_IMAGE_KEYS,
     OTHER_MEDIA_KEYS,
-    Media,
-    media_of,
+    images_in,
     plain_path,
 )
+
+
+class Media(NamedTuple):
+    images: tuple[str, ...]
+    problem: str | None = None
+
+
+def media_of(record) -> Media:
+    try:
+        return Media(images_in(record))
+    except ValueError as error:
+        return Media((), str(error))
+
 
 EMPTY = (None, "", [], {}, False, [None], [""], [None, ""])
 

@@ -16,10 +16,11 @@ and of a turn is kept. Errors are a `ValueError` whose text goes on from the rec
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
-from tive.data.media import IMAGE_TAG, Image, is_empty, media_of, path_in, plain_path
+from tive.data.media import IMAGE_TAG, Image, images_in, is_empty, path_in, plain_path
 from tive.util.text import listed, shown, shown_value
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
@@ -52,7 +53,7 @@ def to_llava(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object")
-    images = images_in(record)
+    images = list(images_in(record))
     keys = _keys_of_turns(record)
     parts: list[tuple[str, Any]] = []
     turns = [_turn(turn, index, parts) for index, turn in enumerate(_raw_turns(record, keys))]
@@ -93,14 +94,6 @@ def to_llava(record: Any) -> dict[str, Any]:
     return converted
 
 
-def images_in(record: dict[str, Any]) -> list[Image]:
-    """The images under a record's own keys, as it writes them; a `ValueError` where a medium is not read."""
-    media = media_of(record)
-    if media.problem:
-        raise ValueError(media.problem)
-    return list(media.images)
-
-
 def image_paths(conversation: dict[str, Any]) -> tuple[Image, ...]:
     """The images, paths below the image folder or the images themselves, of what `to_llava` returned."""
     images = conversation.get("image", [])
@@ -114,11 +107,10 @@ def images_of(record: Any) -> tuple[Image, ...]:
 
 def image_of(record: dict[str, Any]) -> Image | None:
     """The path of a record's (first) image below the image folder, in any of the forms or none; None without one."""
-    try:
-        images = images_of(record)
-    except ValueError:
-        images = tuple(map(plain_path, media_of(record).images))
-    return next(iter(images), None)
+    for read in (images_of, images_in):
+        with contextlib.suppress(ValueError):
+            return next(iter(map(plain_path, read(record))), None)
+    return None
 
 
 def without_images(record: Any) -> dict[str, Any]:
@@ -239,7 +231,7 @@ def from_llava(record: dict[str, Any], form: str) -> dict[str, Any]:
     """A record as `to_llava` returns it, in one of `FORMS`; a `ValueError` where a turn has keys of both forms."""
     if form == "llava":
         return record
-    images, converted = images_in(record), dict[str, Any]()
+    images, converted = list(images_in(record)), dict[str, Any]()
     for name, value in record.items():
         if name == "image":
             converted["images"] = images

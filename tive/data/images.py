@@ -87,9 +87,9 @@ def _stand_in(folder: str, path: str) -> str | None:
     place = folder
     *folders, name = os.path.relpath(path, folder).split(os.sep)
     for part in folders:
-        names = (
-            [part] if os.path.isdir(os.path.join(place, part)) else _names_alike(place).get((False, _alike(part)), [])
-        )
+        names = [part]
+        if not os.path.isdir(os.path.join(place, part)):
+            names = _names_alike(place).get((False, _alike(part)), [])
         if len(names) != 1:
             return None
         place = os.path.join(place, names[0])
@@ -191,7 +191,7 @@ def store_image(folder: str, image: StoredImage) -> str:
 
 
 def format_and_size(path: str | BinaryIO) -> tuple[str, tuple[int, int]]:
-    """The suffix of an image's format, `jpg` or `png`, and its width and height, by its first bytes; else `BadImage`."""
+    """The suffix of an image's format (`jpg`), its width and height, by its first bytes; `BadImage` if it is none."""
     try:
         with Image.open(path, formats=_formats()) as image:
             return {"JPEG": "jpg"}.get(image.format or "", (image.format or "").lower()), image.size

@@ -52,46 +52,38 @@ class StoredImage(NamedTuple):
 Image = str | StoredImage
 
 
-class Media(NamedTuple):
-    """What a record shows beside its text.
+def images_in(record: dict[str, Any]) -> tuple[Image, ...]:
+    """The images that a record's own keys name, as it writes them, in its order. A null or empty value is no medium.
 
-    Attributes:
-        images: paths as the record writes them, in its order; none where there is a problem.
-        problem: a medium that is not read, with its key and the remedy, in the words that follow a record's name
-            (`has a video ...`); None where there is none. It holds nothing of the value: many records share it.
+    Raises:
+        ValueError: a medium is not read; the text, which names its key and the remedy, goes on from the record's name
+            (`has a video ...`) and holds nothing of the value: many records share it.
     """
-
-    images: tuple[Image, ...]
-    problem: str | None = None
-
-
-def media_of(record: dict[str, Any]) -> Media:
-    """The media of a record, whatever key they stand under, in capitals too. A null or empty value is no medium."""
     keys = _media_keys(tuple(record))
     image = record["image"] if keys == ("image",) else None
     if type(image) is str and image and _path_problem(image) is None:  # nearly every record's
-        return Media((image,))
-    named = [key for key in keys if not _is_none(record[key])]
-    found = []
-    for key in named:
+        return (image,)
+    keys = tuple(key for key in keys if not _is_none(record[key]))
+    named = []
+    for key in keys:
         if key.lower() in OTHER_MEDIA_KEYS:
-            return Media((), f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
+            raise ValueError(f"has media under `{key}`, and only images are read; remove it, or the key if it is none")
         if key in IMAGE_KEYS:
             entries = [path_in(entry) for entry in (record[key] if isinstance(record[key], list) else [record[key]])]
             for problem in filter(None, map(_path_problem, entries)):
-                return Media((), f"has an `{key}` that {problem}")
-            found.append(tuple(entries))
-    if len(found) > 1 and len(set(found)) > 1:
-        return Media((), "names different images under `image` and `images`; keep one of the two keys")
-    if found:
-        return Media(found[0])
+                raise ValueError(f"has an `{key}` that {problem}")
+            named.append(tuple(entries))
+    if len(set(named)) > 1:
+        raise ValueError("names different images under `image` and `images`; keep one of the two keys")
     if named:
-        return Media((), f"has its image under `{named[0]}`, which is not read; give its path under `image`")
+        return named[0]
+    if keys:
+        raise ValueError(f"has its image under `{keys[0]}`, which is not read; give its path under `image`")
     for key, value in record.items():
         if key != "id" and _names_media(value):
             told = "which is not read; give an image's path under `image`, or remove the key"
-            return Media((), f"names a media file under `{shown(key, 40)}`, {told}")
-    return Media(())
+            raise ValueError(f"names a media file under `{shown(key, 40)}`, {told}")
+    return ()
 
 
 @lru_cache(maxsize=4096)
@@ -100,8 +92,6 @@ def _media_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_none(value: Any) -> bool:
-    if isinstance(value, str):  # nearly every record's
-        return not value
     return value is False or is_empty(path_in(value))
 
 

@@ -211,9 +211,8 @@ def check_chunk(
             checked.renamed[row] = files[0]
     if read_image is not None and isinstance(scan.records, TableRecords) and scan.records.image_columns:
         for row in tqdm(rows, "Opening images", unit=" records", delay=2):
-            images = [] if row in checked.reasons else images_of(scan.records[row])
             try:
-                for image in images:
+                for image in () if row in checked.reasons else images_of(scan.records[row]):
                     if not isinstance(image, str):
                         read_image(io.BytesIO(image.content or b""))
             except BadImage as error:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from tive.data.conversations import NOTES, ROLES, image_paths, to_llava
-from tive.data.media import IMAGE_TAG, is_empty, media_of
+from tive.data.media import IMAGE_TAG, images_in, is_empty
 from tive.data.records import Records, whole_records
 from tive.util.text import is_unicode, shown, shown_value
 
@@ -194,13 +194,16 @@ def plain_images(record: Any) -> tuple[str, ...] | None:
         return None
     if type(turns) is not list or len(turns) % 2 or roles != _ROLES_IN_TURN[: len(turns)] or keys != 2 * len(turns):
         return None
-    media = media_of(record)
+    try:
+        images = images_in(record)
+    except ValueError:
+        return None
     tags = [IMAGE_TAG in texts[0], text.count(IMAGE_TAG)] if turns else []
-    if media.problem or not is_unicode(text) or (type(image) is not str if media.images else "image" in record):
+    if not is_unicode(text) or (type(image) is not str if images else "image" in record):
         return None
-    if tags != ([True, 1] if media.images else [False, 0]) or not all(texts) or text.isspace():
+    if tags != ([True, 1] if images else [False, 0]) or not all(texts) or text.isspace():
         return None
-    return (os.path.normpath(str(image)),) if media.images else ()
+    return (os.path.normpath(str(image)),) if images else ()
 
 
 @lru_cache(maxsize=4096)

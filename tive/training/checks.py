@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tive.data.media import media_of
+from tive.data.media import images_in
 from tive.data.problems import refuse_bad_records
 from tive.data.records import JsonRecords, open_records
 from tive.data.scan import check_chunk, scan_records
@@ -179,13 +179,13 @@ def training_problem(record: Any, template: str = "v1") -> str | None:
     problem = problem_of(record)
     if problem:
         return problem
-    media = media_of(record)
-    if media.images and not isinstance(record.get("image"), str):
+    images = images_in(record)
+    if images and not isinstance(record.get("image"), str):
         return (
             "has its image in a list or under `images`, which LLaVA's trainer does not take; convert it with "
             "scripts/convert_data.py --to llava"
         )
-    if "image" in record and not media.images:
+    if "image" in record and not images:
         return "has an empty `image`, which LLaVA's trainer would open; remove the key"
     turns = record["conversations"]
     if not any(turn["value"].split() for turn in turns):
