@@ -23,9 +23,6 @@ fail() {
     exit 2
 }
 
-# The models are tiny: a second thread costs more than it brings.
-export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
-
 # Style, once: with the first interpreter that has the tools.
 check_style() {
     local shellcheck

@@ -5,12 +5,21 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import forked_python
+
+# The models are tiny: a second thread costs more than it brings. Before torch is imported, and for what tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 
 # What a test file imports tells which environment it needs (docs/native.md); what needs neither runs in both.
 NEEDED = {
@@ -55,6 +64,31 @@ def needed_by(path: Path) -> str | None:
         if any(f"{name}.".startswith(f"{module}.") for name in names for module in modules)
     ]
     return needs[0] if needs else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of tests/helpers/forked_python.py, one for all of xdist's workers; it ends with this process."""
+    if hasattr(config, "workerinput"):
+        return
+    program = Path(__file__).parent / "helpers" / "forked_python.py"
+    folder = Path(tempfile.mkdtemp(prefix="forked_python_"))
+    with open(folder / "log", "wb") as log:
+        command = [sys.executable, program, "--serve", folder / "socket"]
+        streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        server = subprocess.Popen(command, **streams, env=buffered, start_new_session=True)
+    stand_in = folder / "python"
+    stand_in.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {program} {folder}/socket "$@"\n')
+    stand_in.chmod(0o755)
+    forked_python.PYTHON = os.environ[forked_python.VARIABLE] = str(stand_in)
+
+    def end() -> None:
+        assert server.stdin is not None
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder)
+
+    config.add_cleanup(end)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -15,6 +15,7 @@ from scripts.gpu_check import main as gpu_check
 from scripts.gpu_check.checks import within
 from scripts.gpu_check.goldens import NotHere
 from scripts.gpu_check.main import run_check
+from tests.helpers.forked_python import PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = dict(gpu_check.checks_of(with_llava_7b=True))
@@ -40,7 +41,11 @@ def test_on_a_cpu_the_check_passes_or_says_what_is_not_here(name):
 def test_the_command_goes_through_every_check_and_writes_one_file(tmp_path):
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--seconds", "1", "--llava_7b"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "check.json")], capture_output=True, text=True, check=False
+        [*command, "--output", str(tmp_path / "check.json")],
+        env=os.environ | {"PYTHON": PYTHON},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     content = json.loads((tmp_path / "check.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr

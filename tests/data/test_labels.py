@@ -138,10 +138,10 @@ def test_llava_instruct_splits_by_turns_and_by_the_fixed_requests(questions, tas
     assert LLAVA.task_of(made, split=False) == "LLaVA-Instruct"
 
 
-def test_the_whole_mixture_of_665298_records_comes_out_exactly():
-    counts = Counter(LLAVA.task_of(made, split=False) for _, made in mixture())
-    assert counts == COUNTS == LLAVA.expected
-    assert counts.total() == 665_298
+def test_every_record_of_the_mixture_has_the_task_that_it_is_of_and_the_rules_expect_its_665298():
+    for task, made in mixture(scale=100):
+        assert LLAVA.task_of(made, split=False) == task
+    assert LLAVA.expected == COUNTS and sum(COUNTS.values()) == 665_298
 
 
 def test_the_split_leaves_every_other_source_alone():

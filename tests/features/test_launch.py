@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.golden_model import ROOT, SCRIPT, run_step, step_arguments
 from tive.features.launch import Place, place_of, records_done
 from tive.util.errors import UserError
@@ -182,7 +183,7 @@ def test_the_progress_is_one_line_over_all_chunks_with_the_time_left(loop, tmp_p
 def test_a_dry_run_of_the_loop_prints_the_estimate_once_and_ends_well(tmp_path):
     done = subprocess.run(
         ["bash", str(SHELL), *step_arguments(tmp_path / "out", "--dry_run", 3)],
-        env={**os.environ, "PYTHON": sys.executable, "GPUS": "cpu cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": PYTHON, "GPUS": "cpu cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -247,7 +248,7 @@ def test_torchrun_loses_a_process_and_the_loop_over_devices_continues_its_chunks
 
     done = subprocess.run(
         ["bash", str(SHELL), *step_arguments(out, "--window", 2)],
-        env={**os.environ, "PYTHON": sys.executable, "GPUS": "cpu cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": PYTHON, "GPUS": "cpu cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.forked_python import PYTHON
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(script: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, arguments)], check=True, capture_output=True)
+    subprocess.run([PYTHON, ROOT / "scripts" / script, *map(str, arguments)], check=True, capture_output=True)
 
 
 def complete_settings(parts: Path, folder: Path) -> dict[str, str]:
     """The environment of a training run that lacks nothing and goes to `folder`/trained."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
-        "PYTHON": sys.executable,
+        "PYTHON": PYTHON,
         "MODEL": f"{parts}/model/vicuna",
         "VISION_TOWER": f"{parts}/model/clip",
         "PROJECTOR": f"{parts}/model/mm_projector.bin",
@@ -73,7 +74,7 @@ def stand_in(folder: Path, gpus: str, check: bool = False) -> str:
         check: the check before the training is really run.
     """
     python = folder / "python"
-    checked = f'exec {sys.executable} "$@"' if check else ":"
+    checked = f'exec {PYTHON} "$@"' if check else ":"
     python.write_text(
         f"""#!/bin/sh
 case "$*" in

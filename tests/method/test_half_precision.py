@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.reference import CPU, in_batches, step_of
 from tive.models import ModelFiles, llava
 
@@ -60,9 +60,7 @@ def quickstart(tmp_path_factory):
         ("quickstart/data.py", ["--folder", str(folder)]),
         ("quickstart/model.py", ["--data", str(folder / "data.json"), "--folder", str(folder / "model")]),
     ]:
-        done = subprocess.run(
-            [sys.executable, f"scripts/{script}", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+        done = subprocess.run([PYTHON, f"scripts/{script}", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     add_adapter(folder / "model")
     yield folder

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -23,6 +22,7 @@ from PIL import Image
 import compute_gradient_features
 import select_data_TIVE
 from tests.helpers.feature_files import call, refusal
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.reference import WholeGradients, in_batches
 from tests.helpers.tiny_bunny import make_parts, make_records, train
 from tests.helpers.visual_gain import visual_gains
@@ -435,7 +435,7 @@ def test_a_trained_tiny_bunny_goes_through_gradients_selection_and_report(tmp_pa
     call(select_data_TIVE.main, "--data_path", data, "--gradient_path", features, "--save_path", selected, "--p", 0.3)
     chosen = json.loads((selected / "Tive_q_0.001_p_0.3.json").read_text())
     assert 0 < len(chosen) <= math.floor(0.3 * 36) and all(record in json.loads(data.read_text()) for record in chosen)
-    report = [sys.executable, ROOT / "scripts" / "report.py", selected, "--image_folder", tmp_path / "images"]
+    report = [PYTHON, ROOT / "scripts" / "report.py", selected, "--image_folder", tmp_path / "images"]
     done = subprocess.run(list(map(str, report)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (selected / "report.html").stat().st_size > 10_000

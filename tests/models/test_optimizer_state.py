@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.golden_model import Finished
 from tests.helpers.less import CHECKPOINTS, DEEPSPEED, load_less, run_less
 from tive.models import Reference
@@ -153,7 +153,7 @@ def test_the_moments_gathered_in_training_are_those_that_deepspeeds_tool_makes_o
     with pytest.raises(UserError) as refusal:
         moments(folder, reference, DEEPSPEED_STEP)
     (command,) = re.findall("`(python [^`]*)`", str(refusal.value))
-    ended = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd="/", capture_output=True, text=True)
+    ended = subprocess.run([PYTHON, *shlex.split(command)[1:]], cwd="/", capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     converted = moments(folder, reference, DEEPSPEED_STEP)
     gathered = moments(DEEPSPEED / kind, reference, DEEPSPEED_STEP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from scripts.benchmark import models
 from scripts.benchmark.whole import whole_gradients
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.golden_model import GOLDEN
 from tive.models import spliced
 
@@ -29,7 +29,7 @@ MODEL = (
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "scripts" / "benchmark.py")
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=GOLDEN)
+    return subprocess.run([PYTHON, script, *arguments], capture_output=True, text=True, cwd=GOLDEN)
 
 
 def rows_of(output: str) -> dict[str, list[str]]:

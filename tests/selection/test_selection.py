@@ -24,6 +24,7 @@ from tests.helpers.feature_files import (
     write_features,
     write_release_features,
 )
+from tests.helpers.forked_python import PYTHON
 from tive.data.records import open_records
 from tive.features import lookup as span_module
 from tive.features.chunk import open_chunks
@@ -478,7 +479,7 @@ def test_the_script_runs_by_itself_from_anywhere(made, tmp_path):
 
 def test_the_benchmark_compares_both_ways_and_stops_the_slow_one():
     def benchmark(*arguments: str) -> str:
-        command = [sys.executable, ROOT / "scripts" / "benchmark.py", "selection", "--proj_dim", "8", "--tasks", "3"]
+        command = [PYTHON, ROOT / "scripts" / "benchmark.py", "selection", "--proj_dim", "8", "--tasks", "3"]
         return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout
 
     lines = [line.split() for line in benchmark("--sizes", "300", "900").splitlines()]

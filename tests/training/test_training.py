@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.training import (
     ROOT,
     assert_refused,
@@ -178,11 +178,9 @@ def test_under_zero3_a_stopped_lora_run_goes_on_to_the_same_weights(
         start = command.index("tive.training.llava_trainer")
         command[start - 1 : start + 1] = [str(ROOT / "tests" / "helpers" / "deepspeed_on_cpu.py")]
         changed = ["--output_dir", str(folder), "--bf16", "False", "--tf32", "False", "--save_total_limit", "2"]
-        device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        device = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "PYTHON_EXEC": PYTHON}
         command[command.index("--master_port") + 1] = str(port)
-        ended = subprocess.run(
-            [sys.executable, *command, *changed], env=settings | device, capture_output=True, text=True
-        )
+        ended = subprocess.run([PYTHON, *command, *changed], env=settings | device, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
 
     train(tmp_path / "whole")

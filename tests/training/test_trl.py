@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.tiny_native import QWEN
 from tive.models import ModelFiles, native, native_encoding
 from tive.models.common import target_modules
@@ -26,9 +26,7 @@ GOLDEN = QWEN.parent
 
 
 def script(name: str, *arguments: object) -> str:
-    ended = subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *map(str, arguments)], capture_output=True, text=True
-    )
+    ended = subprocess.run([PYTHON, ROOT / "scripts" / name, *map(str, arguments)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -117,7 +115,7 @@ def test_a_selection_of_parquet_is_the_data_set_that_it_was_and_trains(trained: 
     subset = tmp_path / "subset.parquet"
     command = [ROOT / "select_warm_up_data.py", "--source_path", tmp_path / "hub", "--target_path", subset]
     command += ["--sample_ratio", 0.5, "--task_key", "source"]
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    subprocess.run([PYTHON, *map(str, command)], check=True, capture_output=True)
 
     rows = np.load(tmp_path / "subset_rows.npy")
     loaded = datasets.load_dataset("parquet", data_files=str(subset), split="train", cache_dir=str(tmp_path / "cache"))
