@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tive.features.chunk import LeftOutRecord
-from tive.features.store import Store, Window
+from tive.features.store import Store
 
 TYPES = {"norms": np.float32, "tokens": np.int32}
 ROWS = range(5, 38)
@@ -18,12 +17,11 @@ def store_in(folder, match="a", types=TYPES):
     return Store(folder / "progress", ROWS, {"match": match}, types, 4)
 
 
-def window(rows: range) -> tuple[Window, np.ndarray]:
+def window(rows: range) -> tuple[range, dict[str, np.ndarray], dict[int, str], np.ndarray]:
     numbers = np.arange(rows.start, rows.stop)
     columns = {"norms": numbers.astype(np.float32), "tokens": numbers.astype(np.int32)}
-    return Window(rows, columns, [LeftOutRecord(rows.start, None, "why")]), np.repeat(numbers[:, None], 4, 1).astype(
-        np.float16
-    )
+    features = np.repeat(numbers[:, None], 4, 1).astype(np.float16)
+    return rows, columns, {rows.start: "why"}, features
 
 
 def test_windows_of_any_size_make_up_what_is_missing_in_any_order(tmp_path):
@@ -36,17 +34,18 @@ def test_windows_of_any_size_make_up_what_is_missing_in_any_order(tmp_path):
             store.write(*window(rows))
     store = store_in(tmp_path)
     assert store.missing(5) == []
-    assert store.columns()["norms"].tolist() == list(ROWS) == store.columns()["tokens"].tolist()
+    assert store.columns["norms"].tolist() == list(ROWS) == store.columns["tokens"].tolist()
     assert store.features()[:, 2].tolist() == list(ROWS)
-    assert [entry.row for entry in store.left_out()] == [found.rows.start for found in store.windows]
+    assert [*store.left_out] == [rows.start for rows in store.windows]
 
 
 def test_not_a_number_is_kept(tmp_path):
-    one, features = window(range(5, 9))
-    one.columns["norms"][1] = np.nan
-    store_in(tmp_path).write(one, features)
-    (again,) = store_in(tmp_path).windows
-    assert np.array_equal(again.columns["norms"], one.columns["norms"], equal_nan=True)
+    rows, columns, left_out, features = window(range(5, 9))
+    columns["norms"][1] = np.nan
+    store_in(tmp_path).write(rows, columns, left_out, features)
+    again = store_in(tmp_path)
+    assert again.windows == [rows]
+    assert np.array_equal(again.columns["norms"][:4], columns["norms"], equal_nan=True)
 
 
 @pytest.mark.parametrize("change", ["features", "window", "match", "columns"])
@@ -70,7 +69,6 @@ def test_what_is_damaged_or_of_something_else_is_missing(tmp_path, change, capsy
 
 def test_a_store_without_features_has_no_file_of_them(tmp_path):
     store = Store(tmp_path / "s", range(3), {}, TYPES)
-    columns = window(range(3))[0].columns
-    store.write(Window(range(3), columns, []))
+    store.write(range(3), window(range(3))[1], {})
     assert not (tmp_path / "s" / "features.f16").exists()
     assert Store(tmp_path / "s", range(3), {}, TYPES).missing(2) == []

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from tive.data.scan import Checked, Scan
 from tive.evaluation.results import HeldOutResult
 from tive.features.batches import Batches
-from tive.features.chunk import LeftOutRecord
 from tive.features.loader import Loader, usable
-from tive.features.store import Store, Window
+from tive.features.store import Store
 from tive.models import NOT_FINITE, Encoded, Family, Reference
 from tive.util.errors import UserError
 from tive.util.text import shown
@@ -58,7 +57,7 @@ def take_known(store: Store, content: Sequence[str], known: Mapping[str | None, 
         columns = {
             name: np.array([getattr(known[content[row]], name) for row in rows], kind) for name, kind in COLUMNS.items()
         }
-        store.write(Window(range(rows[0], rows[-1] + 1), columns, []))
+        store.write(range(rows[0], rows[-1] + 1), columns, {})
     return len(missing)
 
 
@@ -91,7 +90,7 @@ def evaluate(
                 name: np.array([numbers.get(name, {}).get(row, np.nan if name == "loss" else 0) for row in rows], kind)
                 for name, kind in COLUMNS.items()
             }
-            store.write(Window(rows, columns, [LeftOutRecord(row, None, reasons[row]) for row in sorted(reasons)]))
+            store.write(rows, columns, reasons)
             bar.update(len(rows))
 
 
@@ -132,8 +131,7 @@ def results_of(name: str, store: Store, content: Sequence[str]) -> list[HeldOutR
     Args:
         content: the records' hashes.
     """
-    left_out = {entry.row: entry.reason for entry in store.left_out()}
-    columns = {column: values.tolist() for column, values in store.columns().items()}
+    left_out, columns = store.left_out, {column: values.tolist() for column, values in store.columns.items()}
     results = [
         HeldOutResult(row, left_out=left_out[row], content=content[row])
         if row in left_out

@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -35,7 +35,7 @@ from tive.features.chunk import CONTENT, LeftOutRecord, Match, write_chunk
 from tive.features.launch import hold
 from tive.features.loader import Loader, usable, workers_beside
 from tive.features.step import FLOAT16_LOSS_SCALES, GradientStep
-from tive.features.store import Store, Window, begin_chunk, is_complete, refuse_other_runs
+from tive.features.store import Store, begin_chunk, is_complete, refuse_other_runs
 from tive.models import NOT_FINITE, UNSUPERVISED
 from tive.models.training_record import versions_of
 from tive.util.device import device_name, peak_memory
@@ -105,8 +105,11 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
             raise SystemExit(128 + stopped_by)
         made: dict[str, Any] = {"projector_about": step.projector.about} if step.projector else {}
         made |= {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
-        left_out, columns = store.left_out(), store.columns() | {CONTENT: record_hashes(scan.records, match.rows)}
-        write_chunk(options.folder, match, store.features(), columns, left_out, made | cost | dict(options.inputs))
+        made |= cost | dict(options.inputs)
+        columns = store.columns | {CONTENT: record_hashes(scan.records, match.rows)}
+        reasons = sorted(store.left_out.items())
+        left_out = [LeftOutRecord(row, problems.identity_of(scan.records[row]), reason) for row, reason in reasons]
+        write_chunk(options.folder, match, store.features(), columns, left_out, made)
         shutil.rmtree(store.folder)
     kinds = Counter(problems.kind_of(entry.reason) for entry in left_out).most_common()
     why = f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else ""
@@ -156,7 +159,7 @@ def compute_windows(
         UserError: too many records are left out, or a record turned out bad and that is to stop the run.
     """
     begun, started = time.perf_counter(), _now()
-    windows, left_out = store.missing(options.window), store.left_out()
+    windows = store.missing(options.window)
     done = len(checked.rows) - sum(map(len, windows))
     if done:
         print(f"continuing: {done} of {len(checked.rows)} records are on disk")
@@ -174,17 +177,14 @@ def compute_windows(
                 # Without the records' pixels, which would fill the memory.
                 computed.append(([(row, record.supervised, record.length) for row, record in batch], results))
                 bar.update(len(batch))
-            columns = store.empty(rows)
+            columns = store.empty(rows) | {"features": np.zeros((len(rows), store.dimension), np.float16)}
             fill(columns, rows, computed)
             compute_overflowed(columns, rows, step, batches, loader)
             count += len(rows) - len(reasons)
             bar.update(len(reasons))
             reasons |= dict.fromkeys(remove_not_finite(columns, rows, computed), NOT_FINITE)
-            named = [(row, problems.identity_of(checked.records[row]), reasons[row]) for row in sorted(reasons)]
-            window = Window(rows, columns, [LeftOutRecord(*entry) for entry in named])
-            left_out += window.left_out
-            refuse_many(left_out, checked, listing)
-            store.write(window, columns["features"])
+            refuse_many(store.left_out | reasons, checked, listing)
+            store.write(rows, columns, reasons, columns["features"])
             if signals:
                 break
     seconds = time.perf_counter() - begun
@@ -204,11 +204,11 @@ def compute_windows(
     return cost, signals[0] if signals else None
 
 
-def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Path) -> None:
+def refuse_many(left_out: dict[int, str], checked: Checked, listing: Path) -> None:
     """Stop when so many of the chunk's records are left out for one kind of reason that they are rarely to blame.
 
     Args:
-        left_out: all of the chunk's so far; they are listed in the file `listing`.
+        left_out: why records are, by row, so far; they are listed in the file `listing`.
 
     Raises:
         UserError: more than 2% of the chunk, and more than two, have nothing supervised or overflow.
@@ -220,14 +220,13 @@ def refuse_many(left_out: Sequence[LeftOutRecord], checked: Checked, listing: Pa
         "reference model diverged in training",
     }
     for reasons, cause in causes.items():
-        entries = [entry for entry in left_out if entry.reason in reasons]
-        if len(entries) > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
-            reasons_of = checked.reasons | {entry.row: entry.reason for entry in left_out}
+        count = sum(reason in reasons for reason in left_out.values())
+        if count > max(_MOST_LEFT_OUT * len(checked.rows), _FEW):
             remedy = (
-                f"{len(entries)} of them ({' or '.join(reasons)}) are above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}"
-                f"; {problems.drop_command(checked.records, listing)} writes the data without them"
+                f"{count} of them ({' or '.join(reasons)}) are above {_MOST_LEFT_OUT:.0%} of the chunk: {cause}; "
+                f"{problems.drop_command(checked.records, listing)} writes the data without them"
             )
-            problems.refuse_bad_records(checked.records, reasons_of, listing, remedy, len(checked.rows))
+            problems.refuse_bad_records(checked.records, checked.reasons | left_out, listing, remedy, len(checked.rows))
 
 
 def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loader:

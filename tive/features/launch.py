@@ -1,5 +1,7 @@
-"""Which chunks this process computes: from its arguments, torchrun or SLURM. No process talks to another: a lock says
-who computes a chunk, files how far it is. `python -m tive.features.launch DIR NUM_CHUNKS` prints that, without torch.
+"""Which chunks this process computes: from its arguments, torchrun or SLURM; and how far all are. Imports no torch.
+
+No process talks to another: each holds a lock on its chunk. `python -m tive.features.launch DIR NUM_CHUNKS` prints how
+many records are done.
 """
 
 from __future__ import annotations
@@ -45,43 +47,35 @@ def place_of(num_chunks: int | None, chunk_idx: int | Literal["any"] | None, env
         text = environment.get(name, "")
         return int(text) if text.isdecimal() else None
 
-    if (number("WORLD_SIZE") or 0) > 1:
-        rank, world, local, launcher = number("RANK") or 0, number("WORLD_SIZE") or 1, number("LOCAL_RANK"), "torchrun"
-    elif (number("SLURM_STEP_NUM_TASKS") or 0) > 1:  # set by srun alone: a batch script is one process
-        rank, world, local = number("SLURM_PROCID") or 0, number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_LOCALID")
+    rank, world, local, launcher = number("RANK"), number("WORLD_SIZE") or 1, number("LOCAL_RANK"), "torchrun"
+    if world == 1 and (number("SLURM_STEP_NUM_TASKS") or 1) > 1:  # set by srun alone: a batch script is one process
+        rank, world, local = number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_LOCALID")
         launcher = "srun"
-    else:
-        rank, world, local, launcher = 0, 1, number("LOCAL_RANK"), ""
-    array = number("SLURM_ARRAY_TASK_ID")
-
+    array, number_here = number("SLURM_ARRAY_TASK_ID"), (rank or 0) if world > 1 else 0
+    chunk: int | None = number_here
     if chunk_idx == "any":
-        return Place(num_chunks or world, None, local or 0, "the next that is open")
-    if chunk_idx is not None:
+        count, chunk, source = num_chunks or world, None, "the next that is open"
+    elif chunk_idx is not None:
+        count, chunk, source = num_chunks or 1, chunk_idx, "arguments"
         if world > 1:
-            raise UserError(
-                f"chunk_idx {chunk_idx} gives all {world} processes of {launcher} the same chunk; leave it out"
-            )
-        place = Place(num_chunks or 1, chunk_idx, local or 0, "arguments")
+            raise UserError(f"chunk_idx {chunk} gives all {world} processes of {launcher} the same chunk; leave it out")
     elif array is not None:
         if num_chunks is None:
             raise UserError("in a SLURM array give num_chunks: the array does not tell it where tasks are resubmitted")
-        source = f"SLURM array task {array}" + (f", process {rank} of {launcher}" if world > 1 else "")
-        place = Place(num_chunks, array * world + rank, local or 0, source)
-    elif world > 1:
-        if num_chunks is not None and num_chunks != world:
-            raise UserError(f"num_chunks {num_chunks} under {world} processes; leave it out, each takes one chunk")
-        place = Place(world, rank, local or 0, launcher)
+        source = f"SLURM array task {array}" + (f", process {number_here} of {launcher}" if world > 1 else "")
+        count, chunk = num_chunks, array * world + number_here
     else:
-        if num_chunks is not None and num_chunks > 1:
-            raise UserError(f"num_chunks {num_chunks} without chunk_idx; say which of 0 .. {num_chunks - 1}")
-        place = Place(1 if num_chunks is None else num_chunks, 0, local or 0, "arguments")
-    assert place.chunk_idx is not None
-    if not 0 <= place.chunk_idx < place.num_chunks:
+        count, source = world if num_chunks is None else num_chunks, launcher if world > 1 else "arguments"
+        if world > 1 and count != world:
+            raise UserError(f"num_chunks {count} under {world} processes; leave it out, each takes one chunk")
+        if world == 1 and count > 1:
+            raise UserError(f"num_chunks {count} without chunk_idx; say which of 0 .. {count - 1}")
+    if chunk is not None and not 0 <= chunk < count:
         raise UserError(
-            f"chunk {place.chunk_idx} ({place.source}) is not one of 0 .. {place.num_chunks - 1}: check num_chunks, "
-            "chunk_idx and the array, which start at 0"
+            f"chunk {chunk} ({source}) is not one of 0 .. {count - 1}: check num_chunks, chunk_idx and the array, "
+            "which start at 0"
         )
-    return place
+    return Place(count, chunk, local or 0, source)
 
 
 class Held(UserError):

@@ -93,8 +93,6 @@ class Features:
     def left_out(self) -> dict[int, str]:
         """Why the gradient step left records out, by the record's row."""
         reasons = {entry.row: entry.reason for chunk in self.chunks for entry in chunk.left_out}
-        if self.is_by_row or not reasons:
-            return reasons
         rows = np.flatnonzero(np.isin(self.rows, list(reasons))).tolist()
         return {row: reasons[int(self.rows[row])] for row in rows}
 
@@ -113,7 +111,7 @@ def open_features(
 
     Args:
         folders: one, or several whose features are of one space.
-        chunk_num: how many chunks there should be, if the caller knows.
+        chunk_num: how many chunks a folder should have, if the caller knows.
 
     Raises:
         UserError: as `open_chunks`, or the features are of another data file and nothing tells of which records.
@@ -134,9 +132,8 @@ def open_features(
 
 
 def read_ahead(*folders: str | os.PathLike[str]) -> None:
-    """Start to read folders' feature files into the page cache, as many as half of the available memory holds.
-
-    Rows out of order, which the passes take, would read a cold disk in small steps (docs/benchmarks.md).
+    """Start to read feature files into the page cache, in order and at most half of the available memory: rows out of
+    order, which the passes take, would read a cold disk in small steps (docs/benchmarks.md).
     """
 
     def read_whole() -> None:
@@ -144,20 +141,17 @@ def read_ahead(*folders: str | os.PathLike[str]) -> None:
         with contextlib.suppress(OSError):  # what cannot be read is left to the one who opens it
             for path in [path for folder in folders for path in sorted(Path(folder).glob("output_*"))]:
                 room -= path.stat().st_size
-                if room < 0:
-                    return
                 with open(path, "rb", buffering=0) as file:
-                    while file.read(_READ_BYTES):
+                    while room >= 0 and file.read(_READ_BYTES):
                         pass
 
     threading.Thread(target=read_whole, daemon=True).start()
 
 
 def joined(parts: list[Features]) -> Features:
-    """The features of several folders as one; of a record that several have, the first folder's.
+    """The features of several folders as one; a `UserError` where they are not of one space, or one adds no record.
 
-    Raises:
-        UserError: they are not of one space, or a folder adds no record to those before it.
+    Of a record that several have it is the first folder's.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -178,11 +172,7 @@ def joined(parts: list[Features]) -> Features:
 
 
 def match_of(features: Features) -> Match:
-    """What the features are.
-
-    Raises:
-        UserError: they are the release's, which do not say it.
-    """
+    """What the features are; a `UserError` where they are the release's, which do not say it."""
     if features.match is None:
         raise UserError(
             f"{features.folder} holds feature files of the release, which do not say what model they are of; take the "
@@ -192,18 +182,13 @@ def match_of(features: Features) -> Match:
 
 
 def refuse_other_space(first: Features, second: Features, keys: Sequence[str] = SPACE_KEYS) -> None:
-    """See that two folders' features may be compared with each other.
-
-    Raises:
-        UserError: they differ in one of the keys, or do not say what they are of.
-    """
-    matches = match_of(first), match_of(second)
+    """Raise a `UserError` where two folders' features differ in one of the keys, or do not say what they are of."""
     for key in keys:
-        here, there = (shown(str(getattr(match, key)), 24) for match in matches)
-        if len({getattr(match, key) for match in matches}) > 1:
+        here, there = getattr(match_of(first), key), getattr(match_of(second), key)
+        if here != there:
             raise UserError(
-                f"{first.folder} and {second.folder} differ in `{key}` ({here} and {there}); give folders that belong "
-                "together, and take both with the same arguments"
+                f"{first.folder} and {second.folder} differ in `{key}` ({shown(str(here), 24)} and "
+                f"{shown(str(there), 24)}); give folders that belong together, and take both with the same arguments"
             )
 
 

@@ -13,13 +13,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from tive.features.chunk import COLUMNS, COMMON_KEYS, LeftOutRecord, Match, match_of_manifest
+from tive.features.chunk import COLUMNS, COMMON_KEYS, Match, match_of_manifest
 from tive.util.errors import UserError
 from tive.util.files import sha256_of, whole_file, write_json
 from tive.util.text import shown
@@ -28,28 +28,17 @@ FINAL_FILES = ("manifest_{}.json", "output_{}.pt", "output_norm_{}.json")
 _UNTIL_LOADED = ("counted_parameters", "projector")
 
 
-@dataclass(frozen=True)
-class Window:
-    """Rows whose results are written together.
-
-    Attributes:
-        columns: what is known of each record, `[n]` by name; NaN or 0 for a record that is left out.
-    """
-
-    rows: range
-    columns: dict[str, np.ndarray]
-    left_out: list[LeftOutRecord]
-
-
 class Store:
     """The results of `rows` as far as they are on disk; the caller holds the lock.
 
     Attributes:
-        windows: those on disk, in order; a damaged one is removed and missing.
+        windows: the rows of those on disk, in order; a damaged one is removed and missing.
+        columns: of all rows, `[n]` by name; NaN or 0 where nothing is known.
+        left_out: the rows that the windows have no results of, and why.
 
     Args:
         match: what the results depend on.
-        types: the columns of a window and their types.
+        types: the columns and their types.
         dimension: of the features, 0 where there are none.
 
     Raises:
@@ -60,17 +49,16 @@ class Store:
         self, folder: Path, rows: range, match: Mapping[str, Any], types: Mapping[str, type], dimension: int = 0
     ) -> None:
         self.folder, self.rows, self.types, self.dimension = folder, rows, types, dimension
+        self.windows: list[range] = []
+        self.left_out: dict[int, str] = {}
+        self.columns = self.empty(rows)
         self.digest = hashlib.sha256(json.dumps([match, list(types)], sort_keys=True).encode())
         write_json(folder / "match.json", match)
         self.file = self._reserve() if dimension else None
-        self.windows: list[Window] = []
         for path in sorted(folder.glob("window_*")):
-            window = self._read(path)
-            if window is None or (self.windows and self.windows[-1].rows.stop > window.rows.start):
+            if not self._read(path):
                 print(f"{path} is damaged or of another version: its records are computed again")
                 path.unlink()
-            else:
-                self.windows.append(window)
 
     def _reserve(self) -> IO[bytes]:
         """Take the space of all features now, so that a full disk stops the run before it begins."""
@@ -91,45 +79,55 @@ class Store:
                 f"made: {error.strerror}; free space or name another folder; the same command continues"
             ) from error
 
-    def _read(self, path: Path) -> Window | None:
-        """A window on disk, or None where its checksum is wrong."""
+    def _read(self, path: Path) -> bool:
+        """Take a window from disk, where its checksum is right and its rows are missing."""
         name = re.fullmatch(r"window_(\d{9})_(\d{9})", path.name)
         rows = range(int(name[1]), int(name[2])) if name else range(0)
-        if not rows or rows.start < self.rows.start or rows.stop > self.rows.stop:
-            return None
+        first = self.windows[-1].stop if self.windows else self.rows.start
+        if not rows or rows.start < first or rows.stop > self.rows.stop:
+            return False
         data = path.read_bytes()
         features = b"" if self.file is None else os.pread(self.file.fileno(), *self._place(rows))
         if data[:32] != self._checksum(rows, features, data[32:]):
-            return None
+            return False
         left_out, _, numbers = data[32:].partition(b"\n")
         columns: dict[str, np.ndarray] = {}
-        offset = 0
-        for column, kind in self.types.items():
-            columns[column] = np.frombuffer(numbers, kind, len(rows), offset)
-            offset += columns[column].nbytes
-        return Window(rows, columns, [LeftOutRecord(**entry) for entry in json.loads(left_out)])
+        for place, (column, kind) in enumerate(self.types.items()):
+            columns[column] = np.frombuffer(numbers, kind, len(rows), 4 * len(rows) * place)
+        self._take(rows, columns, dict(json.loads(left_out)))
+        return True
+
+    def _take(self, rows: range, columns: Mapping[str, np.ndarray], left_out: Mapping[int, str]) -> None:
+        for name in self.types:
+            self.columns[name][rows.start - self.rows.start : rows.stop - self.rows.start] = columns[name]
+        self.windows = sorted([*self.windows, rows], key=lambda window: window.start)
+        self.left_out |= left_out
 
     def missing(self, size: int) -> list[range]:
         """The rows that are not on disk, in windows of at most `size`."""
-        ends = [*(window.rows for window in self.windows), range(self.rows.stop, self.rows.stop)]
-        starts = [self.rows.start, *(window.rows.stop for window in self.windows)]
-        gaps = [range(start, end.start) for start, end in zip(starts, ends, strict=True)]
+        ends = [*(window.start for window in self.windows), self.rows.stop]
+        starts = [self.rows.start, *(window.stop for window in self.windows)]
+        gaps = [range(start, end) for start, end in zip(starts, ends, strict=True)]
         return [gap[first : first + size] for gap in gaps for first in range(0, len(gap), size)]
 
     def empty(self, rows: range) -> dict[str, np.ndarray]:
-        """The columns of rows that nothing is known of, and their `features`, float16 `[n, d]`."""
-        columns: dict[str, np.ndarray] = {
-            name: np.full(len(rows), np.nan if kind is np.float32 else 0, kind) for name, kind in self.types.items()
-        }
-        return columns | {"features": np.zeros((len(rows), self.dimension), np.float16)}
+        """The columns of rows that nothing is known of."""
+        types = self.types.items()
+        return {name: np.full(len(rows), np.nan if kind is np.float32 else 0, kind) for name, kind in types}
 
-    def write(self, window: Window, features: np.ndarray | None = None) -> None:
+    def write(
+        self,
+        rows: range,
+        columns: Mapping[str, np.ndarray],
+        left_out: Mapping[int, str],
+        features: np.ndarray | None = None,
+    ) -> None:
         """Put a window on disk for good: its features (float16 `[n, d]`) first, then the file that says that they are.
 
         Raises:
             UserError: the disk is full.
         """
-        rows, data = window.rows, b"" if features is None else features.tobytes()
+        data = b"" if features is None else features.tobytes()
         if self.file is not None:
             try:
                 os.pwrite(self.file.fileno(), data, self._place(rows)[1])
@@ -138,23 +136,11 @@ class Store:
                 raise UserError(
                     f"cannot write to {self.folder}: {error.strerror}; free space; the same command continues"
                 ) from error
-        left_out = json.dumps([asdict(entry) for entry in window.left_out]).encode()
-        numbers = [window.columns[name].astype(kind, copy=False).tobytes() for name, kind in self.types.items()]
-        body = b"".join([left_out, b"\n", *numbers])
+        numbers = [columns[name].astype(kind, copy=False).tobytes() for name, kind in self.types.items()]
+        body = b"".join([json.dumps([*left_out.items()]).encode(), b"\n", *numbers])
         with whole_file(self.folder / f"window_{rows.start:09d}_{rows.stop:09d}") as file:
             file.write(self._checksum(rows, data, body) + body)
-        self.windows = sorted([*self.windows, window], key=lambda window: window.rows.start)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """The columns of all windows on disk, one after the other."""
-        return {
-            name: np.concatenate([np.empty(0, kind), *(window.columns[name] for window in self.windows)])
-            for name, kind in self.types.items()
-        }
-
-    def left_out(self) -> list[LeftOutRecord]:
-        """The records that the windows on disk left out."""
-        return [entry for window in self.windows for entry in window.left_out]
+        self._take(rows, columns, left_out)
 
     def features(self) -> np.ndarray:
         """The features of all rows, float16 `[n, d]`, memory-mapped."""
