@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -13,7 +14,7 @@ from tive.evaluation.results import INTERVAL, Evaluation, tables
 from tive.report.page import Block, Plot, Section, Table, bars, by_name, name
 from tive.selection.output import Selection
 from tive.util.errors import UserError
-from tive.util.text import percent, plural, short
+from tive.util.text import percent, plural
 
 MEANS = ("norm", "influence", "loss", "el2n", "supervised_tokens")
 
@@ -31,8 +32,8 @@ def comparison(selections: Sequence[Selection]) -> list[Section]:
     numbers = [str(number) for number in range(1, len(selections) + 1)]
     drawn = np.array([selection.drawn for selection in selections])
 
-    columns: dict[str, list[str]] = {
-        "records": [f"{count:,}" for count in drawn.sum(1)],
+    columns: dict[str, list[Any]] = {
+        "records": drawn.sum(1).tolist(),
         "method": [one.summary.method for one in selections],
         "name": [name(one.stem, 400) for one in selections],
     }
@@ -44,8 +45,8 @@ def comparison(selections: Sequence[Selection]) -> list[Section]:
         described.append(Table("Arguments in which they differ", ["argument", *numbers], differing))
 
     taken = [{task.name: task.selected for task in one.tasks} for one in selections]
-    columns = {"records": [f"{count:,}" for count in tasks.values()]}
-    columns |= {number: [f"{counts[task]:,}" for task in tasks] for number, counts in zip(numbers, taken, strict=True)}
+    columns = {"records": [*tasks.values()]}
+    columns |= {number: [counts[task] for task in tasks] for number, counts in zip(numbers, taken, strict=True)}
     budgets = by_name("Records that each selection took from each task", "task", tasks, columns)
     shares = {
         number: [counts[task] / max(1, sum(counts.values())) for task in tasks]
@@ -63,7 +64,7 @@ def comparison(selections: Sequence[Selection]) -> list[Section]:
         if all(key in one.columns for one in selections):
             groups = zip([first, *selections], [*everyone, *drawn], strict=True)
             known = [values[np.isfinite(values)] for values in (one.columns[key][members] for one, members in groups)]
-            columns[key.replace("_", " ")] = [short(float(column.mean()) if len(column) else None) for column in known]
+            columns[key.replace("_", " ")] = [column.mean() if len(column) else None for column in known]
     means = by_name("Mean over the records of each selection", "selection", ["all records", *numbers], columns)
     return [
         Section("selections", "The selections", described),

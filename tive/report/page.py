@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ from tive.data.conversations import image_of, to_llava
 from tive.data.images import BadImage, read_image
 from tive.data.records import Records
 from tive.util.files import whole_file
-from tive.util.text import DASH, shown
+from tive.util.text import DASH, short, shown
 
 _HERE = Path(__file__).parent
 _STYLE = _HERE / "page.mplstyle"
@@ -108,9 +109,15 @@ def name(text: str, length: int = 80) -> Markup:
     return Markup("<bdi>{}</bdi>").format(shown(text, length))
 
 
-def by_name(title: str, noun: str, names: Iterable[str], columns: Mapping[str, Iterable[str]]) -> Table:
-    """A table with a row a name, `noun` being what the names are of; a column of dashes alone is left out."""
-    known = {key: cells for key, column in columns.items() if {*(cells := list(column))} != {DASH}}
+def by_name(title: str, noun: str, names: Iterable[str], columns: Mapping[str, Iterable[Any]]) -> Table:
+    """A table with a row a name, `noun` being what the names are of: counts are whole, other numbers short, None is a
+    dash, and a column of dashes alone is left out.
+    """
+    known = {}
+    for key, column in columns.items():
+        cells = [f"{one:,}" if isinstance(one, int) else one if isinstance(one, str) else short(one) for one in column]
+        if {*cells} != {DASH}:
+            known[key] = cells
     return Table(title, [noun, *map(name, known)], list(zip(map(name, names), *known.values(), strict=True)))
 
 

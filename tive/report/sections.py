@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,8 +16,21 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from tive.method.value import effective_sample_size, instance_weights
-from tive.report import page
-from tive.report.page import Block, Cards, Plot, Samples, Section, Table, by_name, name
+from tive.report.page import (
+    Block,
+    Card,
+    Cards,
+    Plot,
+    Samples,
+    Section,
+    Table,
+    bars,
+    boxes,
+    by_name,
+    card_of,
+    choice_curve,
+    name,
+)
 from tive.selection.less import Subtask
 from tive.selection.options import column_of
 from tive.selection.output import Selection, Size
@@ -117,25 +130,19 @@ def both_ends(selection: Selection, ends: str, groups: Sequence[Group], samples:
     anchor, title, titles = ENDS[ends]
     blocks: list[Block] = [f"Made without images and conversations: {samples.trouble}."] if samples.trouble else []
     others = [column for column in selection.columns if not column.startswith("score_")]
+
+    def card(row: int, keys: Iterable[str]) -> Card:
+        scores = [f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {short(selection.columns[key][row])}" for key in keys]
+        return card_of(samples, row, selection.ids[row], " · ".join(scores), int(selection.times_selected[row]))
+
     for group in tqdm(groups, desc="Reading sample records", delay=2):
         values = selection.column(group.column)
         rows = group.rows[np.isfinite(values[group.rows])]
         rows = rows[np.argsort(values[rows], kind="stable")]
         least = min(samples.count, len(rows) // 2)
-        columns = []
-        for end, of_end in zip(
-            titles, (rows[::-1][: min(samples.count, len(rows) - least)], rows[:least]), strict=True
-        ):
-            cards = []
-            for row in of_end.tolist():
-                scores = {column: short(selection.columns[column][row]) for column in (group.column, *others)}
-                text = " · ".join(
-                    f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {score}" for key, score in scores.items()
-                )
-                drawn = int(selection.times_selected[row])
-                cards.append(page.card_of(samples, row, selection.ids[row], text, drawn))
-            if cards:
-                columns.append((end, cards))
+        both = zip(titles, (rows[::-1][: min(samples.count, len(rows) - least)], rows[:least]), strict=True)
+        keys = dict.fromkeys((group.column, *others))
+        columns = [(end, [card(row, keys) for row in of_end.tolist()]) for end, of_end in both if len(of_end)]
         if columns:
             blocks.append(Cards(name(group.name), group.about, columns))
     return Section(anchor, title, blocks or ["None is shown."])
@@ -151,40 +158,38 @@ def tasks_of(selection: Selection) -> Section:
         "all records": [task.records / max(1, records) for task in tasks],
         "subset": [task.selected / max(1, selected) for task in tasks],
     }
-    columns = {
-        "records": [_whole(task.records) for task in tasks],
+    columns: dict[str, Iterable[Any]] = {
+        "records": [task.records for task in tasks],
         "share before": map(percent, shares["all records"]),
-        "value": [short(task.value) for task in tasks],
-        "its standard error": [short(task.value_error) for task in tasks],
-        "records counted": [DASH if task.value is None else _whole(task.sampled or task.counted) for task in tasks],
+        "value": [task.value for task in tasks],
+        "its standard error": [task.value_error for task in tasks],
+        "records counted": [None if task.value is None else task.sampled or task.counted for task in tasks],
     }
     for part in dict.fromkeys(part for task in tasks for part in task.budget_parts or {}):
-        columns[f"by {part}"] = [short((task.budget_parts or {}).get(part)) for task in tasks]
+        columns[f"by {part}"] = [(task.budget_parts or {}).get(part) for task in tasks]
     columns |= {
-        "budget": ["excluded" if task.excluded else _whole(task.budget) for task in tasks],
+        "budget": ["excluded" if task.excluded else task.budget for task in tasks],
         "its 95% interval": [" to ".join(map(short, task.budget_interval or [None])) for task in tasks],
-        "selected": [_whole(task.selected) for task in tasks],
-        "distinct": [_whole(task.distinct) for task in tasks],
+        "selected": [task.selected for task in tasks],
+        "distinct": [task.distinct for task in tasks],
         "share after": map(percent, shares["subset"]),
     }
     title = "The tasks. A value is the mean gradient norm of the records counted"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
     names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
-    mixture = page.bars(names, shares, "share of the records, share of the subset", percent=True)
-    caption = f"{distinct:,} of the {selected:,} records are distinct: a task below its budget is taken repeatedly."
+    mixture = bars(names, shares, "share of the records, share of the subset", percent=True)
+    caption = (
+        f"{distinct:,} of the {selected:,} records are distinct: a task below its budget gives records repeatedly."
+    )
     title = "Share of each task in the records and in the subset"
     blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
     if values := {task.name: task.value for task in tasks if task.value is not None}:
         names = sorted(values, key=lambda name: -values[name])
-        figure = page.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
+        figure = bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
         how = f"the mean of its shares by {rule.replace('+', ' and ')}" if "+" in rule else f"its share by {rule}"
         caption = f"A task's budget is {how}." if rule != "difficulty" else ""
         blocks.append(Plot("task_values", "The value of each task", figure, caption=caption))
     return Section("mixture", "The mixture, before and after", [*blocks, numbers])
-
-
-def _whole(count: int | None) -> str:
-    return DASH if count is None else f"{count:,}"
 
 
 def distributions(selection: Selection, column: str) -> Section:
@@ -194,7 +199,7 @@ def distributions(selection: Selection, column: str) -> Section:
         return Section(column, title, ["No record has one."])
     groups, caption = groups_of_tasks(selection, column), ""
     numbers, values = _spread(selection, f"{title} in each task", groups, {})
-    figure = page.boxes([group.name for group in groups], values, label, logarithmic)
+    figure = boxes([group.name for group in groups], values, label, logarithmic)
     if column == "norm":
         pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
         known = [pairs[:, group.rows][:, np.isfinite(pairs[:, group.rows]).all(axis=0)] for group in groups]
@@ -208,7 +213,7 @@ def distributions(selection: Selection, column: str) -> Section:
 
 
 def _spread(
-    selection: Selection, title: str, groups: Sequence[Group], columns: Mapping[str, Iterable[str]]
+    selection: Selection, title: str, groups: Sequence[Group], columns: Mapping[str, Iterable[Any]]
 ) -> tuple[Table, dict[str, list[np.ndarray]]]:
     """A table of further columns and the quantiles of each group's score; and its values, of all and the drawn ones."""
     everyone, drawn = [], []
@@ -220,8 +225,8 @@ def _spread(
     quantiles = {"least": 0.0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "largest": 1.0}
     columns = {**columns}
     for key, share in quantiles.items():
-        columns[key] = [short(np.quantile(values, share) if len(values) else None) for values in everyone]
-    columns["median of the drawn"] = [short(np.median(values) if len(values) else None) for values in drawn]
+        columns[key] = [np.quantile(values, share) if len(values) else None for values in everyone]
+    columns["median of the drawn"] = [np.median(values) if len(values) else None for values in drawn]
     table = by_name(title, "name", [group.name for group in groups], columns)
     return table, {"all records": everyone, "drawn": drawn}
 
@@ -260,12 +265,12 @@ def choice(selection: Selection) -> Section:
     tasks = [selection.tasks[index] for index in indices]
     shares = [(task.effective_sample_size or math.nan) / task.counted for task in tasks]
     columns = {
-        f"effective size at q = {q:g}": [short(task.effective_sample_size) for task in tasks],
-        "q for half": [short(q_where(curve, 0.5)) for curve in curves],
+        f"effective size at q = {q:g}": [task.effective_sample_size for task in tasks],
+        "q for half": [q_where(curve, 0.5) for curve in curves],
     }
     numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
     everyone, drawn_share = sizes @ curves / sizes.sum(), sum(task.distinct for task in tasks) / sizes.sum()
-    figure = page.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
+    figure = choice_curve(Q_GRID, curves, everyone, q, drawn_share)
     caption = "This selection does not draw with weights; the curve is the effective size if it did."
     weighted = arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted"
     if weighted and np.isfinite(shares).all():
@@ -280,16 +285,16 @@ def subtasks(selection: Selection, targets: Sequence[Subtask], groups: Sequence[
     """How all records and the chosen ones score for each subtask, and which tasks the chosen ones are from."""
     names = [group.name for group in groups]
     columns = {
-        "target records": [_whole(subtask.records) for subtask in targets],
-        "chosen that serve it best": [_whole(subtask.selected) for subtask in targets],
+        "target records": [subtask.records for subtask in targets],
+        "chosen that serve it best": [subtask.selected for subtask in targets],
     }
     numbers, values = _spread(selection, "Scores of all records for each subtask", groups, columns)
-    plot = Plot("subtasks", numbers.title, page.boxes(names, values, "score for the subtask: a cosine"), numbers)
+    plot = Plot("subtasks", numbers.title, boxes(names, values, "score for the subtask: a cosine"), numbers)
     drawn = np.flatnonzero(selection.drawn)
     best = np.array([selection.column(group.column)[drawn] for group in groups]).argmax(axis=0)
     counts = np.zeros((len(groups), len(selection.tasks)), int)
     np.add.at(counts, (best, selection.task[drawn]), 1)
-    served = {subtask: map(_whole, of_tasks) for subtask, of_tasks in zip(names, counts, strict=True)}
+    served = dict(zip(names, counts.tolist(), strict=True))
     title = "Of each task, how many chosen records score highest for which subtask"
     by_task = by_name(title, "task", [task.name for task in selection.tasks], served)
     return Section("subtasks", "The target's subtasks", [plot, by_task])
