@@ -18,7 +18,6 @@ from tive.selection.mixture import NO_TASK, read_mixture
 from tive.selection.options import TiveOptions, stem_of
 from tive.selection.output import (
     Chosen,
-    Files,
     Task,
     check_writable,
     files_of,
@@ -272,7 +271,7 @@ def test_what_is_read_is_what_was_written(made):
     assert np.isnan(selection.column("el2n")).all()
 
 
-def write_other(folder: Path, data: Path) -> Files:
+def write_other(folder: Path, data: Path) -> dict[str, Path]:
     """A selection of another method, with scores of its own."""
     mixed = read_mixture(str(data), "no such key")
     count = len(mixed.ids)
@@ -289,7 +288,7 @@ def write_other(folder: Path, data: Path) -> Files:
 def test_another_methods_selection_is_written_and_read_by_the_same_code(made):
     folder, _ = made
     files = write_other(folder / "less", folder / "data.json")
-    assert files.subset.name == "Less_p_0.2.json" and len(json.loads(files.subset.read_text())) == 16
+    assert files["subset"].name == "Less_p_0.2.json" and len(json.loads(files["subset"].read_text())) == 16
     selection = read_selection(find_summaries(folder / "less")[0])
     assert list(selection.columns) == ["score", "rank", "score_vqa, part"]
     assert selection.summary.method == "LESS" and selection.summary.details["checkpoints"][0]["weight"] == 0.6

@@ -178,9 +178,7 @@ def tasks_of(selection: Selection) -> Section:
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
     names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
     mixture = bars(names, shares, "share of the records, share of the subset", percent=True)
-    caption = (
-        f"{distinct:,} of the {selected:,} records are distinct: a task below its budget gives records repeatedly."
-    )
+    caption = f"{distinct:,} of the {selected:,} records are distinct: tasks below their budgets repeat records."
     title = "Share of each task in the records and in the subset"
     blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
     if values := {task.name: task.value for task in tasks if task.value is not None}:

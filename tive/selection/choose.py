@@ -61,6 +61,7 @@ def choose(
         The columns are the scores and `weight`, `softmax(q * score)` over the record's task. From a sample, the tasks
         have errors, and the details `records_per_task`, which would bring all errors of budgets under `AIM`.
     """
+    assert (points is not None) == (options.sampling == "clusters")
     excluded = is_excluded(task_names, options)
     if excluded.all():
         raise UserError(f"every task is excluded ({listed(task_names)}); exclude fewer")
@@ -114,12 +115,10 @@ def choose(
         times[rows] = each  # a budget above the records takes each so often, and draws the rest
         if options.sampling == "top":
             drawn = draw_top(of_rows, rest)
-        elif options.sampling == "weighted" or not rest:
+        elif points is None or not rest:
             drawn = draw(of_rows, options.q, rest, options.seed, name)
         else:
-            assert points is not None
-            clusters = k_means(points[rows], min(rest, MAX_CLUSTERS), options.seed, name)
-            drawn = draw_from_clusters(*clusters, rest)
+            drawn = draw_from_clusters(*k_means(points[rows], min(rest, MAX_CLUSTERS), options.seed, name), rest)
         times[rows[drawn]] += 1
         tasks[index] = Task(
             name,

@@ -126,19 +126,6 @@ class Summary(Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of a selection, which have one stem; `rows` holds the row numbers of the subset's records, int64.
-
-    `subset` is None where the row numbers are all that is wanted of it.
-    """
-
-    subset: Path | None
-    rows: Path
-    scores: Path
-    summary: Path
-
-
-@dataclass(frozen=True)
 class Chosen:
     """What a method chose of a mixture's N records.
 
@@ -171,53 +158,52 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 def files_of(
     folder: str | os.PathLike[str], stem: str, data_path: str | os.PathLike[str], rows_only: bool = False
-) -> Files:
-    """Where a selection goes; a `UserError` where the data file, or with `rows_only` an earlier subset, is there."""
-    ends = (suffix_of(data_path), "_rows.npy", SCORES_END, SUMMARY_END)
-    subset, *others = (Path(folder) / f"{stem}{end}" for end in ends)
-    for file in (subset, *others):
-        if os.path.realpath(file) == os.path.realpath(data_path):
-            raise UserError(f"the data file {data_path} would be overwritten; name another folder for the selection")
-    if rows_only and subset.exists():
+) -> dict[str, Path]:
+    """Where a selection's `subset`, `rows`, `scores` and `summary` go, without `subset` where the rows are all that is
+    wanted of it; a `UserError` where the data file, or with `rows_only` an earlier subset, is there.
+    """
+    ends = {"subset": suffix_of(data_path), "rows": "_rows.npy", "scores": SCORES_END, "summary": SUMMARY_END}
+    files = {kind: Path(folder) / f"{stem}{end}" for kind, end in ends.items()}
+    if os.path.realpath(data_path) in map(os.path.realpath, files.values()):
+        raise UserError(f"the data file {data_path} would be overwritten; name another folder for the selection")
+    if rows_only and (subset := files.pop("subset")).exists():
         raise UserError(f"{subset} has the records of an earlier selection; remove it, or let it be written again")
-    return Files(None if rows_only else subset, *others)
+    return files
 
 
 def write_selection(
-    files: Files, mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], features: Features
+    files: Mapping[str, Path], mixture: Mixture, chosen: Chosen, arguments: Mapping[str, Any], features: Features
 ) -> None:
-    """Write the four files, of which none takes its name before all are complete; a `UserError` where one cannot be.
+    """Write the files, of which none takes its name before all are complete; a `UserError` where one cannot be written.
 
-    The subset has the selected records in the data file's order, as they came; `rows` has their row numbers.
+    The subset has the selected records in the data file's order, as they came; `rows` has their row numbers, int64.
 
     Args:
+        files: of `files_of`.
         arguments: of the script.
         features: that the method selected by; of several checkpoints, those of the last.
     """
     rows = np.repeat(np.arange(len(mixture.ids)), chosen.times_selected)
-    with (
-        whole_file(files.summary) as summary_file,
-        whole_file(files.scores) as scores_file,
-        whole_file(files.rows) as rows_file,
-        whole_file(files.subset) if files.subset else contextlib.nullcontext() as subset_file,
-    ):
-        np.save(rows_file, rows)
-        rows_file.flush()
-        if subset_file:
-            copy_records(subset_file, mixture.records, rows)
-            subset_file.flush()
-        _write_scores(scores_file, mixture, chosen)
+    with contextlib.ExitStack() as stack:
+        # They are named in the order in which they leave the stack, the summary last.
+        opened = {kind: stack.enter_context(whole_file(files[kind])) for kind in reversed([*files])}
+        np.save(opened["rows"], rows)
+        if "subset" in opened:
+            copy_records(opened["subset"], mixture.records, rows)
+        first = next(iter(files))
+        opened[first].flush()
         subset = Subset(
-            file=(files.subset or files.rows).name,
+            file=files[first].name,
             records=len(rows),
-            sha256=sha256_of((subset_file or rows_file).name),
+            sha256=sha256_of(opened[first].name),
             distinct=int(np.count_nonzero(chosen.times_selected)),
         )
-        summary = _summary(mixture, chosen, arguments, features, subset)
-        content = json.dumps(msgspec.to_builtins(summary), indent=2, ensure_ascii=False, allow_nan=False)
+        _write_scores(opened["scores"], mixture, chosen)
+        summary = msgspec.to_builtins(_summary(mixture, chosen, arguments, features, subset))
+        content = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
         # A path of bytes that are no UTF-8 has half a surrogate pair for each.
-        summary_file.write(content.encode("utf-8", "backslashreplace") + b"\n")
-        for file in filter(None, (subset_file, rows_file, scores_file, summary_file)):
+        opened["summary"].write(content.encode("utf-8", "backslashreplace") + b"\n")
+        for file in opened.values():
             file.flush()
             os.fsync(file.fileno())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,19 @@ from tive.method.value import mean_budgets, rounded_down
 from tive.selection.choose import AIM, FEW
 from tive.selection.less import CheckpointFeatures, Subtask
 from tive.selection.options import WITHOUT_SCORES, TiveOptions
-from tive.selection.output import Chosen, Files, Task
+from tive.selection.output import Chosen, Task
 from tive.util.text import LABEL_LIMIT, listed, percent, print_table, shown
 
 # A sentence names the tasks whose budget is below this part of their share of the records.
 SMALL_SHARE = 0.2
 
 
-def print_files(files: Files, chosen: Chosen) -> None:
+def print_files(files: Mapping[str, Path], chosen: Chosen) -> None:
     selected, records = int(chosen.times_selected.sum()), len(chosen.times_selected)
     size = f"{selected:,} records, {selected / records:.2%} of {records:,}"
-    about = {files.subset: size, files.rows: "their rows" if files.subset else size}
-    about |= {files.scores: "the scores of every record", files.summary: "arguments, hashes, tasks"}
-    print("written:", "\n         ".join(f"{file}  ({text})" for file, text in about.items() if file))
+    about = {"subset": size, "rows": "their rows" if "subset" in files else size}
+    about |= {"scores": "the scores of every record", "summary": "arguments, hashes, tasks"}
+    print("written:", "\n         ".join(f"{path}  ({about[kind]})" for kind, path in files.items()))
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
