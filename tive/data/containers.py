@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -39,10 +40,8 @@ _KINDS = {
 _FIRST_ITEM = re.compile(r"\[[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n,:]*")
 # A list of data files has these in its entries: InternVL's, LLaMA-Factory's; LLaVA-NeXT's is a list.
-_FILE_KEYS = (
-    *("annotation", "json_path", "file_name", "cloud_file_name"),
-    *("load_from", "hf_hub_url", "ms_hub_url", "script_url"),
-)
+_FILE_KEYS = {"annotation", "json_path", "file_name", "cloud_file_name", "load_from", "hf_hub_url", "ms_hub_url"}
+_FILE_KEYS |= {"script_url"}
 _LIST_OF_SOURCES = re.compile(rb'\[\s*\{[^{}\[\]]*"json_path"')
 _FILES = "is a list of data files, not of records: give the scripts the files that it names"
 _RECORDS_OF_SAMPLES = (
@@ -60,12 +59,8 @@ _ROWS_OF_COLUMNS = (
 
 
 def open_data_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a data file at its start.
-
-    Raises:
-        UserError: it is not there, is no file (a pipe, say), or its first bytes tell that it is neither a JSON list of
-            records nor JSON Lines; the error names the command that turns it into records.
-    """
+    """Open a data file at its start; a `UserError` where it is not there, is a pipe, or is in another container by its
+    first bytes, with the command that turns it into records."""
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(
@@ -120,12 +115,10 @@ def _archive(path: Path, kind: str, quoted: dict[str, str]) -> str:
     files = [PurePath(name) for name in members if "__MACOSX" not in name]
     images = {file.with_suffix("") for file in files if file.suffix.lower() in EXTENSIONS}
     texts = {file.with_suffix("") for file in files if file.suffix == ".json"}
-    unpack = f"{_PYTHON} -m {kind}file -e {{source}} {{folder}}".format(**quoted)
+    unpack = f"{_PYTHON} -m {kind}file -e {quoted['source']} {quoted['folder']}"
     if images & texts:
-        ends = " ".join(EXTENSIONS)
-        make = "{python} -c {code} {folder} {target} {ends}".format(
-            python=_PYTHON, code=shlex.quote(_RECORDS_OF_SAMPLES), ends=ends, **quoted
-        )
+        make = f"{_PYTHON} -c {shlex.quote(_RECORDS_OF_SAMPLES)} {quoted['folder']} {quoted['target']} "
+        make += " ".join(EXTENSIONS)
         return (
             f"is a WebDataset (an image and a .json a sample): unpack it and make records of it with `{unpack} && "
             f"{make}`; the image folder is {quoted['folder']}"
@@ -144,19 +137,16 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
     """What an object is that holds records, or names files; None for a record."""
     what, records = "", ""
     entries = []
-    try:
+    with contextlib.suppress(ValueError, RecursionError):  # its end may lie behind the head
         if text[json.JSONDecoder().raw_decode(text)[1] :].strip():
             return None  # JSON Lines
-    except (ValueError, RecursionError):
-        pass  # its end is behind the head
-    try:
+    # Where the text breaks off, or is no JSON, its reader says so better.
+    with contextlib.suppress(ValueError, IndexError, RecursionError):
         for key, start in entries_of(text):
             is_list = text[start] == "["
             inner = _FIRST_ITEM.match(text, start).end() if is_list else start  # type: ignore[union-attr]
             if text[inner] != "]":
                 entries.append((key, json.JSONDecoder().raw_decode(text, inner)[0], is_list))
-    except (ValueError, IndexError, RecursionError):
-        pass  # the text breaks off, or is no JSON, which its reader says better
     for key, value, is_list in entries:
         if key in KEYS_OF_TURNS:
             # A column is a list of texts or of lists of turns, or, as pandas writes it, an object by row number.
@@ -169,9 +159,7 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
             if is_list:
                 what = f"is an object with a list of records under {shown_value(key)}"
                 records = f"data[{json.dumps(key)}]"
-    if entries and all(
-        isinstance(value, dict) and any(name in value for name in _FILE_KEYS) for _, value, _ in entries
-    ):
+    if entries and all(isinstance(value, dict) and value.keys() & _FILE_KEYS for _, value, _ in entries):
         return _FILES
     if not what:
         return None
@@ -180,11 +168,8 @@ def _object(text: str, quoted: dict[str, str]) -> str | None:
 
 
 def entries_of(text: str) -> Iterator[tuple[str, int]]:
-    """The keys of the JSON object that a text begins with, and where the value of each starts.
-
-    Raises:
-        ValueError, IndexError, RecursionError: the text breaks off, or is no JSON; what is before that is yielded.
-    """
+    """The keys of the JSON object that a text begins with, and where the value of each starts; a `ValueError`,
+    `IndexError` or `RecursionError` where the text breaks off or is no JSON."""
     parse, position = json.JSONDecoder().raw_decode, 1
 
     def after(position: int) -> int:

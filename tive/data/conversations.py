@@ -44,12 +44,10 @@ _OTHER_TAG = re.compile(
 
 
 def to_llava(record: Any) -> dict[str, Any]:
-    """A record of any form in LLaVA's. A system turn becomes the key `system`, which LLaVA's trainer does not read.
+    """A record of any form in LLaVA's; a `ValueError` where it is of none, or holds what LLaVA's has no place for.
 
-    `image` is a path where there is one image, a list where there are more, and absent where there is none.
-
-    Raises:
-        ValueError: the record is of none of the forms, or holds what LLaVA's has no place for.
+    `image` is a path where there is one image, a list where there are more, and absent where there is none. A system
+    turn becomes the key `system`, which LLaVA's trainer does not read.
     """
     if not isinstance(record, dict):
         raise ValueError("is not an object")

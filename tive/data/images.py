@@ -57,11 +57,10 @@ def path_of(folder: str, image: str) -> str:
 
 
 def find_image(folder: str, image: str) -> str:
-    """Path of a record's image file. Where it is not there, a file stands in for it whose name differs in its extension
-    (LLaVA issue 593), or, if there is one such file, in capitals or in the Unicode form of its letters.
+    """Path of a record's image file; `BadImage` as of `path_of`, or where there is no such file, or an empty one.
 
-    Raises:
-        BadImage: as `path_of`, or there is no such file, or it is empty.
+    A file stands in for one that is not there if their names differ in the extension (LLaVA issue 593) or, where it is
+    the only one, in capitals or in the Unicode form of the letters.
     """
     path = path_of(folder, image)
     try:
@@ -200,14 +199,12 @@ def format_and_size(path: str | BinaryIO) -> tuple[str, tuple[int, int]]:
 
 
 def open_image(path: str | BinaryIO, padded: bool = False, upright: bool = False) -> Image.Image:
-    """Read an image whole, as RGB; the first frame of an animation.
+    """Read an image whole, as RGB, the first frame of an animation; `BadImage` where it is truncated, no image,
+    unreasonably large, or of one pixel.
 
     Args:
         padded: the image is to be padded to a square, and that is held to `MOST_PIXELS`.
         upright: turn it as its EXIF orientation says, as TRL's images are; LLaVA's trainer takes it as it lies.
-
-    Raises:
-        BadImage: it is truncated, no image, unreasonably large, or of one pixel.
     """
     try:
         with Image.open(path, formats=_formats()) as image:

@@ -19,12 +19,11 @@ OTHER_IMAGE_KEYS = (
     *("img", "imgs", "img_path", "img_paths", "img_url", "img_urls"),
     *("photo", "photos", "picture", "pictures", "pixel_values"),
 )
-_VIDEO_KEYS = (
+OTHER_MEDIA_KEYS = (
     *("video", "videos", "video_path", "video_paths", "video_file", "video_files", "video_url", "video_list"),
-    *("video_frames", "frames"),
+    *("video_frames", "frames", "speech", "sound"),
+    *("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_url"),
 )
-_AUDIO_KEYS = ("audio", "audios", "audio_path", "audio_paths", "audio_file", "audio_url", "speech", "sound")
-OTHER_MEDIA_KEYS = _VIDEO_KEYS + _AUDIO_KEYS
 _MEDIA_KEYS = frozenset(IMAGE_KEYS + OTHER_IMAGE_KEYS + OTHER_MEDIA_KEYS)
 # A file of one of these kinds under any key is a medium where a record names no other.
 _MEDIA_ENDINGS = (
@@ -53,17 +52,16 @@ Image = str | StoredImage
 
 
 def images_in(record: dict[str, Any]) -> tuple[Image, ...]:
-    """The images that a record's own keys name, as it writes them, in its order. A null or empty value is no medium.
+    """The images that a record's own keys name, as it writes them; a `ValueError` where a medium is not read.
 
-    Raises:
-        ValueError: a medium is not read; the text, which names its key and the remedy, goes on from the record's name
-            (`has a video ...`) and holds nothing of the value: many records share it.
+    A null or empty value is no medium. The error's text names the key and the remedy, goes on from the record's name
+    (`has a video ...`) and holds nothing of the value: many records share it.
     """
     keys = _media_keys(tuple(record))
     image = record["image"] if keys == ("image",) else None
     if type(image) is str and image and _path_problem(image) is None:  # nearly every record's
         return (image,)
-    keys = tuple(key for key in keys if not _is_none(record[key]))
+    keys = tuple(key for key in keys if record[key] is not False and not is_empty(path_in(record[key])))
     named = []
     for key in keys:
         if key.lower() in OTHER_MEDIA_KEYS:
@@ -89,10 +87,6 @@ def images_in(record: dict[str, Any]) -> tuple[Image, ...]:
 @lru_cache(maxsize=4096)
 def _media_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for key in keys if key.lower() in _MEDIA_KEYS)
-
-
-def _is_none(value: Any) -> bool:
-    return value is False or is_empty(path_in(value))
 
 
 def is_empty(value: Any) -> bool:

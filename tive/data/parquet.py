@@ -123,11 +123,8 @@ def _first_bytes(file: Path) -> bytes:
 
 
 def open_table(path: Path) -> TableRecords:
-    """Find the rows of a Parquet or Arrow file, or of all such files in a folder and the folders in it.
-
-    Raises:
-        UserError: there is none, a file is cut or damaged, or its columns differ from those of the first.
-    """
+    """Find the rows of a Parquet or Arrow file, or of all such files in a folder and the folders in it; a `UserError`
+    where there is none, a file is cut or damaged, or its columns differ from those of the first."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -234,10 +231,7 @@ def _batches(file: Path, image_columns: frozenset[str]) -> Iterator[Any]:
             return
         source = parquet.ParquetFile(file)
         leaves = [source.schema.column(index).path for index in range(len(source.schema))]
-        bytes_of = {
-            f"{column}{inner}.bytes" for column in image_columns for inner in ("", ".list.element", ".list.item")
-        }
-        needed = [leaf for leaf in leaves if leaf not in bytes_of]
+        needed = [leaf for leaf in leaves if leaf.split(".")[0] not in image_columns or not leaf.endswith(".bytes")]
         yield from source.iter_batches(_BATCH_ROWS, columns=needed, use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read; it was cut or changed: download it again") from error

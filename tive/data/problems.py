@@ -29,15 +29,13 @@ def listing_beside(target: str | os.PathLike[str]) -> Path:
 def refuse_bad_records(
     records: Records, reasons: dict[int, str], listing: Path, remedy: str = "", total: int | None = None
 ) -> None:
-    """Stop where records cannot be used; a list of an earlier call goes where all can.
+    """Raise a `UserError` where records cannot be used: the first ten are printed, all are listed. A list of an earlier
+    call goes where all can.
 
     Args:
         reasons: row -> why the record cannot be used.
         remedy: what to do about them; empty for the command that converts the data or writes it without them.
         total: of how many records; None for all.
-
-    Raises:
-        UserError: there are such records. Their counts and the first ten are printed, all are listed in `listing`.
     """
     if not reasons:
         with contextlib.suppress(OSError):
@@ -53,11 +51,7 @@ def refuse_bad_records(
 
 
 def list_bad_records(records: Records, reasons: dict[int, str], listing: Path) -> None:
-    """Print why records cannot be used, and the first ten; write all of them to `listing`, which `kept_rows` reads.
-
-    Args:
-        reasons: row -> why the record cannot be used.
-    """
+    """Print why records cannot be used, and the first ten; write all of them to `listing`, which `kept_rows` reads."""
     entries: list[dict[str, Any]] = []
     for row, reason in sorted(reasons.items()):
         record = records[row]
@@ -98,11 +92,8 @@ def drop_command(records: Records, listing: Path) -> str:
 
 
 def kept_rows(records: Records, listings: Sequence[str]) -> list[int]:
-    """The rows that none of these lists of bad records names.
-
-    Raises:
-        UserError: a file is no such list, or lists a record that is not there or has another id.
-    """
+    """The rows that none of these lists of bad records names; a `UserError` where a file is no such list, or lists a
+    record that is not there or has another id."""
     dropped = set()
     for path in listings:
         entries = read_json(path)

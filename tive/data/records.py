@@ -96,11 +96,7 @@ Records = JsonRecords | TableRecords
 
 
 def parse_record(raw: bytes | memoryview) -> Any:
-    """The value of a record's text.
-
-    Raises:
-        ValueError, RecursionError: it is not JSON, or is nested too deeply.
-    """
+    """The value of a record's text; a `ValueError` where it is not JSON, a `RecursionError` where it is too deep."""
     try:
         return _parse_strictly(raw)
     except _REFUSED:
@@ -108,12 +104,8 @@ def parse_record(raw: bytes | memoryview) -> Any:
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
-    """Find every record of a data file: a JSON list, JSON Lines, Parquet, Arrow, or a folder of Parquet or Arrow.
-
-    Raises:
-        UserError: the file is not there, is neither a JSON list nor JSON Lines (what it is instead, and the command
-            that turns it into records, where that can be told), breaks off, or holds no record or one above 64 MiB.
-    """
+    """Find every record of a data file: a JSON list, JSON Lines, Parquet, Arrow, or a folder of Parquet or Arrow; a
+    `UserError` where it is none of these, breaks off, or holds no record or one above 64 MiB."""
     path = Path(path)
     if is_table(path):
         return open_table(path)
@@ -288,11 +280,8 @@ def name_of(row: int, record: Any) -> str:
 
 
 def chunk_range(count: int, num_chunks: int, chunk_idx: int) -> range:
-    """Rows of chunk K of N: `[K*c, (K+1)*c)` with `c = ceil(count/N)`; empty past the end.
-
-    Raises:
-        UserError: the chunk is not one of `0 .. num_chunks - 1`.
-    """
+    """Rows of chunk K of N: `[K*c, (K+1)*c)` with `c = ceil(count/N)`, empty past the end; a `UserError` where K is not
+    one of 0 to N - 1."""
     if num_chunks < 1 or not 0 <= chunk_idx < num_chunks:
         raise UserError(f"chunk_idx {chunk_idx} is not one of 0 .. {num_chunks - 1} (num_chunks {num_chunks})")
     size = math.ceil(count / num_chunks)

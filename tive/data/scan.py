@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tive.data.containers import open_data_file
 from tive.data.conversations import image_paths, images_of, placeholder_in, to_llava
 from tive.data.images import BadImage, look_for
-from tive.data.media import IMAGE_TAG, is_empty
+from tive.data.media import IMAGE_TAG
 from tive.data.parquet import TableRecords
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records, suffix_of
@@ -27,6 +27,8 @@ from tive.util.text import command, listed
 
 # Records without a tag that are read again for what stands there instead.
 _LOOKED_INTO = 100
+# Values of a key that are counted.
+_COUNTED = 1000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
         task, problem = None, ""
         if task_key and isinstance(record, dict):
             task, problem = task_or_problem(record, task_key)
-        scan.ids.append(_id_of(record))
+        identity = record.get("id") if isinstance(record, dict) else None
+        text = identity if isinstance(identity, str) else "" if identity is None else json.dumps(identity)
+        scan.ids.append(writable(text))
         scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
         images, answers = plain_images(record), 0
         if images is not None:
@@ -95,41 +99,20 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
     return scan
 
 
-def described_keys(records: Records, most: int = 1000) -> str:
-    """The keys of records that could name a task, and how many values each takes, the fewest first.
-
-    Args:
-        most: values of a key that are counted.
-    """
+def described_keys(records: Records) -> str:
+    """The keys of records that could name a task, and how many values each takes, the fewest first."""
     values: dict[str, set[Any]] = {}
     for record in records:
         for key, value in record.items() if isinstance(record, dict) else ():
-            if (
-                isinstance(value, (str, int, float))
-                and not is_empty(value)
-                and len(values.setdefault(key, set())) <= most
-            ):
+            if isinstance(value, (str, int, float)) and value != "" and len(values.setdefault(key, set())) <= _COUNTED:
                 values[key].add(value)
     counts = sorted((len(different), key) for key, different in values.items())
-    return listed([f"`{key}`: {count if count <= most else f'more than {most}'} values" for count, key in counts], 12)
-
-
-def _id_of(record: Any) -> str:
-    identity = record.get("id") if isinstance(record, dict) else None
-    if isinstance(identity, str):
-        return writable(identity)
-    return "" if identity is None else json.dumps(identity)
+    many = f"more than {_COUNTED}"
+    return listed([f"`{key}`: {count if count <= _COUNTED else many} values" for count, key in counts], 12)
 
 
 def refuse_problems(scan: Scan, task_key: str, listing: Path) -> None:
-    """Stop where a record cannot be used or names no task.
-
-    Args:
-        listing: where the bad records are listed, all of them; one of an earlier call is removed.
-
-    Raises:
-        UserError: there are such records; their counts and the first ten are printed.
-    """
+    """Raise a `UserError` where a record cannot be used or names no task, as `refuse_bad_records` does."""
     path = scan.records.path
     if all(scan.problems.get(row) == no_task(task_key) for row in range(len(scan.records))):
         labelled = path.with_name(f"labelled{suffix_of(path)}")
@@ -190,13 +173,10 @@ def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
 def check_chunk(
     scan: Scan, rows: range, image_folder: str, read_image: Callable[[str | BinaryIO], object] | None = None
 ) -> Checked:
-    """Check that the images of a chunk's records are there.
+    """What is wrong with a chunk's records, and which images are not there; a `UserError` as of `check_image_folder`.
 
     Args:
         read_image: also reads every image, a file's path or the bytes that lie in the row; raises `BadImage`.
-
-    Raises:
-        UserError: the image folder is not there.
     """
     check_image_folder(scan, rows, image_folder)
     checked = Checked(scan.records, rows, {row: scan.problems[row] for row in rows if row in scan.problems})

@@ -74,13 +74,11 @@ def schema_of(records: Records) -> tuple[Any, dict[int, str]]:
 
 
 def write_shards(target: Path, records: Records, schema: Any, image_folder: str) -> int:
-    """Write all records as Parquet files below `target`, which is there when all are written; the number of files.
+    """Write all records as Parquet files below `target`, which is there when all are written, and count the files; a
+    `UserError` where a file cannot be written, or an image cannot be read.
 
     A row group holds about `GROUP_BYTES`, a file `GROUPS_A_SHARD` of them. Files that an earlier call left unfinished
     are kept, if it was for the same records and image folder.
-
-    Raises:
-        UserError: a file cannot be written, or an image cannot be read.
     """
     import pyarrow.parquet as parquet
 

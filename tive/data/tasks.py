@@ -41,10 +41,7 @@ def task_of(record: dict[str, Any], task_key: str = "dataset") -> str | None:
 
     Args:
         task_key: a key (`dataset`), a dotted path (`meta.source`), or `KEY:SEPARATOR`, the part of the value before
-            the first separator (`image:/`, the first folder of the image; `id:_`).
-
-    Raises:
-        UserError: `task_key` ends in its colon.
+            the first separator (`image:/`, the first folder of the image; `id:_`); a `UserError` without a separator.
     """
     return task_or_problem(record, task_key)[0]
 
@@ -168,11 +165,7 @@ class Rules:
     expected: dict[str, int]
 
     def task_of(self, record: dict[str, Any], split: bool) -> str | None:
-        """The task of a record by the first rule that matches; None when none does.
-
-        Raises:
-            ValueError: the record has none of the forms (`to_llava`).
-        """
+        """The task of a record by the first rule that matches, or None; a `ValueError` as of `to_llava`."""
         conversation = to_llava(record)
         questions = [turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"]
         image = next(iter(image_paths(conversation)), None)
@@ -196,11 +189,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_rules(path: str | os.PathLike[str]) -> Rules:
-    """Read a rule file.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds a rule outside the vocabulary; the error names it.
-    """
+    """Read a rule file; a `UserError` where it cannot be read, is not YAML, or holds a rule outside the vocabulary."""
     path = Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)

@@ -31,12 +31,9 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 
 
 def conversation_of(record: Any) -> dict[str, Any]:
-    """A record as trainers of any of the forms train on it, in LLaVA's form (`is_trained_on` tells of each answer).
-
-    Raises:
-        ValueError: as `to_llava`; or it has no turns, its text cannot be written, or it or a turn has a key that
-            trainers act on and that is not followed here.
-    """
+    """A record as trainers of any of the forms train on it, in LLaVA's form (`is_trained_on` tells of each answer); a
+    `ValueError` as of `to_llava`, or where it has no turns, text that cannot be written, or a key that trainers act on
+    and that is not followed here."""
     conversation = _followed(record)
     for index, turn in enumerate(conversation["conversations"]):
         is_trained_on(turn, index)
@@ -79,14 +76,8 @@ def _acted_on(record: dict[str, Any]) -> str | None:
 
 
 def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
-    """Whether an answer, a turn as `to_llava` returns it, is trained on: `loss`, `weight` or `train` may say no.
-
-    Args:
-        index: of the turn, for the error.
-
-    Raises:
-        ValueError: the turn has a key that says something else, or that is not known here.
-    """
+    """Whether an answer, a turn as `to_llava` returns it, is trained on: `loss`, `weight` or `train` may say no; a
+    `ValueError` that names `index` where such a key says something else, or another key is not known here."""
     trained = True
     for key, value in turn.items():
         if key in ("from", "value") or _is_note(key, value):
