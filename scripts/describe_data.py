@@ -39,7 +39,8 @@ def main() -> None:
     arguments = parse_arguments()
     from tive.data.records import open_records
     from tive.data.scan import described_keys
-    from tive.report.description import NO_TASK, describe, look_at_images, sections_of, sentences, table_of_tasks
+    from tive.data.tasks import NO_TASK
+    from tive.report.description import describe, look_at_images, sections_of, sentences, table_of_tasks
     from tive.report.page import Samples, write_page
     from tive.util.text import plural, print_table, shown
 

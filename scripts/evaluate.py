@@ -79,6 +79,7 @@ def main() -> None:
     from tive.data.problems import refuse_bad_records
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
+    from tive.data.tasks import NO_TASK
     from tive.data.trained import record_hashes
     from tive.evaluation.results import (
         EVALUATION_FILE,
@@ -171,7 +172,7 @@ def main() -> None:
             if store.missing(options.window):
                 evaluate(family, family.load(files, device, dtype), scan, checked, options, store)
             records = results_of(name, store, content)
-            tasks = task_results([task or "(no task)" for task in scan.tasks], records)
+            tasks = task_results([task or NO_TASK for task in scan.tasks], records)
             seconds = time.perf_counter() - begun
             versions = versions_of(*family.LIBRARIES)
             result = ModelResult(name, path, base, conditions, device_name(device), seconds, tasks, records, versions)

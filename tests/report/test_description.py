@@ -14,7 +14,8 @@ from PIL import Image
 from scripts import describe_data
 from tests.helpers.feature_files import call, refusal
 from tive.data.records import open_records
-from tive.report.description import NO_TASK, describe, look_at_images
+from tive.data.tasks import NO_TASK
+from tive.report.description import describe, look_at_images
 
 
 def picture(number: int) -> bytes:

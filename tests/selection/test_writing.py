@@ -13,8 +13,9 @@ import torch
 import select_data_TIVE
 from tests.helpers.feature_files import call, mixture, random_features, refusal, scores_of, write_features
 from tive.data.records import open_records
+from tive.data.tasks import NO_TASK
 from tive.features.lookup import open_features
-from tive.selection.mixture import NO_TASK, read_mixture
+from tive.selection.mixture import read_mixture
 from tive.selection.options import TiveOptions, stem_of
 from tive.selection.output import (
     Chosen,

@@ -25,6 +25,8 @@ from tive.data.media import IMAGE_KEYS, IMAGE_TAG, name_of_image
 from tive.util.errors import UserError
 from tive.util.text import is_unicode, shown
 
+NO_TASK = "(no task)"  # what a record that names none is listed under
+
 
 def value_at(record: dict[str, Any], key: str) -> Any:
     """The value under a key, or under a dotted path (`meta.source`); None when nothing is there."""

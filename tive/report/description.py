@@ -18,12 +18,11 @@ from tive.data.images import BadImage, find_image, format_and_size
 from tive.data.media import IMAGE_TAG
 from tive.data.problems import kind_of
 from tive.data.records import Records
-from tive.data.tasks import rows_by_task, task_of
+from tive.data.tasks import NO_TASK, rows_by_task, task_of
 from tive.data.trained import form_problem
 from tive.report.page import Block, Cards, Plot, Samples, Section, Table, bars, boxes, by_name, card_of, name
 from tive.util.text import percent, plural, shown
 
-NO_TASK = "(no task)"
 REASONS = 30  # the most frequent, of broken records
 
 
@@ -210,7 +209,7 @@ def sections_of(description: Description, looks: Looks | None, samples: Samples)
             record = records[row]
             card = card_of(samples, row, str(record.get("id", "")) if isinstance(record, dict) else "", "")
             question = next((text for role, text in card.turns if role == "human"), "")
-            card = replace(card, scores=shown(question.replace(IMAGE_TAG, "").strip(), 120))
+            card = replace(card, scores=shown(" ".join(question.replace(IMAGE_TAG, "").split()), 120))
             images, answers = int(description.images[row]), int(description.answers[row])
             columns_of_task.append((f"{plural(images, 'image')}, {plural(answers, 'answer')}", [card]))
         about = f"{plural(len(rows), 'record')}, {percent(len(rows) / len(records))}"

@@ -174,14 +174,15 @@ def tasks_of(selection: Selection) -> Section:
         "distinct": [task.distinct for task in tasks],
         "share after": map(percent, shares["subset"]),
     }
-    title = "The tasks. A value is the mean gradient norm of the records counted"
+    values = {task.name: task.value for task in tasks if task.value is not None}
+    title = f"The tasks{'. A value is the mean gradient norm of the records counted' if values else ''}"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
     names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
     mixture = bars(names, shares, "share of the records, share of the subset", percent=True)
     caption = f"{distinct:,} of the {selected:,} records are distinct: tasks below their budgets repeat records."
     title = "Share of each task in the records and in the subset"
     blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
-    if values := {task.name: task.value for task in tasks if task.value is not None}:
+    if values:
         names = sorted(values, key=lambda name: -values[name])
         figure = bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
         how = f"the mean of its shares by {rule.replace('+', ' and ')}" if "+" in rule else f"its share by {rule}"

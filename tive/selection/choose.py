@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tive.data.tasks import NO_TASK
 from tive.method.clusters import MAX_CLUSTERS, draw_from_clusters, k_means
 from tive.method.value import (
     budget_errors,
@@ -22,7 +23,6 @@ from tive.method.value import (
     task_value,
     value_error,
 )
-from tive.selection.mixture import NO_TASK
 from tive.selection.options import WITHOUT_SCORES, TiveOptions, column_of
 from tive.selection.output import Chosen, Task
 from tive.util.errors import UserError

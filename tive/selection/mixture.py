@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records, open_records, suffix_of, write_records
 from tive.data.scan import scan_records
-from tive.data.tasks import rows_by_task
+from tive.data.tasks import NO_TASK, rows_by_task
 from tive.data.trained import form_problem
 from tive.features.lookup import Features
 from tive.method.clusters import grid_points, second_moments, whitening
@@ -22,7 +22,6 @@ from tive.selection.options import CHOICES, TiveOptions, column_of
 from tive.util.errors import UserError
 from tive.util.text import command, shown_value
 
-NO_TASK = "(no task)"
 # What a feature file keeps of each record, and the scores file's column for it.
 _COLUMN_OF_KEY = {"norms": "norm", "losses": "loss"} | {
     name: name for name in ("supervised_tokens", "tokens", "el2n", "visual_gain")

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,22 +28,16 @@ def print_files(files: Mapping[str, Path], chosen: Chosen) -> None:
     print("written:", "\n         ".join(f"{path}  ({about[kind]})" for kind, path in files.items()))
 
 
-def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of rows that have their cells by column; some may lack columns."""
-    columns = max((tuple(row) for row in rows), key=len)
-    cells = [[row.get(column, "") for column in columns] for row in rows]
-    print_table([columns, *(tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in cells)])
-    print()
-
-
 def print_choice(chosen: Chosen, options: TiveOptions) -> None:
     """Print the tasks' table and sentences on it."""
     included = [task for task in chosen.tasks if not task.excluded]
     records, selected = len(chosen.times_selected), int(chosen.times_selected.sum())
     total = sum(task.budget_before_rounding or 0 for task in included)
-    sums = {"task": "total", "records": records, "budget": f"{total:,.1f}", "selected": selected}
-    _print_rows([*(_row(task, options) for task in chosen.tasks), sums])
-    print(f"sampling: {_sampling(included, options)}")
+    sums = {"task": "total", "records": f"{records:,}", "budget": f"{total:,.1f}", "selected": f"{selected:,}"}
+    rows = [*(_row(task, options) for task in chosen.tasks), sums]
+    header = max((tuple(row) for row in rows), key=len)
+    print_table([header, *(tuple(row.get(column, "") for column in header) for row in rows)])
+    print(f"\nsampling: {_sampling(included, options)}")
     if options.from_sample:
         _print_errors(chosen, included)
     whole, without = rounded_down(total), [task.name for task in included if not task.selected]
@@ -74,12 +67,12 @@ def print_choice(chosen: Chosen, options: TiveOptions) -> None:
     _print_left_out(chosen, "count in no mean and are never drawn")
 
 
-def _row(task: Task, options: TiveOptions) -> dict[str, Any]:
-    row: dict[str, Any] = {"task": task.name, "records": task.records}
+def _row(task: Task, options: TiveOptions) -> dict[str, str]:
+    row = {"task": task.name, "records": f"{task.records:,}"}
     if task.excluded:
         return row | {"selected": "excluded"}
     if task.sampled is not None:
-        row["with features"] = task.sampled
+        row["with features"] = f"{task.sampled:,}"
     if task.value is not None:
         error = "" if task.value_error is None else f" ± {task.value_error:.2g}"
         row["mean gradient norm"] = f"{task.value:.4g}{error}"
@@ -89,7 +82,7 @@ def _row(task: Task, options: TiveOptions) -> dict[str, Any]:
     row["budget"] = f"{task.budget_before_rounding:,.1f}"
     if task.budget_interval is not None:
         row["95%"] = " to ".join(f"{end:,.1f}" for end in task.budget_interval)
-    row["selected"] = task.selected
+    row["selected"] = f"{task.selected:,}"
     if not options.from_sample:
         row["effective sample size"] = f"{task.effective_sample_size:,.1f} of {task.counted:,}"
     return row
@@ -162,17 +155,12 @@ def print_checkpoints(
         repeated: target records that the mixture holds too.
         target_left_out: target records without a gradient.
     """
-    _print_rows(
-        [
-            {
-                "checkpoint": str(checkpoint.train.folder),
-                "step": "" if checkpoint.match.checkpoint is None else str(checkpoint.match.checkpoint),
-                "gradient": checkpoint.match.gradient,
-                "weight": f"{weight:.4f}",
-            }
-            for checkpoint, weight in zip(checkpoints, weights.tolist(), strict=True)
-        ]
-    )
+    lines = [("checkpoint", "step", "gradient", "weight")]
+    for one, weight in zip(checkpoints, weights.tolist(), strict=True):
+        step = "" if one.match.checkpoint is None else str(one.match.checkpoint)
+        lines.append((str(one.train.folder), step, one.match.gradient, f"{weight:.4f}"))
+    print_table(lines)
+    print()
     if len(checkpoints) == 1:
         print("warning: one checkpoint only; LESS adds up several, which tell more than the last one alone")
     if repeated:
@@ -191,30 +179,19 @@ def print_checkpoints(
 def print_target_choice(chosen: Chosen) -> None:
     """Print the tables of tasks and of subtasks, and the subtasks that no selected record serves best."""
     whole = Task("total", len(chosen.times_selected), 0, int(chosen.times_selected.sum()), 0)
-    _print_rows(
-        [
-            {
-                "task": task.name,
-                "records": task.records,
-                "selected": task.selected,
-                "share of the task": percent(task.selected / task.records),
-            }
-            for task in (*chosen.tasks, whole)
-        ]
-    )
+    lines = [("task", "records", "selected", "share of the task")]
+    for task in (*chosen.tasks, whole):
+        lines.append((task.name, f"{task.records:,}", f"{task.selected:,}", percent(task.selected / task.records)))
+    print_table(lines)
+    print()
     subtasks: list[Subtask] = chosen.details["subtasks"]
-    _print_rows(
-        [
-            {
-                "subtask": subtask.name,
-                "target records": subtask.records,
-                "mean score": f"{subtask.mean_score:.4f}",
-                "mean score of the selected": f"{subtask.mean_score_of_selected:.4f}",
-                "best served by it": subtask.selected,
-            }
-            for subtask in subtasks
-        ]
-    )
+    header = ("subtask", "target records", "mean score", "mean score of the selected", "best served by it")
+    rows: list[tuple[str, ...]] = [header]
+    for one in subtasks:
+        means = (f"{mean:.4f}" for mean in (one.mean_score, one.mean_score_of_selected))
+        rows.append((one.name, f"{one.records:,}", *means, f"{one.selected:,}"))
+    print_table(rows)
+    print()
     if without := [subtask.name for subtask in subtasks if not subtask.selected]:
         print(
             f"{len(without):,} of {len(subtasks):,} subtasks have no selected record that serves them best: "
