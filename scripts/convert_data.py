@@ -89,7 +89,7 @@ def converted(
             target).
     """
     problems: dict[int, str] = {}
-    for row, record in zip(rows, whole_records(records, rows), strict=True):
+    for row, record in zip(rows, whole_records(records, rows if arguments.drop else None), strict=True):
         try:
             llava = unpacked(to_llava(record), arguments.image_folder)
             yield text_of(from_llava(llava, arguments.to))

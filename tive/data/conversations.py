@@ -230,19 +230,25 @@ def from_llava(record: dict[str, Any], form: str) -> dict[str, Any]:
     if form == "llava":
         return record
     images, converted = list(images_in(record)), dict[str, Any]()
+    messages: list[dict[str, Any]] = []
     for name, value in record.items():
         if name == "image":
             converted["images"] = images
         elif name != "conversations" or form == "sharegpt":
             converted[name] = value
         else:
-            converted["messages"] = [_message(turn, index) for index, turn in enumerate(value)]
+            converted["messages"] = messages
+            for index, turn in enumerate(value):
+                if "role" in turn or "content" in turn:
+                    raise ValueError(f"has a turn {index} with keys of both forms")
+                renamed = {"from": ("role", _MESSAGE_ROLES[turn["from"]]), "value": ("content", turn["value"])}
+                messages.append(dict(renamed.get(name, (name, value)) for name, value in turn.items()))
     if form == "sharegpt":
         return converted
     if isinstance(converted.get("system"), str):
-        converted["messages"].insert(0, {"role": "system", "content": converted.pop("system")})
+        messages.insert(0, {"role": "system", "content": converted.pop("system")})
     if form == "parts":
-        for message in converted["messages"]:
+        for message in messages:
             parts: list[dict[str, str]] = []
             # The tag of a record without an image is only text.
             for index, piece in enumerate(message["content"].split(IMAGE_TAG) if images else [message["content"]]):
@@ -250,10 +256,3 @@ def from_llava(record: dict[str, Any], form: str) -> dict[str, Any]:
                 parts += [{"type": "text", "text": piece}] if piece else []
             message["content"] = parts or [{"type": "text", "text": ""}]
     return converted
-
-
-def _message(turn: dict[str, Any], index: int) -> dict[str, Any]:
-    if "role" in turn or "content" in turn:
-        raise ValueError(f"has a turn {index} with keys of both forms")
-    renamed = {"from": ("role", _MESSAGE_ROLES[turn["from"]]), "value": ("content", turn["value"])}
-    return dict(renamed.get(name, (name, value)) for name, value in turn.items())

@@ -125,30 +125,27 @@ def look_for(
         read: also called with the path of each file, to read it whole (`open_image`).
     """
 
-    def look(image: str) -> tuple[str | None, str | None]:
-        try:
-            path = find_image(folder, image)
-            if read is not None:
-                read(path)
-        except BadImage as reason:
-            return str(reason), None
-        return None, path if path != path_of(folder, image) else None
+    bad: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+
+    def look(block: list[str]) -> None:
+        for image in block:
+            try:
+                path = find_image(folder, image)
+                if read is not None:
+                    read(path)
+                if path != path_of(folder, image):
+                    renamed[image] = path
+            except BadImage as reason:
+                bad[image] = str(reason)
 
     # In the order of their folders, whose listings are kept; many at a time, since a thread costs more than a look.
     names = sorted(set(images))
     size = 1000 if read is None else 8
     blocks = [names[start : start + size] for start in range(0, len(names), size)]
     title = "Looking for images" if read is None else "Opening images"
-    bad: dict[str, str] = {}
-    renamed: dict[str, str] = {}
     with ThreadPoolExecutor(_THREADS) as threads, tqdm(total=len(names), desc=title, unit=" images", delay=2) as bar:
-        looked = threads.map(lambda block: [look(image) for image in block], blocks)
-        for block, states in zip(blocks, looked, strict=True):
-            for image, (reason, stand_in) in zip(block, states, strict=True):
-                if reason is not None:
-                    bad[image] = reason
-                elif stand_in is not None:
-                    renamed[image] = stand_in
+        for block, _ in zip(blocks, threads.map(look, blocks), strict=True):
             bar.update(len(block))
     return bad, renamed
 

@@ -197,8 +197,7 @@ def _places_slowly(path: Path, content: mmap.mmap | bytes, position: int, is_lin
 
 def whole_records(records: Records, rows: Sequence[int] | None = None) -> Iterator[Any]:
     """Some records in turn, or all, with the bytes of the images in their rows."""
-    is_all = rows is None or len(rows) == len(records)
-    if is_all and not (isinstance(records, TableRecords) and records.image_columns):
+    if rows is None and not (isinstance(records, TableRecords) and records.image_columns):
         return iter(records)  # read from front to back
     rows = range(len(records)) if rows is None else rows
     return (records[row] for row in tqdm(rows, f"Reading {records.path.name}", unit=" records", delay=2))

@@ -6,8 +6,9 @@ import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,7 +68,6 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
             tasks are not asked for.
     """
     scan = Scan(records, [], [], [], [], {}, [], [], [])
-    names: dict[str, str] = {}
     for row, record in enumerate(records):
         task, problem = None, ""
         if task_key and isinstance(record, dict):
@@ -75,7 +75,7 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
         identity = record.get("id") if isinstance(record, dict) else None
         text = identity if isinstance(identity, str) else "" if identity is None else json.dumps(identity)
         scan.ids.append(writable(text))
-        scan.tasks.append(names.setdefault(task or "", task or ""))  # one text for all records of a task
+        scan.tasks.append(sys.intern(task or ""))  # one text for all records of a task
         images, answers = plain_images(record), 0
         if images is not None:
             answers = len(record["conversations"]) // 2
@@ -143,7 +143,7 @@ def tag_notes(scan: Scan, rows: range) -> list[str]:
     return notes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checked:
     """The records of one chunk, and what is wrong with them.
 
@@ -156,9 +156,9 @@ class Checked:
 
     records: Records
     rows: range
-    reasons: dict[int, str] = field(default_factory=dict)
-    renamed: dict[int, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    reasons: dict[int, str]
+    renamed: dict[int, str]
+    notes: list[str]
 
 
 def check_image_folder(scan: Scan, rows: range, image_folder: str) -> None:
@@ -179,22 +179,22 @@ def check_chunk(
         read_image: also reads every image, a file's path or the bytes that lie in the row; raises `BadImage`.
     """
     check_image_folder(scan, rows, image_folder)
-    checked = Checked(scan.records, rows, {row: scan.problems[row] for row in rows if row in scan.problems})
-    checked.notes = tag_notes(scan, rows)
+    reasons = {row: scan.problems[row] for row in rows if row in scan.problems}
+    checked = Checked(scan.records, rows, reasons, {}, tag_notes(scan, rows))
     images = itertools.chain.from_iterable(scan.images[row] for row in rows)
     unusable, renamed = look_for(image_folder, images, read_image)
     for row in rows:
         paths = scan.images[row]
         if wrong := [unusable[image] for image in paths if image in unusable]:
-            checked.reasons[row] = wrong[0]
+            reasons[row] = wrong[0]
         elif files := [renamed[image] for image in paths if image in renamed]:
             checked.renamed[row] = files[0]
     if read_image is not None and isinstance(scan.records, TableRecords) and scan.records.image_columns:
         for row in tqdm(rows, "Opening images", unit=" records", delay=2):
             try:
-                for image in () if row in checked.reasons else images_of(scan.records[row]):
+                for image in () if row in reasons else images_of(scan.records[row]):
                     if not isinstance(image, str):
                         read_image(io.BytesIO(image.content or b""))
             except BadImage as error:
-                checked.reasons[row] = str(error)
+                reasons[row] = str(error)
     return checked
