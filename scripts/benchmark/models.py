@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.models import Encoded, Reference
-from tive.models.common import IGNORE, decoder_layers, freeze
+from tive.models.common import IGNORE, decoder_layers, freeze, packed
 from tive.models.native_encoding import ProcessedRecord
 from tive.models.spliced import IMAGE_ID, spliced_record
 
@@ -206,7 +206,7 @@ def random_qwen_records(shape: Shape, count: int, reference: Reference) -> list[
         labels = np.concatenate([np.full(len(image), IGNORE), _answered(text)])
         pixels = generator.standard_normal((patches, 3 * 2 * PATCH**2), dtype=np.float32)
         arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_grid_thw": np.array([[1, *shape.grid]])}
-        arrays["pixel_values"] = pixels
+        arrays["pixel_values"] = packed(pixels, reference.dtype)
         if "mm_token_type_ids" in takes:  # from transformers 5 on
             arrays["mm_token_type_ids"] = (ids == PART).astype(np.int64)
         supervised = int((labels != IGNORE).sum())

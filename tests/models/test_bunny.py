@@ -184,6 +184,13 @@ def test_an_image_whose_height_bunnys_processor_takes_for_channels_is_left_out(t
     assert bunny.encode(padded, RECORDS[0] | {"image": "low.png"}, str(tmp_path)).supervised == 3
 
 
+def test_pixels_travel_in_16_bits_where_the_model_computes_in_16_bits():
+    half, whole = load("phi-2", torch.bfloat16), load("phi-2")
+    items = [bunny.encode(reference.processor, RECORDS[0], str(GOLDEN / "images")) for reference in (half, whole)]
+    assert items[0].inputs.pixels.nbytes * 2 == items[1].inputs.pixels.nbytes
+    assert torch.equal(*(bunny.record_losses(half, [item]).losses for item in items))
+
+
 # Loading
 
 

@@ -14,10 +14,12 @@ import torch
 
 from tests.helpers.golden_native import (
     CPU,
+    GOLDEN,
     copied,
     encoded,
     files_of,
     loaded,
+    records_of,
 )
 from tests.helpers.native_gradients import gradients_of, plain_loop
 from tive.models import Reference, native
@@ -123,6 +125,17 @@ def test_a_base_in_4_bits_gives_the_gradients_of_a_plain_loop_over_it(tmp_path: 
         native.check_files(stored)
     again = native.load(replace(stored, load_in_4bit=True), CPU, torch.float32)
     np.testing.assert_allclose(gradients_of(again, records, 4)[0], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_travel_in_16_bits_where_the_model_computes_in_16_bits(dtype: torch.dtype) -> None:
+    reference, record = native.load(files_of("qwen2_5_vl"), CPU, dtype), records_of("qwen2_5_vl")[0]
+    item = native.encode(reference.processor, record, str(GOLDEN / "qwen2_5_vl" / "images"))
+    whole = encoded("qwen2_5_vl")[0]
+    pixels = item.inputs.arrays["pixel_values"]
+    assert pixels.nbytes * 2 == whole.inputs.arrays["pixel_values"].nbytes
+    with torch.no_grad():
+        assert torch.equal(*(native.record_losses(reference, [one]).losses for one in (item, whole)))
 
 
 def test_weights_go_straight_to_a_gpu() -> None:

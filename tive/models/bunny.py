@@ -91,7 +91,7 @@ def tower_folder(files: ModelFiles) -> Path:
     return tower
 
 
-def read_processor(files: ModelFiles) -> spliced.SplicedProcessor:
+def read_processor(files: ModelFiles, dtype: torch.dtype = torch.float32) -> spliced.SplicedProcessor:
     """Template and pixels as the files of the reference model, its base and its tower set them."""
     import transformers
 
@@ -115,7 +115,7 @@ def read_processor(files: ModelFiles) -> spliced.SplicedProcessor:
         )
     template = read_template(files.base, config["model_type"], maximum)
     features = (side // vision.patch_size) ** 2
-    return spliced.SplicedProcessor(template, images, pads_images(files), features, maximum)
+    return spliced.SplicedProcessor(template, images, pads_images(files), features, maximum, dtype)
 
 
 def identity(files: ModelFiles) -> str:
@@ -160,7 +160,7 @@ def load(
     # Never .to(dtype): it would round the rotary frequencies, which transformers computes in float32, by radians.
     model.to(device).requires_grad_(False).eval()
     freeze(language_model, gradient_checkpointing)
-    return Reference(model, layers, language_model.lm_head, read_processor(files), device, dtype)
+    return Reference(model, layers, language_model.lm_head, read_processor(files, dtype), device, dtype)
 
 
 # The template

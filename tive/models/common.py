@@ -102,6 +102,19 @@ def target_modules(reference: Reference, grad_modules: str = "self_attn") -> dic
 # Losses
 
 
+def packed(numbers: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Numbers as they travel from a worker: rounded to what the model computes in, of bfloat16 the bits as int16."""
+    tensor = torch.from_numpy(numbers).to(dtype)
+    return (tensor.view(torch.int16) if dtype == torch.bfloat16 else tensor).numpy()
+
+
+def unpacked(numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """What `packed` packed, or other numbers, in `dtype`; whole numbers (of 32 or 64 bits) as they are."""
+    tensor = torch.from_numpy(numbers)
+    tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def collated(inputs: dict[str, Tensor], labels: Sequence[np.ndarray], width: int) -> Collated:
     """A batch with the supervised tokens of its records.
 

@@ -222,6 +222,6 @@ def load(
     template = LlavaTemplate(template_of(folder), tokenizer)
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = spliced.SplicedProcessor(
-        template, tower.image_processor, pads_images(files), features, tokenizer.model_max_length
+        template, tower.image_processor, pads_images(files), features, tokenizer.model_max_length, dtype
     )
     return Reference(model, layers, model.lm_head, processor, device, dtype)

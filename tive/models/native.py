@@ -33,7 +33,7 @@ from tive.models.checkpoint import (
     refuse_other,
     stored_in_4bit,
 )
-from tive.models.common import collated, decoder_layers, freeze, greedy, losses_at_supervised
+from tive.models.common import collated, decoder_layers, freeze, greedy, losses_at_supervised, unpacked
 from tive.models.native_encoding import encode_turns, load_processor, processor_folder
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.models.training_record import RECORD_FILE, read_record, versions_of
@@ -120,7 +120,7 @@ def load(
             module.support_avx512bf16_for_cpu = False
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no output embeddings; its losses cannot be computed")
-    layers, processor = decoder_layers(model), load_processor(files)
+    layers, processor = decoder_layers(model), replace(load_processor(files), dtype=dtype)
     if files.model_base is not None:
         record = read_record(files.folder)
         if record is None:
@@ -253,8 +253,7 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
     for name, arrays in by_name.items():
         shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
         joined = np.concatenate([_padded(array, shape) for array in arrays])
-        tensor = torch.from_numpy(joined)
-        inputs[name] = tensor.to(reference.dtype) if tensor.is_floating_point() else tensor
+        inputs[name] = unpacked(joined, reference.dtype)
     return collated(inputs, [record.inputs.labels for record in records], width)
 
 

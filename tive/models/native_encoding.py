@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tive.data.conversations import image_paths, placeholder_in
@@ -18,7 +19,7 @@ from tive.data.media import IMAGE_TAG, StoredImage
 from tive.data.trained import conversation_of, is_trained_on
 from tive.models import Encoded, LeftOut, ModelFiles
 from tive.models.checkpoint import first_line, loading
-from tive.models.common import IGNORE, supervised_runs
+from tive.models.common import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_object
 
@@ -34,11 +35,12 @@ class NativeProcessor:
     turn_ends: frozenset[int]  # ids that can end an assistant's turn: the tokenizer's added tokens, images apart
     max_length: int | None  # longer records are left out
     max_pixels: int | None  # larger images are made smaller before the processor sees them
+    dtype: torch.dtype = torch.float32  # what the model computes in, to which pixels are rounded
 
 
 @dataclass(frozen=True)
 class ProcessedRecord:
-    """One record's arrays by the processor's names, first axis 1 or the images, and its labels int64 `[t]`."""
+    """Arrays by the processor's names (pixels `packed`), first axis 1 or the images; labels int64 `[t]`."""
 
     arrays: dict[str, np.ndarray]
     labels: np.ndarray
@@ -157,6 +159,7 @@ def encode_turns(
         raise LeftOut(f"the chat template or the processor refuses it: {first_line(error)}") from error
     spans = [span for span, counts in zip(spans, trained, strict=True) if counts]
     arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    arrays |= {name: packed(a, processor.dtype) for name, a in arrays.items() if np.issubdtype(a.dtype, np.floating)}
     ids, plain = arrays["input_ids"][0], tokens["input_ids"]
     if processor.max_length is not None and len(ids) > processor.max_length:
         raise LeftOut("longer than the maximum length")

@@ -22,7 +22,7 @@ from tive.data.media import StoredImage
 from tive.models import Collated, Encoded, LeftOut, ModelFiles, RecordLosses, Reference
 from tive.models.adapter import TRAINED_FILE, attach_adapter, check_adapter, fingerprint, place_tensors, read_tensors
 from tive.models.checkpoint import read_config, refuse_options
-from tive.models.common import IGNORE, collated, greedy, losses_at_supervised, supervised_runs
+from tive.models.common import IGNORE, collated, greedy, losses_at_supervised, packed, supervised_runs, unpacked
 from tive.models.training_record import model_folder
 from tive.util.errors import UserError
 
@@ -47,6 +47,7 @@ class SplicedProcessor:
     pad: bool  # images to a square
     image_features: int  # of one image
     max_length: int  # where records are cut
+    dtype: torch.dtype  # what the model computes in, to which pixels are rounded
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SplicedRecord:
 
     ids: np.ndarray  # int64 `[t]`; `IMAGE_ID` where an image's features stand, once for each
     labels: np.ndarray  # int64 `[t]`; `IGNORE` where nothing is supervised
-    pixels: np.ndarray | None  # float32 `[3, height, width]`; None where no `IMAGE_ID` stands
+    pixels: np.ndarray | None  # `[3, height, width]`, `packed`; None where no `IMAGE_ID` stands
 
 
 # Files
@@ -145,7 +146,7 @@ def spliced_record(
 
 
 def _pixels(processor: SplicedProcessor, folder: str, image: str | StoredImage) -> np.ndarray:
-    """An image's pixels as the trainer's image processor gives them, `[3, height, width]`."""
+    """An image's pixels as the trainer's image processor gives them, `[3, height, width]`, `packed`."""
     try:
         picture = read_image(folder, image, processor.pad)
     except BadImage as error:
@@ -159,7 +160,7 @@ def _pixels(processor: SplicedProcessor, folder: str, image: str | StoredImage) 
         side = side if images.do_resize else max(picture.size)
         red, green, blue = (int(part * 255) for part in images.image_mean)
         picture = resize_padded(picture, (red, green, blue), side, images.resample)
-    return np.asarray(images(picture, return_tensors="np")["pixel_values"][0])
+    return packed(np.asarray(images(picture, return_tensors="np")["pixel_values"][0]), processor.dtype)
 
 
 def answers(processor: SplicedProcessor, record: Encoded) -> list[tuple[Encoded, str]]:
@@ -192,8 +193,7 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
     inputs = {"ids": torch.from_numpy(ids.clip(min=0))}
     shown = [row for row, record in enumerate(records) if record.inputs.pixels is not None]
     if shown:
-        pixels = np.stack([records[row].inputs.pixels for row in shown])
-        inputs["pixels"] = torch.from_numpy(pixels).to(reference.dtype)
+        inputs["pixels"] = unpacked(np.stack([records[row].inputs.pixels for row in shown]), reference.dtype)
         # An image that was cut gives its first features.
         places = [np.flatnonzero(ids[row] == IMAGE_ID) for row in shown]
         inputs["to"] = torch.from_numpy(
