@@ -16,21 +16,8 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from tive.method.value import effective_sample_size, instance_weights
-from tive.report.page import (
-    Block,
-    Card,
-    Cards,
-    Plot,
-    Samples,
-    Section,
-    Table,
-    bars,
-    boxes,
-    by_name,
-    card_of,
-    choice_curve,
-    name,
-)
+from tive.report import page
+from tive.report.page import Block, Card, Cards, Plot, Samples, Section, Table, by_name, name
 from tive.selection.less import Subtask
 from tive.selection.options import column_of
 from tive.selection.output import Selection, Size
@@ -133,7 +120,7 @@ def both_ends(selection: Selection, ends: str, groups: Sequence[Group], samples:
 
     def card(row: int, keys: Iterable[str]) -> Card:
         scores = [f"{shown(key.replace('_', ' '), LABEL_LIMIT)} {short(selection.columns[key][row])}" for key in keys]
-        return card_of(samples, row, selection.ids[row], " · ".join(scores), int(selection.times_selected[row]))
+        return page.card_of(samples, row, selection.ids[row], " · ".join(scores), int(selection.times_selected[row]))
 
     for group in tqdm(groups, desc="Reading sample records", delay=2):
         values = selection.column(group.column)
@@ -178,13 +165,13 @@ def tasks_of(selection: Selection) -> Section:
     title = f"The tasks{'. A value is the mean gradient norm of the records counted' if values else ''}"
     numbers = by_name(title, "task", [task.name for task in tasks], columns)
     names = [f"{shown(task.name, 11)} (excluded)" if task.excluded else task.name for task in tasks]
-    mixture = bars(names, shares, "share of the records, share of the subset", percent=True)
+    mixture = page.bars(names, shares, "share of the records, share of the subset", percent=True)
     caption = f"{distinct:,} of the {selected:,} records are distinct: tasks below their budgets repeat records."
     title = "Share of each task in the records and in the subset"
     blocks: list[Block] = [Plot("mixture", title, mixture, caption=caption if distinct < selected else "")]
     if values:
         names = sorted(values, key=lambda name: -values[name])
-        figure = bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
+        figure = page.bars(names, {"value": [values[name] for name in names]}, "task value: mean gradient norm")
         how = f"the mean of its shares by {rule.replace('+', ' and ')}" if "+" in rule else f"its share by {rule}"
         caption = f"A task's budget is {how}." if rule != "difficulty" else ""
         blocks.append(Plot("task_values", "The value of each task", figure, caption=caption))
@@ -198,7 +185,7 @@ def distributions(selection: Selection, column: str) -> Section:
         return Section(column, title, ["No record has one."])
     groups, caption = groups_of_tasks(selection, column), ""
     numbers, values = _spread(selection, f"{title} in each task", groups, {})
-    figure = boxes([group.name for group in groups], values, label, logarithmic)
+    figure = page.boxes([group.name for group in groups], values, label, logarithmic)
     if column == "norm":
         pairs = np.array([selection.column("norm"), selection.column("supervised_tokens")])
         known = [pairs[:, group.rows][:, np.isfinite(pairs[:, group.rows]).all(axis=0)] for group in groups]
@@ -269,7 +256,7 @@ def choice(selection: Selection) -> Section:
     }
     numbers = by_name("Effective sample size of each task's weights", "task", [task.name for task in tasks], columns)
     everyone, drawn_share = sizes @ curves / sizes.sum(), sum(task.distinct for task in tasks) / sizes.sum()
-    figure = choice_curve(Q_GRID, curves, everyone, q, drawn_share)
+    figure = page.choice_curve(Q_GRID, curves, everyone, q, drawn_share)
     caption = "This selection does not draw with weights; the curve is the effective size if it did."
     weighted = arguments.get("instance_score") != "random" and arguments.get("sampling", "weighted") == "weighted"
     if weighted and np.isfinite(shares).all():
@@ -288,7 +275,7 @@ def subtasks(selection: Selection, targets: Sequence[Subtask], groups: Sequence[
         "chosen that serve it best": [subtask.selected for subtask in targets],
     }
     numbers, values = _spread(selection, "Scores of all records for each subtask", groups, columns)
-    plot = Plot("subtasks", numbers.title, boxes(names, values, "score for the subtask: a cosine"), numbers)
+    plot = Plot("subtasks", numbers.title, page.boxes(names, values, "score for the subtask: a cosine"), numbers)
     drawn = np.flatnonzero(selection.drawn)
     best = np.array([selection.column(group.column)[drawn] for group in groups]).argmax(axis=0)
     counts = np.zeros((len(groups), len(selection.tasks)), int)
