@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tive.features.batches import Batches
-from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of, spliced
+from tive.models import Encoded, LeftOut, ModelFiles, Reference, family_of
 from tive.models.checkpoint import base_folder
 from tive.models.common import target_modules
 from tive.util.device import device_of, dtype_of
@@ -74,17 +74,13 @@ def make_case(arguments: argparse.Namespace) -> Case:
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    family: Any = spliced
-    device = device_of(arguments.device)
-    dtype, checkpointing = dtype_of(arguments.dtype, device), arguments.gradient_checkpointing
-    tasks = [str(number % 8) for number in range(arguments.records)]
-    if arguments.llava_7b:
-        reference = models.random_llava(models.LLAVA_7B, device, dtype, checkpointing)
-        records = models.random_records(models.LLAVA_7B, arguments.records)
-    elif arguments.text:
-        width, layers, tokens = arguments.text
-        reference = models.random_llava(models.text_shape(width, layers), device, dtype, checkpointing)
-        records = models.random_texts(arguments.records, tokens)
+    device, checkpointing = device_of(arguments.device), arguments.gradient_checkpointing
+    dtype = dtype_of(arguments.dtype, device)
+    if arguments.llava_7b or arguments.text:
+        shape = models.LLAVA_7B if arguments.llava_7b else models.text_shape(*arguments.text)
+        family, reference = models.random_model(shape, device, dtype, checkpointing)
+        records = models.random_records(shape, arguments.records, reference)
+        tasks = [str(number % 8) for number in range(arguments.records)]
     elif arguments.input_file and arguments.model_path and arguments.model_base:
         files = ModelFiles(arguments.model_path, base_folder(arguments.model_base), arguments.vision_tower)
         family = family_of(files)

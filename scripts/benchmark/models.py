@@ -6,9 +6,8 @@ measured on them in environments of their own; Qwen2.5-VL's needs transformers' 
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tive.models import Encoded, Reference
+from tive.models import Encoded, Reference, spliced
 from tive.models.common import IGNORE, decoder_layers, freeze, packed
 from tive.models.native_encoding import ProcessedRecord
 from tive.models.spliced import IMAGE_ID, spliced_record
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 # Of Qwen2.5-VL: the side of a patch, patches that make one feature on each side; ids around an image and for its parts.
 PATCH, MERGED = 14, 2
 START, END, PART = 1, 2, 3
@@ -30,18 +29,20 @@ START, END, PART = 1, 2, 3
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, by the names of transformers' configs.
+    """Sizes of a model, by the names of transformers' configs, and of the records that are made for it.
 
     Attributes:
         vision: of the tower; empty for a language model alone.
         rank: of LoRA.
-        grid: of Qwen2.5-VL, an image's patches in rows and columns.
+        tokens: of every record; 0 for texts of lengths like LLaVA-1.5's.
+        grid: of Qwen2.5-VL, an image's patches in rows and columns; None for the other forms.
     """
 
     text: dict[str, int]
     vision: dict[str, Any]
     rank: int
-    grid: tuple[int, int] = (0, 0)
+    tokens: int = 0
+    grid: tuple[int, int] | None = None
 
 
 def _text(width: int, inner: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
@@ -54,24 +55,22 @@ def _clip(width: int, layers: int, heads: int, image: int) -> dict[str, Any]:
     return sizes | {"num_attention_heads": heads, "image_size": image, "patch_size": PATCH}
 
 
-def _qwen_tower(width: int, inner: int, layers: int, heads: int, whole_attention: list[int]) -> dict[str, Any]:
+def _qwen(width: int, inner: int, layers: int, heads: int, whole_attention: list[int]) -> dict[str, Any]:
     sizes = {"hidden_size": width, "intermediate_size": inner, "depth": layers, "num_heads": heads}
     return sizes | {"fullatt_block_indexes": whole_attention}
+
+
+def text_shape(width: int, layers: int, tokens: int) -> Shape:
+    """A language model with heads of 32, an MLP of twice the width, and LoRA of rank 8."""
+    return Shape(_text(width, 2 * width, layers, width // 32, 4096), {}, 8, tokens)
 
 
 # LLaVA-1.5-7B with its reference model's LoRA, and Qwen2.5-VL-3B; and small ones of their forms.
 LLAVA_7B = Shape(_text(4096, 11008, 32, 32, 32000), _clip(1024, 24, 16, 336), 128)
 SMALL_LLAVA = Shape(_text(64, 128, 2, 4, 300), _clip(32, 2, 4, 56), 4)
-_QWEN_HEADS = {"num_key_value_heads": 2}
-QWEN_3B = Shape(
-    _text(2048, 11008, 36, 16, 151936) | _QWEN_HEADS, _qwen_tower(1280, 3420, 32, 16, [7, 15, 23, 31]), 64, (36, 48)
-)
-SMALL_QWEN = Shape(_text(64, 128, 2, 4, 512) | _QWEN_HEADS, _qwen_tower(32, 64, 2, 4, [1]), 4, (4, 8))
-
-
-def text_shape(width: int, layers: int) -> Shape:
-    """A language model with heads of 32, an MLP of twice the width, and LoRA of rank 8."""
-    return Shape(_text(width, 2 * width, layers, width // 32, 4096), {}, 8)
+_TOWER = _qwen(1280, 3420, 32, 16, [7, 15, 23, 31])
+QWEN_3B = Shape(_text(2048, 11008, 36, 16, 151936) | {"num_key_value_heads": 2}, _TOWER, 64, grid=(36, 48))
+SMALL_QWEN = Shape(_text(64, 128, 2, 4, 512) | {"num_key_value_heads": 2}, _qwen(32, 64, 2, 4, [1]), 4, grid=(4, 8))
 
 
 class Llava(nn.Module):
@@ -92,32 +91,44 @@ class Llava(nn.Module):
         return features
 
 
-def random_llava(
+def random_model(
     shape: Shape, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False
-) -> Reference:
-    """A LLaVA with LoRA on its language model's linear maps; without a tower, that model with LoRA on its attention.
+) -> tuple[Any, Reference]:
+    """The family that computes the losses, and a reference model with random weights.
 
-    The family `tive.models.spliced` computes its losses.
+    LoRA is on the attention's linear maps, in LLaVA's form on the MLP's too.
+
+    Raises:
+        ImportError: transformers does not have Qwen2.5-VL.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+    from peft import LoraConfig, get_peft_model
 
-    text, lora = LlamaConfig(**shape.text, use_cache=False), (*ATTENTION, *MLP) if shape.vision else ATTENTION
-    with _made_on(device, dtype):
-        model: Any = Llava(text, CLIPVisionConfig(**shape.vision)) if shape.vision else LlamaForCausalLM(text)
-        language_model = model.language_model if shape.vision else model
-        _add_lora(language_model, shape.rank, lora)
+    family: Any = importlib.import_module("tive.models.native") if shape.grid else spliced
+    maps = [*ATTENTION, *MLP] if shape.vision and not shape.grid else ATTENTION
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:  # weights are made in their dtype on the device: at no time are they there twice
+            model: Any = _qwen_model(shape) if shape.grid else _llava_model(shape)
+            language_model = model.language_model if isinstance(model, Llava) else model
+            get_peft_model(language_model, LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, target_modules=maps))
+    finally:
+        torch.set_default_dtype(default)
     _fill(model, dtype)
     model.requires_grad_(False).eval()
     freeze(language_model, gradient_checkpointing)
-    return Reference(model, decoder_layers(language_model), language_model.lm_head, None, device, dtype)
+    head = language_model.get_output_embeddings()
+    return family, Reference(model, decoder_layers(language_model), head, None, device, dtype)
 
 
-def random_qwen(shape: Shape, device: torch.device, dtype: torch.dtype) -> Reference:
-    """A Qwen2.5-VL with LoRA on its attention; the family `tive.models.native` computes its losses.
+def _llava_model(shape: Shape) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
-    Raises:
-        ImportError: transformers does not have its class.
-    """
+    text = LlamaConfig(**shape.text, use_cache=False)
+    return Llava(text, CLIPVisionConfig(**shape.vision)) if shape.vision else LlamaForCausalLM(text)
+
+
+def _qwen_model(shape: Shape) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     width = shape.text["hidden_size"]
@@ -131,30 +142,7 @@ def random_qwen(shape: Shape, device: torch.device, dtype: torch.dtype) -> Refer
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
-    with _made_on(device, dtype):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        _add_lora(model, shape.rank, ATTENTION)
-    _fill(model, dtype)
-    freeze(model, gradient_checkpointing=False)
-    return Reference(model, decoder_layers(model), model.get_output_embeddings(), None, device, dtype)
-
-
-@contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Weights are made in `dtype` on the device: at no time are they there twice."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-def _add_lora(model: Any, rank: int, maps: tuple[str, ...]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(maps)))
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 @torch.no_grad()
@@ -174,50 +162,37 @@ def _fill(model: nn.Module, dtype: torch.dtype) -> None:
                 part.copy_(scaled[: len(part)])
 
 
-def random_texts(count: int, tokens: int, vocabulary: int = 4096) -> list[Encoded]:
-    """Records of as many random tokens each, so that a batch has no padding; the second half is supervised."""
-    texts = np.random.default_rng(0).integers(3, vocabulary, (count, tokens))
-    return [spliced_record(text, _answered(text), None, 0, tokens) for text in texts]
+def random_records(shape: Shape, count: int, reference: Reference) -> list[Encoded]:
+    """Records of random tokens: half of each text is an answer, and all have an image where there is a tower.
 
-
-def random_records(shape: Shape, count: int) -> list[Encoded]:
-    """Records of LLaVA's form: 15 of 16 with an image, the texts of lengths like LLaVA-1.5's."""
-    generator, side = np.random.default_rng(0), shape.vision["image_size"]
-    patches, records = (side // PATCH) ** 2, []
+    In LLaVA's form one of 16 has none.
+    """
+    generator, side, records = np.random.default_rng(0), shape.vision.get("image_size", 0), []
+    patches = (side // PATCH) ** 2
     for number in range(count):
-        tokens = _random_text(generator, shape.text["vocab_size"])
-        labels, pixels = _answered(tokens), None
-        if number % 16 != 15:
-            tokens[35], labels[35] = IMAGE_ID, IGNORE
+        length = shape.tokens or int(np.clip(generator.lognormal(5.0, 0.6), 40, 1000))
+        text = generator.integers(PART + 1, shape.text["vocab_size"], length)
+        labels, pixels = np.where(np.arange(length) < length // 2, IGNORE, text), None
+        if shape.grid:
+            patches = shape.grid[0] * shape.grid[1]
+            pixels = generator.standard_normal((patches, 3 * 2 * PATCH**2), dtype=np.float32)
+            records.append(_qwen_record(text, labels, pixels, shape.grid, reference))
+            continue
+        if side and number % 16 != 15:
+            text[35], labels[35] = IMAGE_ID, IGNORE
             pixels = generator.standard_normal((3, side, side), dtype=np.float32)
-        records.append(spliced_record(tokens, labels, pixels, patches, len(tokens) + patches))
+        records.append(spliced_record(text, labels, pixels, patches, length + patches))
     return records
 
 
-def random_qwen_records(shape: Shape, count: int, reference: Reference) -> list[Encoded]:
-    """Records of Qwen2.5-VL's form, each with an image of `shape.grid` patches before its text."""
-    generator, patches = np.random.default_rng(0), shape.grid[0] * shape.grid[1]
-    image = [START, *[PART] * (patches // MERGED**2), END]
-    takes = inspect.signature(type(reference.model).forward).parameters
-    records = []
-    for _ in range(count):
-        text = _random_text(generator, shape.text["vocab_size"])
-        ids = np.concatenate([image, text])[None].astype(np.int64)
-        labels = np.concatenate([np.full(len(image), IGNORE), _answered(text)])
-        pixels = generator.standard_normal((patches, 3 * 2 * PATCH**2), dtype=np.float32)
-        arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "image_grid_thw": np.array([[1, *shape.grid]])}
-        arrays["pixel_values"] = packed(pixels, reference.dtype)
-        if "mm_token_type_ids" in takes:  # from transformers 5 on
-            arrays["mm_token_type_ids"] = (ids == PART).astype(np.int64)
-        supervised = int((labels != IGNORE).sum())
-        records.append(Encoded(ids.shape[1], supervised, "image", ProcessedRecord(arrays, labels)))
-    return records
-
-
-def _random_text(generator: np.random.Generator, vocabulary: int) -> np.ndarray:
-    return generator.integers(PART + 1, vocabulary, int(np.clip(generator.lognormal(5.0, 0.6), 40, 1000)))
-
-
-def _answered(tokens: np.ndarray) -> np.ndarray:
-    """Labels: the second half of the tokens is an answer."""
-    return np.where(np.arange(len(tokens)) < len(tokens) // 2, IGNORE, tokens)
+def _qwen_record(
+    text: np.ndarray, labels: np.ndarray, pixels: np.ndarray, grid: tuple[int, int], reference: Reference
+) -> Encoded:
+    image = [START, *[PART] * (len(pixels) // MERGED**2), END]
+    ids = np.concatenate([image, text])[None].astype(np.int64)
+    labels = np.concatenate([np.full(len(image), IGNORE), labels])
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": packed(pixels, reference.dtype)}
+    arrays["image_grid_thw"] = np.array([[1, *grid]])
+    if "mm_token_type_ids" in inspect.signature(type(reference.model).forward).parameters:  # from transformers 5 on
+        arrays["mm_token_type_ids"] = (ids == PART).astype(np.int64)
+    return Encoded(ids.shape[1], int((labels != IGNORE).sum()), "image", ProcessedRecord(arrays, labels))

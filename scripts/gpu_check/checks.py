@@ -18,7 +18,6 @@ from scripts.gpu_check.speed import step_of
 from tive.features.batches import Batches
 from tive.features.step import FLOAT16_LOSS_SCALES
 from tive.method.projection import Sparse, TrakCuda, make_projector, project, sparse_projection
-from tive.models import spliced
 from tive.models.common import freeze
 from tive.util.device import forget_peak, peak_memory
 from tive.util.errors import UserError
@@ -102,8 +101,10 @@ def out_of_memory_is_survived(device: torch.device) -> tuple[dict[str, float], s
     """Memory really runs out: tokens are halved, every record is computed, and batches of short records stay full."""
     if device.type != "cuda":
         raise NotHere("it wants a GPU")
-    step = step_of(spliced, models.random_llava(models.text_shape(1024, 8), device, torch.bfloat16))
-    long, short = models.random_texts(32, 2048), models.random_texts(64, 256)
+    shapes = [models.text_shape(1024, 8, tokens) for tokens in (2048, 256)]
+    step = step_of(shapes[0], device, torch.bfloat16)
+    long, short = (models.random_records(shape, 64, step.reference) for shape in shapes)
+    long = long[:32]
     step(step.ready(short[:2]))
     forget_peak(device)
     before, total = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]

@@ -55,10 +55,10 @@ def checks_of(with_llava_7b: bool) -> Iterator[tuple[str, Check]]:
     yield "a base in 4 bits", checks.four_bits_are_a_batch_alone
     yield "a real lack of memory", checks.out_of_memory_is_survived
     yield "forked workers, killed and continued", checks.killed_runs_are_continued
-    yield "speed: text model of LLaVA-7B's width", partial(speed.speed, speed.text)
-    yield "speed: Qwen2.5-VL-3B's shape", partial(speed.speed, speed.qwen)
+    yield "speed: text model of LLaVA-7B's width", partial(speed.speed, speed.TEXT)
+    yield "speed: Qwen2.5-VL-3B's shape", partial(speed.speed, speed.QWEN_3B)
     if with_llava_7b:
-        yield "speed: LLaVA-1.5-7B's shape", partial(speed.speed, speed.llava)
+        yield "speed: LLaVA-1.5-7B's shape", partial(speed.speed, speed.LLAVA_7B)
 
 
 def run_check(name: str, check: Check, device: torch.device) -> Result:

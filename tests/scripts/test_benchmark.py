@@ -12,7 +12,6 @@ from scripts.benchmark import models
 from scripts.benchmark.whole import whole_gradients
 from tests.helpers.forked_python import PYTHON
 from tests.helpers.golden_model import GOLDEN
-from tive.models import spliced
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
@@ -70,9 +69,9 @@ def test_the_gradient_benchmark_says_what_it_needs():
 
 
 def test_a_random_model_of_llavas_form_gives_every_record_a_gradient():
-    reference = models.random_llava(models.SMALL_LLAVA, torch.device("cpu"), torch.float32)
-    records = models.random_records(models.SMALL_LLAVA, 16)
-    norms, gradients = whole_gradients(spliced, reference, records, 4)
+    family, reference = models.random_model(models.SMALL_LLAVA, torch.device("cpu"), torch.float32)
+    records = models.random_records(models.SMALL_LLAVA, 16, reference)
+    norms, gradients = whole_gradients(family, reference, records, 4)
     assert torch.isfinite(norms).all() and (norms > 0).all()
     assert gradients.shape[1] == 2 * 4 * (64 * 4 + 4 * 64)
     assert sum(record.inputs.pixels is not None for record in records) == 15
