@@ -162,12 +162,14 @@ def test_what_a_trainer_acts_on_and_is_not_followed_is_refused_by_its_name(recor
 
 @pytest.mark.parametrize("key", ["loss", "weight", "train", "training"])
 @pytest.mark.parametrize("no", [False, 0, 0.0])
-def test_an_answer_may_be_taken_out_of_training_by_a_key_of_its_turn(key, no):
+def test_an_answer_may_be_taken_out_of_training_by_a_key_of_its_turn(tmp_path, key, no):
     """Followed where the trainer follows it; LLaVA's trains on every answer, and refuses the record."""
     turns = [says("user", "a"), says("assistant", "b", **{key: no}), says("user", "c"), says("assistant", "d")]
     conversation = conversation_of({"messages": turns})
     answers = [turn for turn in conversation["conversations"] if turn["from"] == "gpt"]
     assert [is_trained_on(turn) for turn in answers] == [False, True]
+    records = open_records(write(tmp_path / "a.json", json.dumps([{"messages": turns}])))
+    assert scan_records(records, form_problem).answers == [1]  # the evaluation asks for no other
     assert form_problem({"messages": turns}) is None and form_problem(conversation) is None
     assert f"`{key}`" in problem_of(conversation)
     assert problem_of(record_with(("human", "a"), ("gpt", "b")) | {key: no}) is None  # a record's key is no turn's

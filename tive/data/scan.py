@@ -22,7 +22,7 @@ from tive.data.parquet import TableRecords
 from tive.data.problems import refuse_bad_records, writable
 from tive.data.records import Records, suffix_of
 from tive.data.tasks import no_task, task_or_problem
-from tive.data.trained import plain_images
+from tive.data.trained import is_taken_out, plain_images
 from tive.util.errors import UserError
 from tive.util.text import command, listed
 
@@ -40,7 +40,7 @@ class Scan:
         ids: `[n]`, as text that can be written; empty where a record has none.
         tasks: `[n]`; empty where a record names none, or where no task was asked for.
         images: `[n]`, the paths that each record names; none where it cannot be used, or its images lie in its row.
-        answers: `[n]`, how many turns answer another one.
+        answers: `[n]`, how many turns answer another one and are trained on.
         problems: row -> what keeps the record from being used.
         tags_alone: rows whose text has the image's tag, and that name no image.
         images_alone: rows that name an image, and whose text has no tag for it.
@@ -84,7 +84,7 @@ def scan_records(records: Records, record_problem: Callable[[Any], str | None], 
             if not problem:
                 conversation = to_llava(record)
                 turns, paths = conversation["conversations"], image_paths(conversation)
-                answers = [turn["from"] for turn in turns[1:]].count("gpt")
+                answers = sum(turn["from"] == "gpt" and not is_taken_out(turn) for turn in turns[1:])
                 images = tuple([image for image in paths if isinstance(image, str)])
                 has_tag = any(IMAGE_TAG in turn["value"] for turn in turns)
                 if has_tag != bool(paths):

@@ -78,7 +78,6 @@ def _acted_on(record: dict[str, Any]) -> str | None:
 def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
     """Whether an answer, a turn as `to_llava` returns it, is trained on: `loss`, `weight` or `train` may say no; a
     `ValueError` that names `index` where such a key says something else, or another key is not known here."""
-    trained = True
     for key, value in turn.items():
         if key in ("from", "value") or _is_note(key, value):
             continue
@@ -93,8 +92,12 @@ def is_trained_on(turn: dict[str, Any], index: int = 0) -> bool:
             raise ValueError(
                 f"has a question in turn {index} that is to be trained on (`{key}`), which is not followed"
             )
-        trained = trained and bool(value)
-    return trained
+    return not is_taken_out(turn)
+
+
+def is_taken_out(turn: dict[str, Any]) -> bool:
+    """Whether one of `TRAINED_KEYS` says that a turn is not trained on."""
+    return any(turn.get(key) in (False,) for key in TRAINED_KEYS)  # 0 among them
 
 
 def _is_note(key: str, value: Any) -> bool:
