@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -100,6 +102,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What mostly waits starts first, and the others use the processor meanwhile.
     items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_training"))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: no collection of garbage goes through it again, also where the gradient step asks for one.
+    gc.collect()
+    gc.freeze()
+    # transformers asks for the version of Pillow several times for an image, and each time its file is read.
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 
 def pytest_report_header() -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from tests.conftest import here
 from tests.helpers import hub_sets
+from tests.helpers.forked_python import PYTHON
 from tests.helpers.mixture import mixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def one_bad_record(source: Path) -> Callable[[Path], None]:
 def selections(source: Path, features: Path) -> Callable[[Path], None]:
     def select(target: Path) -> None:
         for q in (0.001, 50):
-            command = [sys.executable, ROOT / "select_data_TIVE.py", "--data_path", source, "--q", q]
+            command = [PYTHON, ROOT / "select_data_TIVE.py", "--data_path", source, "--q", q]
             command += ["--gradient_path", features, "--save_path", target]
             subprocess.run(list(map(str, command)), check=True, capture_output=True)
 
@@ -128,7 +129,7 @@ def selections(source: Path, features: Path) -> Callable[[Path], None]:
 
 def chat(source: Path) -> Callable[[Path], None]:
     def convert(target: Path) -> None:
-        command = [sys.executable, ROOT / "scripts" / "convert_data.py", "--source_path", source]
+        command = [PYTHON, ROOT / "scripts" / "convert_data.py", "--source_path", source]
         subprocess.run([*command, "--target_path", target, "--to", "messages"], check=True, capture_output=True)
 
     return convert
@@ -138,7 +139,7 @@ def evaluated(source: Path, images: Path, model: Path) -> Callable[[Path], None]
     def evaluate(target: Path) -> None:
         held_out = target.with_name("held_out.json")
         some_records(source, slice(0, None, 60))(held_out)
-        command = [sys.executable, ROOT / "scripts" / "evaluate.py", "--input_file", held_out, "--save_path", target]
+        command = [PYTHON, ROOT / "scripts" / "evaluate.py", "--input_file", held_out, "--save_path", target]
         command += ["--image_folder", images, "--model", "tive", model]
         subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=target.parent)
 
@@ -230,12 +231,13 @@ def workspace(page: str, folder: Path) -> dict[str, str]:
     stand_ins.mkdir()
     for program in ("python", "torchrun", "sbatch"):
         named = "" if program == "python" else f"{program} "
-        command = f'exec {sys.executable} {ROOT}/tests/helpers/parse_only.py {named}"$@"'
+        command = f'exec {PYTHON} {ROOT}/tests/helpers/parse_only.py {named}"$@"'
         (stand_ins / program).write_text(f"#!/bin/sh\n{command}\n")
         (stand_ins / program).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "WORKERS": "0"}
-    return environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": PYTHON, "WORKERS": "0"}
+    programs = [Path(program).parent for program in (PYTHON, sys.executable)]
+    return environment | {"PATH": ":".join([*map(str, programs), os.environ["PATH"]])}
 
 
 @pytest.mark.pages

@@ -2,11 +2,12 @@
 
 Good for scripts that import those libraries; one that imports none starts as fast by itself.
 
-`PYTHON` is a program that is called as an interpreter is. A script of this project that it is given runs in a new
+`PYTHON` is a program that is called as an interpreter is. A script of this project, or `-m` and a module, runs in a new
 process, forked from a server that has imported torch and the libraries and nothing of the project; it has the caller's
 arguments, folder, environment, standard streams and signals, and its exit code comes back. Whatever could differ from a
-fresh start is started afresh: other arguments (`-c`, `-m`, `-X`), programs from elsewhere, output to a terminal, and an
-environment that differs from the server's in what libraries read while they are imported. One thing is another: forks
+fresh start is started afresh: other arguments (`-c`, `-X`), programs from elsewhere, output to a terminal, packages of
+the libraries' names where Python would look first, and an environment that differs from the server's in what libraries
+read while they are imported. One thing is another: forks
 share the seed of Python's hashes.
 
 tests/conftest.py starts the server, which imports nothing before it is first asked. Nothing but the standard library is
@@ -29,6 +30,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,9 @@ LIBRARIES = (
 # What libraries read while they are imported, by the beginning of its name.
 READ_EARLY = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "TORCH_", "DS_", "MPL")
 READ_EARLY += ("PYTHON", "LD_", "HOME", "XDG_", "TMPDIR", "LANG", "LC_", "NCCL_", "KMP_", "WANDB_", "BNB_", "USE_")
-# But these are for later: for shell scripts and torchrun, for the streams, and for CUDA's first use.
-BUT = ("PYTHON", "PYTHON_EXEC", "PYTHONUNBUFFERED", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK")
-BUT += ("TORCH_NCCL_ASYNC_ERROR_HANDLING",)
+# But these are looked at in another way (PYTHONPATH), or later: by shell scripts, torchrun, the streams, CUDA.
+BUT = ("PYTHON", "PYTHONPATH", "PYTHON_EXEC", "PYTHONUNBUFFERED", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+BUT += ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NVML_BASED_CUDA_CHECK")
 
 
 def early(environment: dict[str, str]) -> dict[str, str]:
@@ -58,7 +60,7 @@ def call(path: str, arguments: list[str]) -> int:
 
     Ends as a start of the interpreter where the server does not run this.
     """
-    if not arguments or arguments[0].startswith("-") or os.isatty(1) or os.isatty(2):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m") or os.isatty(1) or os.isatty(2):
         start(arguments)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.connect(path)
@@ -110,18 +112,13 @@ class Server:
         with caller.makefile("rb") as sent:
             request = json.loads(sent.read(int.from_bytes(header, "big")))
         process = -1
-        given, mine = early(request["environment"]), self.environment
-        # A script may drop PYTHONPATH, and finds the project all the same.
-        script = os.path.realpath(os.path.join(request["folder"], request["arguments"][0]))
-        of_tests = script.startswith((f"{ROOT}{os.sep}", f"{os.path.realpath(sys.prefix)}{os.sep}"))
-        if of_tests and {"PYTHONPATH": mine.get("PYTHONPATH"), **given} == {"PYTHONPATH": None, **mine}:
+        if self.is_like_here(request):
             if not self.ready:
                 import_libraries()
                 self.ready = True
             process = os.fork()
             if process == 0:
-                dropped = [] if "PYTHONPATH" in given else mine.get("PYTHONPATH", "").split(os.pathsep)
-                become(request, streams, dropped)
+                become(request, streams)
                 return request["arguments"]
         for stream in streams:
             os.close(stream)
@@ -134,6 +131,20 @@ class Server:
         for place in (caller, ended):
             self.events.register(place, selectors.EVENT_READ, (process, caller, ended))
         return None
+
+    def is_like_here(self, request: dict[str, Any]) -> bool:
+        """Whether a fork of this process is what a fresh start would be."""
+        first = os.path.realpath(os.path.join(request["folder"], *request["arguments"][:1]))
+        if request["arguments"][0] == "-m":
+            first = request["folder"]
+        elif first.startswith((f"{ROOT}{os.sep}", f"{os.path.realpath(sys.prefix)}{os.sep}")):
+            first = os.path.dirname(first)
+        else:
+            return False
+        places = [first, *places_of(request["environment"])]
+        names = {f"{name.partition('.')[0]}{ending}" for name in LIBRARIES[1:] for ending in ("", ".py")}
+        shadowed = any(os.path.exists(os.path.join(place, name)) for place in places for name in names)
+        return not shadowed and early(request["environment"]) == self.environment
 
     def end(self, process: int, caller: socket.socket, ended: int) -> None:
         """Tell the caller how its process ended; where the caller was killed, so is the process."""
@@ -169,8 +180,13 @@ def import_libraries() -> None:
     assert not others, f"a library has started threads, which no fork would have: {others}"
 
 
-def become(request: dict[str, Any], streams: list[int], dropped: list[str]) -> None:
-    """Make this fork the process that the caller meant to start; `dropped` goes from the places to import from."""
+def places_of(environment: Mapping[str, str]) -> list[str]:
+    return [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+
+
+def become(request: dict[str, Any], streams: list[int]) -> None:
+    """Make this fork the process that the caller meant to start."""
+    inherited = places_of(os.environ)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -186,10 +202,9 @@ def become(request: dict[str, Any], streams: list[int], dropped: list[str]) -> N
     if os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     script = request["arguments"][0]
-    sys.path[:] = [
-        os.path.dirname(os.path.realpath(script)),
-        *(place for place in sys.path[1:] if place not in dropped),
-    ]
+    first = request["folder"] if script == "-m" else os.path.dirname(os.path.realpath(script))
+    libraries = [place for place in sys.path[1:] if place not in inherited]
+    sys.path[:] = [first, *places_of(os.environ), *libraries]
 
 
 def main() -> list[str]:
@@ -203,10 +218,15 @@ def main() -> list[str]:
     os._exit(code)
 
 
-def run(script: str) -> int:
-    """Run a script as Python would; returns its exit code."""
+def run(arguments: list[str]) -> int:
+    """Run `SCRIPT ARGUMENT...` or `-m MODULE ARGUMENT...` as Python would; returns the exit code."""
     try:
-        runpy.run_path(script, run_name="__main__")
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
@@ -219,8 +239,7 @@ def run(script: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.argv = main()
-    exit_code = run(sys.argv[0])
+    exit_code = run(main())
     # As the interpreter ends; but it would also take down the libraries' modules one by one, for half a second.
     threading._shutdown()
     atexit._run_exitfuncs()
