@@ -22,7 +22,7 @@ from tive.util.errors import UserError
 from . import models
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A reference model, records, and the batches (indices of records) that every method runs on.
 

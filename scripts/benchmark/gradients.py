@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tive.features.step import GradientStep
 from tive.method.gradients import gradient_features
-from tive.method.projection import make_projector
+from tive.method.projection import Projector, make_projector
 from tive.util.device import device_name, forget_peak, peak_memory
 from tive.util.text import print_table
 
 from . import cases
 from .cases import Case
 
-# A method is made ready once, and then computes batch after batch.
-Compute = Callable[[list[int]], None]
-Method = Callable[[Case, int], Compute]
+# Computes a batch, with so many numbers in a feature; what it needs for that it makes once.
+Method = Callable[[Case, int, list[int]], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +75,13 @@ class Round(NamedTuple):
 
 def one_round(method: Method, case: Case, arguments: argparse.Namespace) -> Round:
     """One pass over the batches, ended after `--seconds`; before it, if rounds are many, an uncounted batch."""
-    compute = method(case, arguments.proj_dim)
     if arguments.rounds > 1:
-        compute(case.batches[0])
+        method(case, arguments.proj_dim, case.batches[0])
     gc.collect()
     forget_peak(case.reference.device)
     records, begin = 0, now(case.reference.device)
     for batch in case.batches:
-        compute(batch)
+        method(case, arguments.proj_dim, batch)
         records += len(batch)
         seconds = now(case.reference.device) - begin
         if seconds > arguments.seconds:
@@ -96,39 +95,28 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def forward(case: Case, proj_dim: int) -> Compute:
+def forward(case: Case, proj_dim: int, batch: list[int]) -> None:
     """The forward pass alone."""
-
-    @torch.no_grad()
-    def compute(batch: list[int]) -> None:
+    with torch.no_grad():
         case.losses(batch)
 
-    return compute
 
-
-def forward_and_backward(case: Case, proj_dim: int) -> Compute:
+def forward_and_backward(case: Case, proj_dim: int, batch: list[int]) -> None:
     """Forward, and backward through the activations down to the first target module: the limit for a frozen base."""
 
     def start(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
 
-    def compute(batch: list[int]) -> None:
-        hooks = [matrix.register_forward_hook(start) for matrix in case.matrices.values()]
-        case.losses(batch).sum().backward()
-        for hook in hooks:
-            hook.remove()
-
-    return compute
+    hooks = [matrix.register_forward_hook(start) for matrix in case.matrices.values()]
+    case.losses(batch).sum().backward()
+    for hook in hooks:
+        hook.remove()
 
 
-def losses_alone(case: Case, proj_dim: int) -> Compute:
+def losses_alone(case: Case, proj_dim: int, batch: list[int]) -> None:
     """The step with `--gradient none`: losses and EL2N."""
     step = GradientStep(case.family, case.reference, {}, None, el2n=True)
-
-    def compute(batch: list[int]) -> None:
-        step(step.ready([case.records[number] for number in batch]))
-
-    return compute
+    step(step.ready([case.records[number] for number in batch]))
 
 
 class NoProjection:
@@ -141,22 +129,17 @@ class NoProjection:
         pass
 
 
-def with_projector(kind: str) -> Method:
+def gradients(kind: str, case: Case, proj_dim: int, batch: list[int]) -> None:
     """The gradient step: per-record gradients of a whole batch, projected matrix by matrix."""
-
-    def method(case: Case, proj_dim: int) -> Compute:
-        device = case.reference.device
-        projector = NoProjection() if kind == "none" else make_projector(kind, 0, proj_dim, device)
-
-        def compute(batch: list[int]) -> None:
-            gradient_features(partial(case.losses, batch), case.matrices, projector)
-
-        return compute
-
-    return method
+    gradient_features(partial(case.losses, batch), case.matrices, projector_of(kind, proj_dim, case.reference.device))
 
 
-def one_at_a_time(case: Case, proj_dim: int) -> Compute:
+@functools.cache
+def projector_of(kind: str, proj_dim: int, device: torch.device) -> Projector:
+    return NoProjection() if kind == "none" else make_projector(kind, 0, proj_dim, device)
+
+
+def one_at_a_time(case: Case, proj_dim: int, batch: list[int]) -> None:
     """What the method is without this engine: autograd's parameter gradients of one record after another.
 
     The gradients of a batch are stacked and projected whole by TRAK's projector.
@@ -175,23 +158,36 @@ def one_at_a_time(case: Case, proj_dim: int) -> Compute:
         block_size=128,
         max_batch_size=16,
     )
-
-    def compute(batch: list[int]) -> None:
-        rows = []
-        for weight in weights:
-            weight.requires_grad_(True)
-        for number in batch:
-            gradients = torch.autograd.grad(case.losses([number]).sum(), weights)
-            rows.append(torch.cat([part.flatten() for part in gradients]).to(dtype))
-        for weight in weights:
-            weight.requires_grad_(False)
-        projector.project(torch.stack(rows), model_id=0).cpu()
-
-    return compute
+    rows = []
+    for weight in weights:
+        weight.requires_grad_(True)
+    for number in batch:
+        parts = torch.autograd.grad(case.losses([number]).sum(), weights)
+        rows.append(torch.cat([part.flatten() for part in parts]).to(dtype))
+    for weight in weights:
+        weight.requires_grad_(False)
+    projector.project(torch.stack(rows), model_id=0).cpu()
 
 
-def bergson(case: Case, proj_dim: int) -> Compute:
+def bergson(case: Case, proj_dim: int, batch: list[int]) -> None:
     """bergson's collector on the same batches and losses: 16 x 16 numbers a matrix, gathered on the CPU."""
+
+    def start(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return inputs[0].detach().requires_grad_(), *inputs[1:]
+
+    hook = case.reference.layers[0].register_forward_pre_hook(start)
+    collector = collector_of(case)
+    with collector:
+        case.losses(batch).sum().backward()
+    hook.remove()
+    features = torch.cat(list(collector.mod_grads.values()), dim=1).cpu()
+    if features.shape != (len(batch), 256 * len(case.matrices)):
+        raise RuntimeError(f"bergson's features have the shape {tuple(features.shape)}")
+    collector.mod_grads.clear()
+
+
+@functools.cache
+def collector_of(case: Case) -> Any:
     from bergson.collector.gradient_collectors import GradientCollector
     from bergson.config import IndexConfig
     from bergson.gradients import GradientProcessor
@@ -209,30 +205,16 @@ def bergson(case: Case, proj_dim: int) -> Compute:
         skip_index=True,
     )
     model.requires_grad_(False)
-
-    def start(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return inputs[0].detach().requires_grad_(), *inputs[1:]
-
-    def compute(batch: list[int]) -> None:
-        hook = case.reference.layers[0].register_forward_pre_hook(start)
-        with collector:
-            case.losses(batch).sum().backward()
-        hook.remove()
-        features = torch.cat(list(collector.mod_grads.values()), dim=1).cpu()
-        if features.shape != (len(batch), 256 * len(case.matrices)):
-            raise RuntimeError(f"bergson's features have the shape {tuple(features.shape)}")
-        collector.mod_grads.clear()
-
-    return compute
+    return collector
 
 
 METHODS: dict[str, Method] = {
     "forward": forward,
     "none": losses_alone,
     "forward_and_backward": forward_and_backward,
-    "no_projection": with_projector("none"),
-    "sparse": with_projector("sparse"),
-    "trak": with_projector("trak"),
+    "no_projection": partial(gradients, "none"),
+    "sparse": partial(gradients, "sparse"),
+    "trak": partial(gradients, "trak"),
     "one_at_a_time": one_at_a_time,
     "bergson": bergson,
 }
