@@ -13,9 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/shell/help.sh" "${1:-}"
 source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 begin quickstart '' "${1:-}"
 
-step "Data: records of seven tasks and their images" "$folder/data.json" \
-    "$PYTHON" scripts/quickstart/data.py --folder "$folder"
-
+draw_data
 step "Model: a tiny Vicuna, CLIP and projector" "$folder/model" \
     "$PYTHON" scripts/quickstart/model.py --data "$folder/data.json" --folder "$folder/model"
 
@@ -23,9 +21,7 @@ step "Model: a tiny Vicuna, CLIP and projector" "$folder/model" \
 setting MODEL="$folder/model/vicuna" VISION_TOWER="$folder/model/clip" PROJECTOR="$folder/model/mm_projector.bin" \
     IMAGE_FOLDER="$folder/images" GPUS=none WORKERS=0 BATCH_SIZE=8
 
-step "Step 1: sample the warm-up data" "$folder/warm_up.json" \
-    "$PYTHON" select_warm_up_data.py --source_path "$folder/data.json" --target_path "$folder/warm_up.json" \
-    --sample_ratio 0.25
+sample_warm_up
 
 reference=$folder/reference
 # What a training that broke off left behind is no finished model.
@@ -41,18 +37,11 @@ for chunk in 0 1; do
         --num_chunks 2 --chunk_idx $chunk --device cpu
 done
 
-subset=$folder/selected/Tive_q_0.001_p_0.15
-step "Step 4: select 15% of the data" "${subset}_summary.json" \
-    "$PYTHON" select_data_TIVE.py --data_path "$folder/data.json" --gradient_path "$folder/gradients" \
-    --save_path "$folder/selected"
+select_subset
 
 tuned=$folder/tuned
 [[ -e $tuned/training_args.bin ]] || rm -rf "$tuned"
 step "Step 5: train on the selected subset" "$tuned/training_args.bin" \
     env DATA_PATH="$subset.json" OUTPUT_DIR="$tuned" LEARNING_RATE=1e-3 bash finetune.sh --logging_steps 10
 
-step "Report: what was selected, and why, on one page" "$folder/selected/report.html" \
-    "$PYTHON" scripts/report.py "$folder/selected"
-
-echo
-echo "== Done in $SECONDS s: see $folder/selected/report.html"
+write_report

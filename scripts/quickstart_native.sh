@@ -14,15 +14,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/shell/steps.sh"
 begin quickstart-native native "${1:-}"
 setting HF_DATASETS_CACHE="$folder/cache"
 
-step "Data: records of seven tasks and their images" "$folder/data.json" \
-    "$PYTHON" scripts/quickstart/data.py --folder "$folder"
-
+draw_data
 step "Model: a tiny Qwen2.5-VL" "$folder/model" \
     "$PYTHON" scripts/quickstart/native_model.py --folder "$folder/model"
 
-step "Step 1: sample the warm-up data" "$folder/warm_up.json" \
-    "$PYTHON" select_warm_up_data.py --source_path "$folder/data.json" --target_path "$folder/warm_up.json" \
-    --sample_ratio 0.25
+sample_warm_up
 
 step "Step 2: the sample in TRL's form" "$folder/warm_up.jsonl" \
     "$PYTHON" scripts/convert_data.py --source_path "$folder/warm_up.json" --target_path "$folder/warm_up.jsonl" \
@@ -41,10 +37,7 @@ step "Step 3: gradient features" "$folder/gradients/manifest_0.json" \
     "$PYTHON" compute_gradient_features.py --input_file "$folder/data.json" --image_folder "$folder/images" \
     --model_path "$reference" --model_base "$folder/model" --output_file "$folder/gradients" --device cpu
 
-subset=$folder/selected/Tive_q_0.001_p_0.15
-step "Step 4: select 15% of the data" "${subset}_summary.json" \
-    "$PYTHON" select_data_TIVE.py --data_path "$folder/data.json" --gradient_path "$folder/gradients" \
-    --save_path "$folder/selected"
+select_subset
 
 step "Step 5: the subset in TRL's form" "$folder/subset.jsonl" \
     "$PYTHON" scripts/convert_data.py --source_path "$subset.json" --target_path "$folder/subset.jsonl" --to parts
@@ -53,8 +46,4 @@ step "Step 5: train on the selected subset with TRL" "$folder/tuned/model.safete
     "${training[@]}" --data_path "$folder/subset.jsonl" --output_dir "$folder/tuned" --num_train_epochs 1 \
     --learning_rate 1e-3
 
-step "Report: what was selected, and why, on one page" "$folder/selected/report.html" \
-    "$PYTHON" scripts/report.py "$folder/selected"
-
-echo
-echo "== Done in $SECONDS s: see $folder/selected/report.html"
+write_report

@@ -18,15 +18,12 @@ case ${1:-} in
     '')
         VENV=.venv REQUIREMENTS=requirements.txt
         WITHOUT_DEPENDENCIES=(llava-torch==1.2.2.post1 traker==0.3.2)
-        # What must import (module:package).
-        IMPORTED=(torch:torch transformers:transformers peft:peft accelerate:accelerate deepspeed:deepspeed trak:traker
-            llava.train.train:llava-torch)
+        MODULES="torch, transformers, peft, accelerate, deepspeed, trak, llava.train.train"
         ;;
     native)
         VENV=.venv-native REQUIREMENTS=requirements-native.txt
         WITHOUT_DEPENDENCIES=(torchvision==0.28.0 traker==0.3.2)
-        IMPORTED=(torch:torch tive.models.native:tive transformers:transformers peft:peft accelerate:accelerate
-            trak:traker)
+        MODULES="torch, tive.models.native, transformers, peft, accelerate, trak"
         ;;
     *) fail "$1 is no environment; name native, or nothing for LLaVA's" ;;
 esac
@@ -34,23 +31,11 @@ export DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Imports together what the five steps import, and prints the versions.
 check_imports() {
-    "$1" - "${IMPORTED[@]}" <<'PY' || fail "the environment of $1 does not work: see the line above; for $VENV, remove it and run this again"
-import importlib
-import sys
-import warnings
-from importlib.metadata import distributions
-
-warnings.filterwarnings("ignore")
-versions = {distribution.name: distribution.version for distribution in distributions()}
-ready = [f"python {sys.version.split()[0]}"]
-for module, package in (pair.split(":") for pair in sys.argv[1:]):
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        sys.exit(f"{module} does not import: {type(error).__name__}: {error}")
-    ready.append(f"{package} {versions.get(package, '(not from a package)')}")
-print("ready:", ", ".join(ready))
-PY
+    local said
+    said=$("$1" -W ignore -c "import $MODULES" 2>&1) ||
+        fail "the environment of $1 does not work (${said##*$'\n'}); if it is $VENV, remove it and run this again"
+    echo "ready: $("$1" --version)," "$("$1" -m pip list --format=freeze |
+        grep -E '^(torch|transformers|peft|accelerate|deepspeed|llava-torch|traker)==' | paste -sd ' ')"
 }
 
 # Completes an environment that is not ours: adds what is missing, holding every installed version where it is.

@@ -40,3 +40,29 @@ step() {
 show() {
     echo "\$ $*" | sed "s#$ROOT/##g"
 }
+
+# The steps of both quickstarts that no trainer is in; `subset` is the path of the selected records, less `.json`.
+draw_data() {
+    step "Data: records of seven tasks and their images" "$folder/data.json" \
+        "$PYTHON" scripts/quickstart/data.py --folder "$folder"
+}
+
+sample_warm_up() {
+    step "Step 1: sample the warm-up data" "$folder/warm_up.json" \
+        "$PYTHON" select_warm_up_data.py --source_path "$folder/data.json" --target_path "$folder/warm_up.json" \
+        --sample_ratio 0.25
+}
+
+select_subset() {
+    subset=$folder/selected/Tive_q_0.001_p_0.15
+    step "Step 4: select 15% of the data" "${subset}_summary.json" \
+        "$PYTHON" select_data_TIVE.py --data_path "$folder/data.json" --gradient_path "$folder/gradients" \
+        --save_path "$folder/selected"
+}
+
+write_report() {
+    step "Report: what was selected, and why, on one page" "$folder/selected/report.html" \
+        "$PYTHON" scripts/report.py "$folder/selected"
+    echo
+    echo "== Done in $SECONDS s: see $folder/selected/report.html"
+}

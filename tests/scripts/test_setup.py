@@ -131,4 +131,4 @@ def test_a_complete_environment_is_left_as_it_is(project: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("nothing is missing")
-    assert lines[-1].startswith("ready: python 3.") and ("llava-torch" in lines[-1]) == has_llava
+    assert lines[-1].startswith("ready: Python 3.") and ("llava-torch" in lines[-1]) == has_llava
