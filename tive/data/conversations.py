@@ -16,7 +16,6 @@ and of a turn is kept. Errors are a `ValueError` whose text goes on from the rec
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import Any
 
@@ -55,17 +54,8 @@ def to_llava(record: Any) -> dict[str, Any]:
     keys = _keys_of_turns(record)
     parts: list[tuple[str, Any]] = []
     turns = [_turn(turn, index, parts) for index, turn in enumerate(_raw_turns(record, keys))]
-    named = [image for kind, image in parts if kind == "image" and image is not None]  # paths, and numbers of images
-    if images and any(isinstance(image, str) for image in named):
-        raise ValueError("names its images twice: in `images` and in the parts of its turns")
-    for image in named:
-        if isinstance(image, int) and image >= len(images):
-            raise ValueError(f"has an image part with `index` {image}, and {len(images)} images")
-    images = [images[image] if isinstance(image, int) else image for image in named] or images
-    if images and any(kind == "text" and IMAGE_TAG in text for kind, text in parts):
-        raise ValueError(f"has a text part with {IMAGE_TAG} in it, beside its image")
-    if not images and any(kind == "image" for kind, _ in parts):
-        raise ValueError("has an image part, but no image")
+    if parts:
+        images = _placed(images, parts)
     if images and keys[0] not in _LISTS and not any(IMAGE_TAG in turn["value"] for turn in turns):
         first = next((index for index, turn in enumerate(turns) if turn["from"] == "human"), None)
         if first is None:
@@ -80,7 +70,8 @@ def to_llava(record: Any) -> dict[str, Any]:
             converted[name] = value
     if images:
         converted["image"] = images[0] if len(images) == 1 else images
-        images_in(converted)  # those of parts are to be paths too
+    if parts:
+        images_in(converted)  # theirs are to be paths too
     if turns and turns[0]["from"] == "system":
         if "system" in record:
             raise ValueError("has a system turn and a key `system`")
@@ -105,10 +96,14 @@ def images_of(record: Any) -> tuple[Image, ...]:
 
 def image_of(record: dict[str, Any]) -> Image | None:
     """The path of a record's (first) image below the image folder, in any of the forms or none; None without one."""
-    for read in (images_of, images_in):
-        with contextlib.suppress(ValueError):
-            return next(iter(map(plain_path, read(record))), None)
-    return None
+    try:
+        images = images_of(record)
+    except ValueError:
+        try:
+            images = tuple(map(plain_path, images_in(record)))
+        except ValueError:
+            return None
+    return next(iter(images), None)
 
 
 def without_images(record: Any) -> dict[str, Any]:
@@ -149,6 +144,8 @@ def _keys_of_turns(record: dict[str, Any]) -> tuple[str, ...]:
 
 def _raw_turns(record: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
     """The turns under `keys`, in either form of a turn."""
+    if keys[0] in _LISTS and isinstance(record[keys[0]], list):
+        return record[keys[0]]
     if keys in _PAIRS:
         for key in ("history", "input"):
             if not is_empty(record.get(key)):
@@ -163,8 +160,6 @@ def _raw_turns(record: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
             is_answer = isinstance(turn, dict) and _ROLES.get(str(turn.get("role") or turn.get("from"))) == "gpt"
             turns.append(turn | {"loss": False} if is_answer else turn)
         return turns + record["completion"]
-    if keys[0] != "texts":
-        return record[keys[0]]
     for entry in record["texts"]:
         if not isinstance(entry, dict):
             raise ValueError("has `texts` that are not a list of `user` and `assistant`")
@@ -173,15 +168,34 @@ def _raw_turns(record: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
     return turns
 
 
+def _placed(images: list[Image], parts: list[tuple[str, Any]]) -> list[Image]:
+    """A record's images, those of its own keys and those that its parts name by path or number, in the parts' order."""
+    named = [image for kind, image in parts if kind == "image" and image is not None]  # paths, and numbers of images
+    if images and any(isinstance(image, str) for image in named):
+        raise ValueError("names its images twice: in `images` and in the parts of its turns")
+    for image in named:
+        if isinstance(image, int) and image >= len(images):
+            raise ValueError(f"has an image part with `index` {image}, and {len(images)} images")
+    images = [images[image] if isinstance(image, int) else image for image in named] or images
+    if images and any(kind == "text" and IMAGE_TAG in text for kind, text in parts):
+        raise ValueError(f"has a text part with {IMAGE_TAG} in it, beside its image")
+    if not images and any(kind == "image" for kind, _ in parts):
+        raise ValueError("has an image part, but no image")
+    return images
+
+
 def _turn(turn: Any, index: int, parts: list[tuple[str, Any]]) -> dict[str, Any]:
     """A turn of either form with `from` and `value`; the parts of its content are added to `parts`."""
     if not isinstance(turn, dict):
         raise ValueError(f"has a turn {index} that is not an object")
-    of_turn, of_message = ("from", "value"), ("role", "content")
-    is_message = is_empty(turn.get("from")) and not turn.keys().isdisjoint(of_message)
-    (role_key, text_key), others = (of_message, of_turn) if is_message else (of_turn, of_message)
-    if not all(is_empty(turn.get(name)) for name in others):
-        raise ValueError(f"has a turn {index} with keys of both forms")
+    is_message = "role" in turn or "content" in turn
+    if is_message and ("from" in turn or "value" in turn):  # a table's export has keys of other rows, which are null
+        is_message = is_empty(turn.get("from"))
+        others = ("from", "value") if is_message else ("role", "content")
+        if not all(is_empty(turn.get(name)) for name in others):
+            raise ValueError(f"has a turn {index} with keys of both forms")
+        turn = {name: value for name, value in turn.items() if name not in others}
+    role_key, text_key = ("role", "content") if is_message else ("from", "value")
     role, text = turn.get(role_key), turn.get(text_key)
     if not isinstance(role, str) or role not in _ROLES:
         known = ", ".join(_ROLES)
@@ -192,8 +206,10 @@ def _turn(turn: Any, index: int, parts: list[tuple[str, Any]]) -> dict[str, Any]
         text = "".join([IMAGE_TAG if kind == "image" else value for kind, value in parts[first:]])
     if not isinstance(text, str):
         raise ValueError(f"has a turn {index} without a text `{text_key}`")
+    if len(turn) == 2:  # nearly every turn
+        return {"from": _ROLES[role], "value": text}
     renamed = {role_key: ("from", _ROLES[role]), text_key: ("value", text)}
-    return dict(renamed.get(name, (name, value)) for name, value in turn.items() if name not in others)
+    return dict(renamed.get(name, (name, value)) for name, value in turn.items())
 
 
 def _part(part: Any, index: int) -> tuple[str, Any]:

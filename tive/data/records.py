@@ -8,6 +8,7 @@ surrogate pair, 1e999), and it tells what is wrong with the rest.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from tive.data.containers import open_data_file
 from tive.data.parquet import TableRecords, is_table, open_table, write_table
 from tive.util.errors import UserError
-from tive.util.files import sha256_of, whole_file
+from tive.util.files import whole_file
 from tive.util.text import shown_value
 
 MAX_RECORD_BYTES = 64 << 20
@@ -127,7 +128,7 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     if lengths.max() > MAX_RECORD_BYTES:
         row = int(np.argmax(lengths > MAX_RECORD_BYTES))
         raise _damaged(path, f"one record above {MAX_RECORD_BYTES >> 20} MiB", row, int(starts[row]))
-    return JsonRecords(path, sha256_of(path), starts, lengths, is_lines)
+    return JsonRecords(path, hashlib.sha256(content).hexdigest(), starts, lengths, is_lines)
 
 
 def _damaged(path: Path, what: str | Exception, row: int, position: int) -> UserError:
