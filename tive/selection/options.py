@@ -94,9 +94,13 @@ class TiveOptions:
     def columns(self) -> set[str]:
         """All columns of scores that are needed; clusters need the features, as the influence does."""
         columns = {column_of(rule) for rule in self.budget_rules if rule not in WITHOUT_SCORES}
-        columns |= {self.score_column} if self.score_column else set()
-        columns |= {"influence"} if self.sampling == "clusters" else set()
-        return columns | ({"visual_gain"} if self.drop_below is not None else set())
+        if self.score_column:
+            columns.add(self.score_column)
+        if self.sampling == "clusters":
+            columns.add("influence")
+        if self.drop_below is not None:
+            columns.add("visual_gain")
+        return columns
 
 
 @dataclass(frozen=True)
