@@ -126,7 +126,7 @@ def test_a_missing_chunk_is_named(case, missing):
 def test_a_chunk_without_manifest_is_not_finished(case):
     folder, records = case
     (folder / "manifest_1.json").unlink()
-    assert "chunk 1 not finished" in refusal(folder, records)
+    assert "chunk 1 of 3 missing or not finished" in refusal(folder, records)
 
 
 def test_a_wrong_chunk_num_is_refused(case):
@@ -191,7 +191,7 @@ def test_chunks_under_each_others_names_are_refused(case):
 def test_an_empty_folder_a_missing_one_and_one_of_two_kinds_are_refused(case, made, tmp_path):
     folder, records = case
     (tmp_path / "empty").mkdir()
-    assert "no feature files" in refusal(tmp_path / "empty", records)
+    assert "no finished chunk" in refusal(tmp_path / "empty", records)
     assert "cannot read the feature folder" in refusal(tmp_path / "nowhere", records)
     write_release_features(folder, made[1], made[2], 1)
     assert "two kinds" in refusal(folder, records)

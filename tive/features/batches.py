@@ -98,16 +98,13 @@ class Batches:
         make: Callable[[list[Encoded]], Any] = list,
         in_thread: bool = False,
     ) -> Iterator[tuple[Batch, Result]]:
-        """Each batch with its result, as soon as its records are there.
+        """Each batch with its result, as soon as its records are there; a `UserError` where one alone does not fit.
 
         Args:
             compute: the result of what `make` made.
             records: with a number that the caller knows each by.
             make: what `compute` takes, of a batch of one group.
             in_thread: read records and make a batch in another thread, while the batch before is computed.
-
-        Raises:
-            UserError: one record alone does not fit in memory.
         """
 
         def made(batch: Batch) -> tuple[Batch, Any]:
@@ -243,24 +240,23 @@ def batches_for(reference: Reference, records: int, tokens: int | None, gradient
     record would not fit without it, or where one does not.
 
     Args:
-        records: most of a batch.
-        tokens: most of a batch; None for what fits.
+        records, tokens: most of a batch; None for as many tokens as fit.
         gradient_checkpointing: whether it is on already.
     """
-    if reference.device.type != "cuda":
-        relief = None if gradient_checkpointing else partial(checkpointed, reference)
-        return Batches(records, tokens or _TOKENS_ON_A_CPU, relief)
-    free, _ = torch.cuda.mem_get_info(reference.device)
-    free += torch.cuda.memory_reserved(reference.device) - torch.cuda.memory_allocated(reference.device)
-    longest = getattr(reference.processor, "max_length", None) or _LONGEST
-    if not gradient_checkpointing and tokens_that_fit(reference, free, False) < longest:
-        print(f"a record of {longest} tokens would not fit in memory without gradient checkpointing")
-        checkpointed(reference)
-        gradient_checkpointing = True
-    fitting = tokens_that_fit(reference, free, gradient_checkpointing)
-    each = bytes_a_token(reference, gradient_checkpointing)
-    print(
-        f"memory: {free / 1e9:.1f} GB free, about {each / 1e6:.2f} MB of activations a token, so about {fitting} "
-        "tokens fit in a batch" + (f"; {tokens} were asked for" if tokens else "")
-    )
-    return Batches(records, tokens or fitting, None if gradient_checkpointing else partial(checkpointed, reference))
+    device, fitting = reference.device, _TOKENS_ON_A_CPU
+    relief = None if gradient_checkpointing else partial(checkpointed, reference)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        longest = getattr(reference.processor, "max_length", None) or _LONGEST
+        if relief is not None and tokens_that_fit(reference, free, False) < longest:
+            print(f"a record of {longest} tokens would not fit in memory without gradient checkpointing")
+            checkpointed(reference)
+            relief = None
+        fitting = tokens_that_fit(reference, free, relief is None)
+        print(
+            f"memory: {free / 1e9:.1f} GB free, about {bytes_a_token(reference, relief is None) / 1e6:.2f} MB of "
+            f"activations a token, so about {fitting} tokens fit in a batch"
+            + (f"; {tokens} were asked for" if tokens else "")
+        )
+    return Batches(records, tokens or fitting, relief)

@@ -101,16 +101,12 @@ COMMON_KEYS = tuple(field.name for field in fields(Match) if field.name not in (
 
 
 def match_of_manifest(content: Mapping[str, Any]) -> Match:
-    """The `match` of a manifest; what older versions wrote elsewhere in it is read there.
-
-    Raises:
-        msgspec.ValidationError: it is none.
-    """
+    """The `match` of a manifest, a part of which older versions wrote elsewhere; a `ValueError` where it is none."""
     run = content.get("run") or {}
     elsewhere = {"dtype": content.get("dtype"), "el2n": run.get("el2n", False)}
     match = msgspec.convert(elsewhere | content.get("match", {}), Match)
     if None in (match.counted_parameters, match.projector):
-        raise msgspec.ValidationError("no `counted_parameters` or `projector`")
+        raise ValueError("no `counted_parameters` or `projector`")
     return match
 
 
@@ -187,38 +183,43 @@ def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) ->
     except OSError as error:
         raise UserError(f"cannot read the feature folder {folder}: {error.strerror}; check the path") from error
     present, of_release = (
-        sorted(int(match[1]) for name in names if (match := re.fullmatch(form, name)))
+        sorted(int(parts[1]) for name in names if (parts := re.fullmatch(form, name)))
         for form in (r"output_(0|[1-9]\d{0,8})\.pt", r"output_(0|[1-9]\d{0,8})")
     )
-    if not present and not of_release:
-        raise UserError(f"{folder} holds no feature files (output_0.pt ...); run compute_gradient_features.py first")
+    finished = [number for number in present if f"manifest_{number}.json" in names]
+    if not finished and not of_release:
+        raise UserError(f"{folder} holds no finished chunk (output_0.pt ...); run compute_gradient_features.py first")
     if present and of_release:
         raise UserError(
             f"{folder} holds feature files of two kinds (output_{present[0]}.pt and output_{of_release[0]}); keep one "
             "kind in the folder"
         )
-    numbers = present or of_release
-    manifests = _read_manifests(folder, present)
-    expected = manifests[0][0].num_chunks if manifests else numbers[-1] + 1
+    manifests = {number: _read_manifest(folder / f"manifest_{number}.json", number) for number in finished}
+    for key in COMMON_KEYS:
+        values: dict[Any, list[int]] = {}
+        for number, (match, _) in manifests.items():
+            values.setdefault(getattr(match, key), []).append(number)
+        if len(values) > 1:
+            differing = "; ".join(f"{_chunks(those)} {shown(repr(value), 24)}" for value, those in values.items())
+            raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
+    first = manifests[finished[0]][0] if finished else None
+    numbers, expected = (finished, first.num_chunks) if first else (of_release, of_release[-1] + 1)
     if missing := sorted(set(range(min(expected, 1 << 20))) - set(numbers)):
         raise UserError(
-            f"{folder}: {_chunks(missing)} of {expected} missing; run compute_gradient_features.py with "
-            f"num_chunks {expected} and {_chunks(missing, 'chunk_idx {}')}"
+            f"{folder}: {_chunks(missing)} of {expected} missing or not finished; run compute_gradient_features.py "
+            f"with num_chunks {expected} and {_chunks(missing, 'chunk_idx {}')}"
         )
     if chunk_num is not None and chunk_num != len(numbers):
         raise UserError(f"{folder} holds {len(numbers)} chunks, not {chunk_num}; leave chunk_num out")
-    chunks = [_open_chunk(folder / f"output_{match.chunk_idx}.pt", match, made) for match, made in manifests]
+    chunks = [_open_chunk(folder / f"output_{number}.pt", *manifest) for number, manifest in manifests.items()]
     for number in of_release:
         chunks.append(_open_release_chunk(folder / f"output_{number}", chunks[-1].stop if chunks else 0))
     ends = [0, *(chunk.stop for chunk in chunks)]
-    for number, (chunk, end) in enumerate(zip(chunks, ends, strict=False)):
-        if chunk.start != end:
-            kind = "overlaps the one before" if chunk.start < end else "leaves a gap"
-            raise UserError(f"{folder}: chunk {number} {kind} (it starts at {chunk.start}, not {end}); make it again")
-    if manifests and ends[-1] != manifests[0][0].data_records:
-        raise UserError(
-            f"{folder} holds features of {ends[-1]} records of {manifests[0][0].data_records}; make its chunks again"
-        )
+    starts = [*(chunk.start for chunk in chunks), first.data_records if first else ends[-1]]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if start != end:
+            kind = "overlaps the one before" if start < end else "leaves a gap before it"
+            raise UserError(f"{folder}: chunk {number} {kind} (records {start} and {end}); make these chunks again")
     if len(sizes := {block.shape[1] for chunk in chunks for block in chunk.blocks}) > 1:
         raise UserError(f"{folder}: the features differ in dimension ({sorted(sizes)}); make them all with one command")
     return chunks
@@ -228,32 +229,17 @@ def _chunks(numbers: Sequence[int], form: str = "chunk {}") -> str:
     return listed([form.format(number) for number in numbers])
 
 
-def _read_manifests(folder: Path, numbers: Sequence[int]) -> list[tuple[Match, dict[str, Any]]]:
-    """What the chunks' manifests say, which agree in every common key: the match, and the rest."""
-    if unfinished := [number for number in numbers if not (folder / f"manifest_{number}.json").is_file()]:
-        raise UserError(
-            f"{folder}: {_chunks(unfinished)} not finished (no manifest); run compute_gradient_features.py "
-            f"again with {_chunks(unfinished, 'chunk_idx {}')}"
-        )
-    manifests = []
-    for number in numbers:
-        with _said_of(path := folder / f"manifest_{number}.json"):
-            content = read_json(path)
-            match = match_of_manifest(content)
-            left_out = msgspec.convert(content["left_out"], list[LeftOutRecord])
-            if match.chunk_idx != number or not 0 <= match.start <= match.stop <= match.data_records:
-                raise ValueError(f"it describes chunk {match.chunk_idx}, records {match.start} .. {match.stop}")
-            if not all(entry.row in match.rows for entry in left_out):
-                raise ValueError("it leaves out a row outside the chunk")
-            manifests.append((match, content | {"left_out": left_out}))
-    for key in COMMON_KEYS:
-        values: dict[Any, list[int]] = {}
-        for match, _ in manifests:
-            values.setdefault(getattr(match, key), []).append(match.chunk_idx)
-        if len(values) > 1:
-            differing = "; ".join(f"{_chunks(those)} {shown(repr(value), 24)}" for value, those in values.items())
-            raise UserError(f"{folder}: the chunks differ in `{key}`: {differing}; make them all with one command")
-    return manifests
+def _read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
+    """What a chunk's manifest says: its match, and all, of which `left_out` is checked."""
+    with _said_of(path):
+        content = read_json(path)
+        match = match_of_manifest(content)
+        left_out = msgspec.convert(content["left_out"], list[LeftOutRecord])
+        if match.chunk_idx != number or not 0 <= match.start <= match.stop <= match.data_records:
+            raise ValueError(f"it describes chunk {match.chunk_idx}, records {match.start} .. {match.stop}")
+        if not all(entry.row in match.rows for entry in left_out):
+            raise ValueError("it leaves out a row outside the chunk")
+    return match, content | {"left_out": left_out}
 
 
 @contextlib.contextmanager

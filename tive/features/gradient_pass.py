@@ -44,8 +44,8 @@ from tive.util.text import shown
 # Above this share of the chunk, and above a few, it is not the records that are wrong.
 _MOST_LEFT_OUT, _FEW = 0.02, 2
 _LONGEST_NAME = 120
-# Of each record of a batch its row, supervised tokens and tokens; and the batch's results, on the device.
-Computed = list[tuple[list[tuple[int, int, int]], dict[str, Tensor]]]
+# The places of a batch's records in their window, and the batch's results, on the device.
+Computed = list[tuple[list[int], dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
         if stopped_by:
             print(f"{name} stopped; what is done is on disk, and the same command (without overwrite) continues")
             raise SystemExit(128 + stopped_by)
-        made: dict[str, Any] = {"projector_about": step.projector.about} if step.projector else {}
-        made |= {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions(step)}
-        made |= cost | dict(options.inputs)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        versions |= versions_of(*step.family.LIBRARIES)
+        made = {"device": device_name(step.reference.device), "dtype": match.dtype, "versions": versions}
+        made |= cost | dict(options.inputs) | ({"projector_about": step.projector.about} if step.projector else {})
         columns = store.columns | {CONTENT: record_hashes(scan.records, match.rows)}
         reasons = sorted(store.left_out.items())
         left_out = [LeftOutRecord(row, problems.identity_of(scan.records[row]), reason) for row, reason in reasons]
@@ -124,7 +125,7 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
 
 
 def check_records(scan: Scan, rows: range, options: PassOptions, listing: Path) -> Checked:
-    """Check a chunk's records and images; prints what is wrong or odd, and writes all that cannot be used to `listing`.
+    """Check a chunk's records and images; prints what is wrong or odd, and lists what cannot be used in a file.
 
     Raises:
         UserError: records cannot be used, and they are not to be skipped.
@@ -172,17 +173,19 @@ def compute_windows(
         for rows in windows:
             reasons = {row: checked.reasons[row] for row in rows if row in checked.reasons}
             encoded = usable(islice(records, len(rows) - len(reasons)), reasons, options.skip_bad)
+            columns = store.empty(rows) | {"features": np.zeros((len(rows), store.dimension), np.float16)}
             computed: Computed = []
             for batch, results in batches.compute(step, encoded, step.ready, in_thread=loader.num_workers > 0):
-                # Without the records' pixels, which would fill the memory.
-                computed.append(([(row, record.supervised, record.length) for row, record in batch], results))
+                places = [row - rows.start for row, _ in batch]
+                columns["supervised_tokens"][places] = [record.supervised for _, record in batch]
+                columns["tokens"][places] = [record.length for _, record in batch]
+                computed.append((places, results))
                 bar.update(len(batch))
-            columns = store.empty(rows) | {"features": np.zeros((len(rows), store.dimension), np.float16)}
-            fill(columns, rows, computed)
+            fill(columns, computed)
             compute_overflowed(columns, rows, step, batches, loader)
             count += len(rows) - len(reasons)
             bar.update(len(reasons))
-            reasons |= dict.fromkeys(remove_not_finite(columns, rows, computed), NOT_FINITE)
+            remove_not_finite(columns, rows, reasons)
             refuse_many(store.left_out | reasons, checked, listing)
             store.write(rows, columns, reasons, columns["features"])
             if signals:
@@ -205,13 +208,11 @@ def compute_windows(
 
 
 def refuse_many(left_out: dict[int, str], checked: Checked, listing: Path) -> None:
-    """Stop when so many of the chunk's records are left out for one kind of reason that they are rarely to blame.
+    """Raise a `UserError` when more than 2% of the chunk, and more than two records, have nothing supervised or
+    overflow: then it is rarely the records that are wrong.
 
     Args:
         left_out: why records are, by row, so far; they are listed in the file `listing`.
-
-    Raises:
-        UserError: more than 2% of the chunk, and more than two, have nothing supervised or overflow.
     """
     causes = {
         UNSUPERVISED: "the tokenizer or the template is not the reference model's, so name the base model that it was "
@@ -237,14 +238,10 @@ def loader_of(step: GradientStep, checked: Checked, options: PassOptions) -> Loa
     return Loader(encode, checked.records, options.image_folder, workers, text_alone=step.visual_gain)
 
 
-def fill(columns: Mapping[str, np.ndarray], rows: range, computed: Computed) -> None:
+def fill(columns: Mapping[str, np.ndarray], computed: Computed) -> None:
     """Put the results of batches into a window's columns; each column is copied from the device at once."""
-    if not computed:
-        return
-    facts = np.array([fact for batch, _ in computed for fact in batch])
-    index = facts[:, 0] - rows.start
-    columns["supervised_tokens"][index], columns["tokens"][index] = facts[:, 1], facts[:, 2]
-    for name in computed[0][1]:
+    index = [place for places, _ in computed for place in places]
+    for name in computed[0][1] if computed else ():
         columns[name][index] = torch.cat([results[name] for _, results in computed]).cpu().numpy()
 
 
@@ -257,17 +254,17 @@ def compute_overflowed(
         again = usable((loader[rows[index]] for index in overflowed.tolist()), {}, skip_bad=False)
         smaller = replace(step, loss_scale=scale)
         computed = batches.compute(smaller, again, step.ready)
-        fill(columns, rows, [([(row, r.supervised, r.length) for row, r in batch], made) for batch, made in computed])
+        fill(columns, [([row - rows.start for row, _ in batch], results) for batch, results in computed])
 
 
-def remove_not_finite(columns: Mapping[str, np.ndarray], rows: range, computed: Computed) -> list[int]:
-    """Empty the rows of computed records whose numbers are not finite, and return them."""
-    index = np.array(sorted(row - rows.start for batch, _ in computed for row, _, _ in batch), np.int64)
+def remove_not_finite(columns: Mapping[str, np.ndarray], rows: range, reasons: dict[int, str]) -> None:
+    """Empty the rows of computed records whose numbers are not finite, and add them to the reasons."""
+    index = np.array([place for place, row in enumerate(rows) if row not in reasons], np.int64)
     deciding = columns.get("norms", columns["losses"])[index]
     bad = index[~(np.isfinite(deciding) & np.isfinite(columns["features"][index]).all(axis=1))]
     for values in columns.values():
         values[bad] = np.nan if values.ndim == 1 and values.dtype == np.float32 else 0
-    return [rows[number] for number in bad.tolist()]
+    reasons |= {rows[place]: NOT_FINITE for place in bad.tolist()}
 
 
 @contextlib.contextmanager
@@ -288,12 +285,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def versions(step: GradientStep) -> dict[str, str]:
-    """Versions of everything that the numbers depend on."""
-    common = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return common | versions_of(*step.family.LIBRARIES)
 
 
 def _now() -> str:

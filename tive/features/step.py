@@ -102,7 +102,6 @@ class GradientStep:
         matrices: canonical name -> target module.
         projector: None for losses alone, without gradients.
         transform: of each matrix's per-record gradients; None for the gradients as they are.
-        el2n, visual_gain: whether they are computed too.
     """
 
     family: Family

@@ -73,9 +73,13 @@ class Sparse:
     def add(self, sketch: Tensor, matrix_name: str, gradients: Tensor) -> None:
         entries = gradients.shape[1]
         if (matrix_name, entries) not in self.drawn:
-            kept = self._kept(sign_octets(self.seed, matrix_name, entries))
-            turns = block_rotations(self.seed, matrix_name, entries, self.proj_dim)
-            self.drawn[matrix_name, entries] = kept, turns
+            octets = torch.from_numpy(sign_octets(self.seed, matrix_name, entries))
+            # In one large piece of memory: small ones that stay, between large ones that go, would tear holes.
+            if len(self.room) < len(octets):
+                self.room = torch.empty(max(_ROOM_BYTES, len(octets)), dtype=torch.uint8, device=self.device)
+            kept, self.room = self.room.split([len(octets), len(self.room) - len(octets)])
+            rotations = block_rotations(self.seed, matrix_name, entries, self.proj_dim)
+            self.drawn[matrix_name, entries] = kept.copy_(octets), rotations
         octets, rotations = self.drawn[matrix_name, entries]
         signs = self.signs_of_octets.index_select(0, octets.int()).flatten()[:entries]
         if self.block_by_block or len(rotations) == 1:
@@ -103,13 +107,6 @@ class Sparse:
         places += size * torch.arange(blocks, device=self.device)[:, None]
         whole = torch.nn.functional.pad(signed, (0, blocks * size - signed.shape[1]))
         return whole.index_select(1, places.flatten()).view(-1, blocks, size).sum(dim=1)
-
-    def _kept(self, octets: np.ndarray) -> Tensor:
-        """Copy to one large piece of memory: small ones that stay, between large ones that go, would tear holes."""
-        if len(self.room) < len(octets):
-            self.room = torch.empty(max(_ROOM_BYTES, len(octets)), dtype=torch.uint8, device=self.device)
-        kept, self.room = self.room.split([len(octets), len(self.room) - len(octets)])
-        return kept.copy_(torch.from_numpy(octets))
 
 
 def sign_octets(seed: int, matrix_name: str, entries: int) -> np.ndarray:
