@@ -76,7 +76,7 @@ def main() -> None:
     # Imported after the arguments are read, so that --help does not wait for torch.
     import msgspec
 
-    from tive.data.problems import refuse_bad_records
+    from tive.data.problems import form_remedy, refuse_bad_records
     from tive.data.records import open_records
     from tive.data.scan import check_chunk, scan_records
     from tive.data.tasks import NO_TASK
@@ -158,7 +158,7 @@ def main() -> None:
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
         if checked.reasons and not options.skip_bad:
-            remedy = (
+            remedy = form_remedy(data, checked.reasons) or (
                 "repair them, name the key that holds the task (task_key), or leave such records out (on_bad_record "
                 "skip)"
             )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.helpers.records import record_with, write
 from tive.data.conversations import image_of, to_llava
+from tive.data.problems import form_remedy, refuse_bad_records
 from tive.data.records import open_records
 from tive.data.scan import check_image_folder, refuse_problems, scan_records, tag_notes
 from tive.data.tasks import task_of
@@ -251,7 +252,7 @@ def to_parquet():
 
 
 MESSAGES = [{"messages": [says("user", "a"), says("assistant", "b")], "dataset": "x", "id": row} for row in range(4)]
-BAD = [*MESSAGES[:3], MESSAGES[3] | {"video": "a.mp4"}]
+BAD = [MESSAGES[3] | {"video": "a.mp4"}, *MESSAGES[:3]]
 SAMPLES = [record_with(("human", "<image>a"), ("gpt", "b"), dataset="x")] * 4
 FILES = {
     "another form": (json.dumps(MESSAGES).encode(), 4),
@@ -301,6 +302,16 @@ def test_a_file_of_no_known_form_is_described_and_not_to_be_dropped_whole(tmp_pa
     with pytest.raises(UserError) as caught:
         step(path)
     assert "caption, image_url, dataset" in str(caught.value) and "--drop" not in str(caught.value)
+
+
+def test_a_remedy_is_one_for_the_reason(tmp_path):
+    """Records without a task need no other form; most images missing is a matter of the folder, and no form either."""
+    records = open_records(write(tmp_path / "a.json", json.dumps(MESSAGES)))
+    with pytest.raises(UserError) as caught:
+        refuse_bad_records(records, {0: "names no task under `dataset`"}, tmp_path / "bad.json")
+    assert "--drop" in str(caught.value) and "--to" not in str(caught.value)
+    assert "image_folder" in form_remedy(records, dict.fromkeys(range(4), "missing image"))
+    assert form_remedy(records, {0: "missing image"}) == form_remedy(records, {}) == ""
 
 
 def test_an_archive_given_as_the_image_folder_is_named(tmp_path):

@@ -34,7 +34,7 @@ def refuse_bad_records(
 
     Args:
         reasons: row -> why the record cannot be used.
-        remedy: what to do about them; empty for the command that converts the data or writes it without them.
+        remedy: what to do about them; empty for `form_remedy`'s, or the command that writes the data without them.
         total: of how many records; None for all.
     """
     if not reasons:
@@ -43,10 +43,11 @@ def refuse_bad_records(
         return
     list_bad_records(records, reasons, listing)
     row = min(reasons)
+    remedy = remedy or form_remedy(records, reasons, total)
+    remedy = remedy or f"repair them, or write the data without them: {drop_command(records, listing)}"
     raise UserError(
         f"{records.path}: {len(reasons):,} of {total or len(records):,} records cannot be used (the first: "
-        f"{name_of(row, records[row])} {shown(reasons[row], 160)}), all are listed in {listing}; "
-        f"{remedy or _remedy(records, reasons, listing)}"
+        f"{name_of(row, records[row])} {shown(reasons[row], 160)}), all are listed in {listing}; {remedy}"
     )
 
 
@@ -66,10 +67,14 @@ def list_bad_records(records: Records, reasons: dict[int, str], listing: Path) -
         print(f"  {name_of(entry['row'], entry)}: {shown(entry['reason'], 160)}{image}")
 
 
-def _remedy(records: Records, reasons: dict[int, str], listing: Path) -> str:
-    first, path = records[min(reasons)], records.path
+def form_remedy(records: Records, reasons: dict[int, str], total: int | None = None) -> str:
+    """What to do where records lack the form, or most of them lack something; empty where a few are bad."""
+    if not reasons:
+        return ""
+    (reason, _), *_ = Counter(map(kind_of, reasons.values())).most_common()
+    first, path = records[next(row for row in sorted(reasons) if kind_of(reasons[row]) == reason)], records.path
     try:
-        is_other_form = problem_of(first) is not None and problem_of(to_llava(first)) is None
+        is_other_form = problem_of(first) == reason and problem_of(to_llava(first)) is None
     except ValueError:
         is_other_form = False
     if is_other_form:
@@ -78,10 +83,12 @@ def _remedy(records: Records, reasons: dict[int, str], listing: Path) -> str:
         if isinstance(records, TableRecords) and records.image_columns:
             options["image_folder"] = path.with_name(f"{stem}_images")
         return f"convert the data: {command('scripts/convert_data.py', source_path=path, **options)}"
-    if 2 * len(reasons) > len(records):
-        keys = listed([*first], 12) if isinstance(first, dict) else "none"
-        return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
-    return f"repair them, or write the data without them: {drop_command(records, listing)}"
+    if 2 * len(reasons) <= (total or len(records)):
+        return ""
+    if reason.startswith(("missing image", "unreadable image", "image path")):
+        return "most images cannot be read; name the folder that the records' paths start from (image_folder)"
+    keys = listed([*first], 12) if isinstance(first, dict) else "none"
+    return f"most of the file is like this (keys of a record: {keys}); docs/data.md shows the forms that are read"
 
 
 def drop_command(records: Records, listing: Path) -> str:

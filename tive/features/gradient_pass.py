@@ -146,7 +146,8 @@ def check_records(scan: Scan, rows: range, options: PassOptions, listing: Path) 
         problems.list_bad_records(scan.records, checked.reasons, listing)
         print(f"they are left out; all are listed in {listing}")
     else:
-        remedy = "repair them, or let them be left out (on_bad_record skip)"
+        remedy = problems.form_remedy(scan.records, checked.reasons, len(rows))
+        remedy = remedy or "repair them, or let them be left out (on_bad_record skip)"
         problems.refuse_bad_records(scan.records, checked.reasons, listing, remedy, len(rows))
     return checked
 
