@@ -32,52 +32,35 @@ Loss = Annotated[float, Meta(ge=0, lt=1e300)]
 
 
 class Conditions(Struct, frozen=True):
-    """What the numbers of a model depend on; a result with another one is another result.
+    """What the numbers of a model depend on; a result with another one is another result."""
 
-    Attributes:
-        data_sha256: of the held-out file, which has `data_records` records.
-        model: what tells the model from another, as its family gives it.
-        max_new_tokens: most tokens of a generated answer; 0 where none was generated.
-    """
-
-    data_sha256: str
+    data_sha256: str  # of the held-out file
     data_records: Count
-    model: str
+    model: str  # what tells the model from another, as its family gives it
     dtype: str
-    max_new_tokens: Count
+    max_new_tokens: Count  # of a generated answer; 0 where none was generated
     task_key: str
 
 
 class HeldOutResult(Struct, frozen=True):
-    """One held-out record: its loss and its answers, or why it has none.
-
-    Attributes:
-        loss: mean cross-entropy over its supervised tokens.
-        answers: how many answers the model was asked for; `exact` of them it produced.
-        not_asked: answers that were cut at the model's maximum length, or stand before an image of a later turn.
-        left_out: the reason, in the words of the gradient step; then there is no loss.
-        content: the record's hash (`record_hash`), by which results are found again in data that changed.
-    """
+    """One held-out record: its loss and its answers, or why it has none."""
 
     row: Count
-    loss: Loss | None = None
-    answers: Count = 0
-    exact: Count = 0
-    not_asked: Count = 0
-    left_out: str | None = None
-    content: str | None = None
+    loss: Loss | None = None  # mean cross-entropy over its supervised tokens
+    answers: Count = 0  # that the model was asked for
+    exact: Count = 0  # of them, those that it produced
+    not_asked: Count = 0  # cut at the model's maximum length, or before an image of a later turn
+    left_out: str | None = None  # the reason, in the words of the gradient step; then there is no loss
+    content: str | None = None  # the record's hash, by which results are found again in data that changed
 
 
 class TaskResult(Struct, frozen=True, rename={"name": "task"}):
-    """One task of one model: its records of the held-out file, of which `left_out` have no loss; the mean loss of the
-    others; the answers that the model was asked for, and how many it produced. Errors are standard errors over the
-    records, None where fewer than two say something.
-    """
+    """One task of one model; errors are standard errors over the records, None where fewer than two say something."""
 
     name: str
-    records: Count
-    left_out: Count
-    loss: Loss | None
+    records: Count  # of the held-out file
+    left_out: Count  # of them, those without a loss
+    loss: Loss | None  # mean over the others
     answers: Count
     exact: Count
     loss_error: Loss | None = None
@@ -89,19 +72,17 @@ class TaskResult(Struct, frozen=True, rename={"name": "task"}):
 
 
 class ModelResult(Struct, frozen=True):
-    """One model on a held-out file: the name that the command gave it, where it and its base lay, and every record by
-    row; `versions` are those of the libraries that the numbers depend on.
-    """
+    """One model on a held-out file."""
 
-    name: str
+    name: str  # as the command calls it
     path: str
     base: str | None
     conditions: Conditions
     device: str
     seconds: float
     tasks: list[TaskResult]
-    records: list[HeldOutResult]
-    versions: dict[str, str]
+    records: list[HeldOutResult]  # by row, every one of the held-out file
+    versions: dict[str, str]  # of what the numbers depend on
     format: Literal[2] = 2
 
 

@@ -28,25 +28,16 @@ REASONS = 30  # the most frequent, of broken records
 
 @dataclass(frozen=True)
 class Description:
-    """What one pass through N records, of T tasks, counts. A record that cannot be read has no images and no answers.
-
-    Attributes:
-        tasks: name -> its rows, int64.
-        images, answers: int64 `[N]`, of each record.
-        lengths: int64 `[A]`, characters of each answer; those of a record lie together, in the order of the records.
-        repeated: bool `[N]`, the record's turns are those of an earlier one; images play no part.
-        problems: row -> what keeps the record from being read.
-        paths: how many records name an image, by its path; images that lie in rows are not among them.
-    """
+    """What one pass through N records of T tasks counts; one that cannot be read has no images and no answers."""
 
     records: Records
-    tasks: dict[str, np.ndarray]
-    images: np.ndarray
-    answers: np.ndarray
-    lengths: np.ndarray
-    repeated: np.ndarray
-    problems: dict[int, str]
-    paths: Counter[str]
+    tasks: dict[str, np.ndarray]  # name -> its rows, int64
+    images: np.ndarray  # int64 `[N]`, of each record
+    answers: np.ndarray  # int64 `[N]`, of each record
+    lengths: np.ndarray  # int64 `[A]`, characters of each answer, record by record
+    repeated: np.ndarray  # bool `[N]`, the record's turns are those of an earlier one; images play no part
+    problems: dict[int, str]  # row -> what keeps the record from being read
+    paths: Counter[str]  # how many records name an image, by its path; those that lie in rows are not among them
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """The lengths of some records' answers."""
@@ -90,17 +81,11 @@ def describe(records: Records, task_key: str) -> Description:
 
 @dataclass(frozen=True)
 class Looks:
-    """What reading every image of a mixture tells.
+    """What reading every image of a mixture tells."""
 
-    Attributes:
-        sizes: int64 `[n, 2]`, width and height of each image that can be read, a file that many records name once.
-        repeated: images whose bytes are those of an earlier one, under another name or in another row.
-        broken: row -> why an image of it cannot be used.
-    """
-
-    sizes: np.ndarray
-    repeated: int
-    broken: dict[int, str]
+    sizes: np.ndarray  # int64 `[n, 2]`, width and height of each that can be read, a file that many records name once
+    repeated: int  # images whose bytes are those of an earlier one, under another name or in another row
+    broken: dict[int, str]  # row -> why an image of it cannot be used
 
 
 def look_at_images(description: Description, image_folder: str) -> Looks:

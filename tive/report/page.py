@@ -51,15 +51,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its numbers, where no table beside it has them; the caption says what neither shows.
+    """A figure with its numbers, where no table beside it has them; the caption says what neither shows."""
 
-    Attributes:
-        key: the name of its PNG file.
-        title: what it shows, for those who cannot see it.
-    """
-
-    key: str
-    title: str
+    key: str  # the name of its PNG file
+    title: str  # what it shows, for those who cannot see it
     figure: Figure
     numbers: Table | None = None
     caption: str = ""
@@ -67,21 +62,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Card:
-    """A record with what is said of it, its scores for instance.
-
-    Attributes:
-        times_selected: None on a page without a selection.
-        image: a data URI, or None for the reason in `no_image`.
-        turns: (role, text) each.
-    """
+    """A record with what is said of it, its scores for instance."""
 
     row: int
     id: str
-    times_selected: int | None
+    times_selected: int | None  # None on a page without a selection
     scores: str
-    image: str | None
+    image: str | None  # a data URI, or None for the reason in `no_image`
     no_image: str
-    turns: Sequence[tuple[str, str]]
+    turns: Sequence[tuple[str, str]]  # role and text
 
 
 @dataclass(frozen=True)
@@ -123,14 +112,10 @@ def by_name(title: str, noun: str, names: Iterable[str], columns: Mapping[str, I
 
 @dataclass(frozen=True)
 class Samples:
-    """How many records to show in a group, and where they are read from.
-
-    Attributes:
-        records: None where none can be read, for the reason in `trouble` (empty where none is wanted).
-    """
+    """How many records to show in a group, and where they are read from."""
 
     count: int
-    records: Records | None = None
+    records: Records | None = None  # None where none can be read, for the reason in `trouble`, or none is wanted
     image_folder: str | None = None
     trouble: str = ""
 

@@ -47,19 +47,13 @@ class CheckpointFeatures:
 
 @dataclass(frozen=True)
 class Subtask:
-    """A subtask of the target.
-
-    Attributes:
-        records: of the target, in its mean.
-        mean_score: over all records of the mixture that have a score; `mean_score_of_selected` over the chosen ones.
-        selected: how many of the chosen records serve this subtask best, or were taken in its turn (`round_robin`).
-    """
+    """A subtask of the target."""
 
     name: str
-    records: int
-    mean_score: float
+    records: int  # of the target, in its mean
+    mean_score: float  # over all records of the mixture that have a score
     mean_score_of_selected: float
-    selected: int
+    selected: int  # how many of the chosen records serve it best, or were taken in its turn (`round_robin`)
 
 
 def open_checkpoints(

@@ -30,20 +30,13 @@ _COLUMN_OF_KEY = {"norms": "norm", "losses": "loss"} | {
 
 @dataclass(frozen=True)
 class Mixture:
-    """A data file of N records.
-
-    Attributes:
-        ids: `[N]`, as text.
-        task_names: in order of their first record.
-        task: int `[N]`, index into `task_names`.
-        problems: what is wrong with records, by row; a record that the gradient step left out may have one.
-    """
+    """A data file of N records."""
 
     records: Records
-    ids: list[str]
-    task_names: list[str]
-    task: np.ndarray
-    problems: dict[int, str]
+    ids: list[str]  # `[N]`, as text
+    task_names: list[str]  # in order of their first record
+    task: np.ndarray  # int `[N]`, index into `task_names`
+    problems: dict[int, str]  # what is wrong with records, by row; some of them the gradient step may have left out
 
 
 def read_mixture(path: str | os.PathLike[str], task_key: str) -> Mixture:

@@ -39,34 +39,20 @@ def column_of(name: str) -> str:
 @dataclass(frozen=True)
 class TiveOptions:
     """What `select_data_TIVE.py` chooses, the paper's selection unless said otherwise; a `UserError` where a value is
-    not one of those below, or two do not go together.
-
-    Attributes:
-        p: share of all records to select, above 0 and up to 1.
-        q: sharpness of the instance weights `softmax(q * score)`, from 0 up.
-        task_budget: what the tasks' budgets are in proportion to, one of `TASK_BUDGETS`, or several with `+` between:
-            the mean of their shares.
-        instance_score: what decides within a task.
-        sampling: a `weighted` draw, the `top` scores, or the records nearest to the centres of `clusters`.
-        rounding: of the budgets.
-        at_most_once: what a task's budget has above its records goes to the other tasks.
-        from_sample: budgets from the records that have features, and a uniform draw from all.
-        drop_below: leaves out the records whose visual gain is smaller; None for none.
-        seed: of the draw.
-        exclude_tasks: names of tasks from which nothing is drawn.
+    not one of those that are known, or two do not go together.
     """
 
-    p: float = 0.15
-    q: float = 0.001
-    task_budget: str = "difficulty"
-    instance_score: str = "influence"
-    sampling: str = "weighted"
-    rounding: str = "down"
-    at_most_once: bool = False
-    from_sample: bool = False
-    drop_below: float | None = None
-    seed: int = 0
-    exclude_tasks: tuple[str, ...] = (DEFAULT_EXCLUDED,)
+    p: float = 0.15  # share of all records to select, above 0 and up to 1
+    q: float = 0.001  # sharpness of the instance weights `softmax(q * score)`, from 0 up
+    task_budget: str = "difficulty"  # one of `TASK_BUDGETS`, or several with `+` between: the mean of their shares
+    instance_score: str = "influence"  # what decides within a task
+    sampling: str = "weighted"  # a draw by weight, the `top` scores, or the nearest to the centres of `clusters`
+    rounding: str = "down"  # of the budgets
+    at_most_once: bool = False  # what a task's budget has above its records goes to the other tasks
+    from_sample: bool = False  # budgets from the records that have features, and a uniform draw from all
+    drop_below: float | None = None  # leaves out the records whose visual gain is smaller
+    seed: int = 0  # of the draw
+    exclude_tasks: tuple[str, ...] = (DEFAULT_EXCLUDED,)  # tasks from which nothing is drawn
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -107,18 +93,14 @@ class TiveOptions:
 class LessOptions:
     """What `select_data_LESS.py` chooses, LESS's selection unless said otherwise; a `UserError` as of `TiveOptions`.
 
-    Attributes:
-        p: share of all records to select, above 0 and up to 1.
-        over_targets: the best subtask (`max`), their `mean`, a `vote`: in how many a record is within the top p; or
-            `round_robin`: the subtasks take turns.
-        gradient: of the training records, as Adam applies it (`adam`, of either form) or as it is (`sgd`).
-        weights: of the checkpoints, in their order; None for the mean logged learning rates.
+    Over the subtasks, `max` is the best one and `mean` their mean; a `vote` counts in how many a record is within the
+    top p; in `round_robin` the subtasks take turns.
     """
 
-    p: float = 0.05
+    p: float = 0.05  # share of all records to select, above 0 and up to 1
     over_targets: str = "max"
-    gradient: str = "adam"
-    weights: tuple[float, ...] | None = None
+    gradient: str = "adam"  # of the training records, as Adam applies it, in either form, or as it is (`sgd`)
+    weights: tuple[float, ...] | None = None  # of the checkpoints, in order; None for the mean logged learning rates
 
     def __post_init__(self) -> None:
         _check_values(self)

@@ -40,34 +40,22 @@ Size = Annotated[float, Meta(ge=0, lt=MAX_SIZE)]
 
 
 class Task(Struct, frozen=True, rename={"name": "task"}):
-    """One task of a selection; what is not defined for it, or for the method, is None.
-
-    Attributes:
-        records: of the data file; `counted` those that the method takes into account.
-        value: `V_t`, its mean gradient norm.
-        basis: what its budget is in proportion to: `V_t`, its records, a mean score, or 1; None where several rules
-            share the total.
-        budget: in records; `budget_before_rounding` is `p * N * basis / sum of basis`.
-        selected: records written, a repeated one each time; `distinct` counts it once.
-        budget_parts: where several rules share the total, what each gives this task, in records.
-        sampled: of a selection from a sample, the records that the values are means of; `value_error` and
-            `budget_error` are the standard errors of the value and the budget, `budget_interval` holds the budget in
-            95% of samples.
-        effective_sample_size: of its instance weights, between 1 and `counted`.
-    """
+    """One task of a selection; what is not defined for it, or for the method, is None."""
 
     name: str
-    records: Count
-    counted: Count
-    selected: Count
-    distinct: Count
+    records: Count  # of the data file
+    counted: Count  # those of them that the method takes into account
+    selected: Count  # records written, a repeated one each time
+    distinct: Count  # a repeated one once
     excluded: bool = False
-    value: Size | None = None
-    basis: Size | None = None
-    budget: Count | None = None
-    budget_before_rounding: Size | None = None
-    budget_parts: dict[str, Size] | None = None
-    effective_sample_size: Size | None = None
+    value: Size | None = None  # V_t, its mean gradient norm
+    basis: Size | None = None  # what its budget is in proportion to; None where several rules share the total
+    budget: Count | None = None  # in records
+    budget_before_rounding: Size | None = None  # p * N * basis / sum of basis
+    budget_parts: dict[str, Size] | None = None  # where several rules share the total, what each gives it, in records
+    effective_sample_size: Size | None = None  # of its instance weights, between 1 and `counted`
+    # Of a selection from a sample: the records that the values are means of, the standard errors of value and budget,
+    # and what holds the budget in 95% of samples.
     sampled: Count | None = None
     value_error: Size | None = None
     budget_error: Size | None = None
@@ -84,7 +72,7 @@ class UncountedRecord(Struct, frozen=True):
 
 
 class SelectedFrom(Struct, frozen=True):
-    """The data and the features. `match` is what the chunks have in common, None for the release's files."""
+    """The data and the features."""
 
     data_path: str
     data_sha256: str
@@ -92,26 +80,20 @@ class SelectedFrom(Struct, frozen=True):
     gradient_path: str
     image_folder: str | None = None
     chunks: list[dict[str, Any]] = []
-    match: dict[str, Any] | None = None
+    match: dict[str, Any] | None = None  # what the chunks have in common; None for the release's files
 
 
 class Subset(Struct, frozen=True):
-    """The file of selected records, or of their row numbers alone. `distinct` counts a repeated record once."""
+    """The file of selected records, or of their row numbers alone."""
 
     file: str
     records: Count
     sha256: str
-    distinct: Count | None = None
+    distinct: Count | None = None  # a repeated record counts once
 
 
 class Summary(Struct, frozen=True):
-    """A selection's arguments, inputs and results: enough to make the subset again and to check it.
-
-    Attributes:
-        method: `TIVE`, or the name of another method that wrote it.
-        details: what this method alone has to say.
-        gradient_pass: the manifests of the feature files, without what stands elsewhere in the summary.
-    """
+    """A selection's arguments, inputs and results: enough to make the subset again and to check it."""
 
     arguments: dict[str, Any]
     versions: dict[str, Any]
@@ -119,30 +101,22 @@ class Summary(Struct, frozen=True):
     tasks: Annotated[list[Task], Meta(min_length=1)]
     left_out: list[UncountedRecord]
     subset: Subset
-    gradient_pass: list[dict[str, Any]]
-    method: str = "TIVE"
+    gradient_pass: list[dict[str, Any]]  # the manifests of the feature files, without what stands elsewhere here
+    method: str = "TIVE"  # or the name of another method that wrote it
     created: str = ""
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {}  # what this method alone has to say
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a method chose of a mixture's N records.
+    """What a method chose of a mixture's N records."""
 
-    Attributes:
-        tasks: of the mixture, in its order.
-        columns: of the scores file, `[N]` each: float or int, NaN where a record has none.
-        times_selected: int64 `[N]`.
-        reasons: why records cannot be drawn, by row; those of excluded tasks are not among them.
-        details: what the method alone has to say in the summary.
-    """
-
-    tasks: Sequence[Task]
-    columns: Mapping[str, np.ndarray]
-    times_selected: np.ndarray
-    reasons: Mapping[int, str]
+    tasks: Sequence[Task]  # of the mixture, in its order
+    columns: Mapping[str, np.ndarray]  # of the scores file, `[N]` each: float or int, NaN where a record has none
+    times_selected: np.ndarray  # int64 `[N]`
+    reasons: Mapping[int, str]  # why records cannot be drawn, by row; those of excluded tasks are not among them
     method: str = "TIVE"
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)  # what the method alone has to say in the summary
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -254,22 +228,15 @@ def _summary(
 
 @dataclass(frozen=True)
 class Selection:
-    """A selection of N records as its files have it, of this version or an earlier one.
-
-    Attributes:
-        tasks: the largest first.
-        task: int32 `[N]`, index into `tasks`.
-        columns: float64 `[N]` each, of the scores file, NaN where not defined.
-        times_selected: int64 `[N]`.
-    """
+    """A selection of N records as its files have it, of this version or an earlier one."""
 
     stem: str
     summary: Summary
-    tasks: list[Task]
+    tasks: list[Task]  # the largest first
     ids: Sequence[str]
-    task: np.ndarray
-    columns: Mapping[str, np.ndarray]
-    times_selected: np.ndarray
+    task: np.ndarray  # int32 `[N]`, index into `tasks`
+    columns: Mapping[str, np.ndarray]  # of the scores file, float64 `[N]` each, NaN where not defined
+    times_selected: np.ndarray  # int64 `[N]`
 
     def column(self, name: str) -> np.ndarray:
         """A column of the scores file; all NaN where there is none of that name."""
