@@ -14,17 +14,17 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from scripts.experiment.mixture import make_mixture
 from scripts.experiment.plan import ARMS, BASE, FULL, Q_AT_HALF, SMALL, Plan, Run, runs
-from scripts.experiment.smollm2 import encode, evaluate, load_base, model_answers, train, with_lora, write_base
+from scripts.experiment.smollm2 import evaluate, load_base, model_answers, train, with_lora, write_base
 from scripts.experiment.tables import read_csv, read_losses, write_csv
 from tive.features.launch import Held, hold
-from tive.models import Encoded, Reference
+from tive.models import Encoded, Reference, native
 from tive.report.sections import choice_curves, q_where
 from tive.selection.output import SUMMARY_END, find_summaries, read_selection
 from tive.util.errors import UserError
@@ -96,20 +96,9 @@ def prepare(folder: Path, plan: Plan) -> None:
 
 
 def encoded(reference: Reference, folder: Path, records: Path) -> list[Encoded]:
-    return encode(reference, read_json(records), folder / "data" / "images")
-
-
-def gradients(folder: Path, options: Sequence[str]) -> Path:
-    """The features that an arm's options ask for, computed when the first arm asks."""
-    kind = "sample" if "--from_sample" in options else "visual_gain" if "visual_gain" in options else "all"
-    records = folder / "sample.json" if kind == "sample" else folder / "data" / "mixture.json"
-    output = folder / f"gradients_{kind}"
-    parts = ["--input_file", records, "--image_folder", folder / "data" / "images", "--output_file", output]
-    parts += ["--model_path", folder / "reference", "--model_base", folder / "base", "--device", "cpu"]
-    parts += ["--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0]
-    more = ["--visual_gain"] if kind == "visual_gain" else []
-    command(folder, output / "manifest_0.json", "compute_gradient_features.py", *parts, *more)
-    return output
+    """Records as the gradient step reads them."""
+    images = str(folder / "data" / "images")
+    return [native.encode(reference.processor, record, images) for record in read_json(records)]
 
 
 def select(folder: Path, run: Run) -> Path:
@@ -122,9 +111,18 @@ def select(folder: Path, run: Run) -> Path:
         if q is None:
             raise UserError("no q halves the effective sample size of influence")
         options[options.index(Q_AT_HALF)] = f"{q:.4g}"
-    parts = ("--data_path", folder / "data" / "mixture.json", "--gradient_path", gradients(folder, options))
-    more = ("--save_path", target, "--seed", run.seed, "--exclude_tasks", "none", *options)
-    command(folder, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, *more)
+    # The features that the options ask for are computed when the first arm asks.
+    kind = "sample" if "--from_sample" in options else "visual_gain" if "visual_gain" in options else "all"
+    data = folder / "data" / "mixture.json"
+    records = folder / "sample.json" if kind == "sample" else data
+    features = folder / f"gradients_{kind}"
+    parts = ["--input_file", records, "--image_folder", folder / "data" / "images", "--output_file", features]
+    parts += ["--model_path", folder / "reference", "--model_base", folder / "base", "--device", "cpu"]
+    parts += ["--dtype", "bfloat16", "--proj_dim", 2048, "--num_workers", 0]
+    parts += ["--visual_gain"] if kind == "visual_gain" else []
+    command(folder, features / "manifest_0.json", "compute_gradient_features.py", *parts)
+    parts = ["--data_path", data, "--gradient_path", features, "--save_path", target, "--seed", run.seed]
+    command(folder, target / f"*{SUMMARY_END}", "select_data_TIVE.py", *parts, "--exclude_tasks", "none", *options)
     (summary,) = find_summaries(target)
     return summary
 

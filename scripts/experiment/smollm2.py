@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,6 @@ def with_lora(reference: Reference, rank: int) -> Any:
         if name.endswith(".base_layer.weight"):  # `BFLOAT16` would round it at every step
             parameter.data = parameter.data.bfloat16()
     return adapted
-
-
-def encode(reference: Reference, records: Iterable[dict[str, Any]], images: Path) -> list[Encoded]:
-    """Records as the gradient step reads them."""
-    return [native.encode(reference.processor, record, str(images)) for record in records]
 
 
 def train(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmark import models
+from scripts.benchmark.gradients import now
 from tive.features.batches import Batches
 from tive.features.step import GradientStep
 from tive.method.projection import make_projector
@@ -59,9 +58,3 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(20):
         a @ b
     return 20 * 2 * size**3 / (now(device) - begin)
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -33,7 +33,7 @@ Drawn = tuple[Image.Image | None, list[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape on a canvas; `box` is (left, top, right, bottom) in pixels."""
+    """A shape on a canvas; `box` is (left, top, right, bottom) in pixels, of equal sides."""
 
     shape: str
     colour: str
@@ -45,8 +45,7 @@ class Thing:
 
     @property
     def area(self) -> int:
-        left, top, right, bottom = self.box
-        return (right - left) * (bottom - top)
+        return (self.box[2] - self.box[0]) ** 2
 
     def draw(self, canvas: ImageDraw.ImageDraw) -> None:
         left, top, right, bottom = self.box
@@ -171,15 +170,9 @@ def chat(random_: random.Random) -> Drawn:
     return None, [random_.choice(openers), *random_.sample(followers, random_.randint(1, 4))]
 
 
-TASKS: dict[Callable[[random.Random], Drawn], int] = {
-    vqa: 220,
-    boxes: 130,
-    counting: 110,
-    textcaps: 90,
-    comparing: 70,
-    reading: 60,
-    chat: 40,
-}
+# Tasks and their records.
+TASKS: dict[Callable[[random.Random], Drawn], int] = {vqa: 220, boxes: 130, counting: 110, textcaps: 90}
+TASKS |= {comparing: 70, reading: 60, chat: 40}
 
 
 def make_record(task: Callable[[random.Random], Drawn], row: int, random_: random.Random, images: Path) -> dict:

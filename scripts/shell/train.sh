@@ -45,18 +45,18 @@ train_llava() {
     [[ $PRECISION =~ ^(auto|bf16|fp16|fp32)$ ]] || fail "PRECISION=$PRECISION is none of auto, bf16, fp16, fp32"
     run_module tive.training.checks "${recipe[@]}" "$@"
 
-    if [[ $GPUS == none ]]; then
-        train_on_cpu "GPUS=none" "${recipe[@]}" "$@"
-        return
-    fi
-    local count capability
-    [[ $GPUS == all ]] || export CUDA_VISIBLE_DEVICES=$GPUS
-    read -r count capability < <("$PYTHON" "$ROOT/scripts/shell/gpus.py")
-    if [[ $GPUS != all && $(tr -cd , <<<"$GPUS" | wc -c) -ne $((count - 1)) ]]; then
-        fail "GPUS=$GPUS: torch sees $count of them; name GPUs of this machine (0,1), or none"
+    local count=0 capability=0 reason="GPUS=none"
+    if [[ $GPUS != none ]]; then
+        [[ $GPUS == all ]] || export CUDA_VISIBLE_DEVICES=$GPUS
+        read -r count capability < <("$PYTHON" "$ROOT/scripts/shell/gpus.py")
+        [[ $GPUS == all || $(tr -cd , <<<"$GPUS" | wc -c) -eq $((count - 1)) ]] ||
+            fail "GPUS=$GPUS: torch sees $count of them; name GPUs of this machine (0,1), or none"
+        reason="no GPU found"
     fi
     if ((count == 0)); then
-        train_on_cpu "no GPU found" "${recipe[@]}" "$@"
+        echo "device        CPU: $reason"
+        export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # else DeepSpeed warns that it sees no GPU
+        run_module tive.training.llava_trainer --use_cpu True "${recipe[@]}" "$@"
         return
     fi
     [[ $PRECISION != auto ]] || PRECISION=$( ((capability >= 8)) && echo bf16 || echo fp16)
@@ -69,11 +69,4 @@ train_llava() {
     run_module torch.distributed.run --nproc_per_node "$count" --master_port "$MASTER_PORT" \
         "$ROOT/scripts/shell/run_module.py" tive.training.llava_trainer \
         --deepspeed "$DEEPSPEED_CONFIG" "${recipe[@]}" "${precision[@]}" "$@"
-}
-
-# train_on_cpu REASON ARGUMENT...
-train_on_cpu() {
-    echo "device        CPU: $1"
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}  # else DeepSpeed warns that it sees no GPU
-    run_module tive.training.llava_trainer --use_cpu True "${@:2}"
 }
