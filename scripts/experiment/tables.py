@@ -81,13 +81,13 @@ def paired(measured: Measured, arm: str, other: str) -> list[float]:
 
 
 def interval(pairs: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
-    """The mean of two differences or more, and the ends of Student's t interval that misses it at this level."""
+    """The mean of two differences or more, and the two ends of its interval by Student's t, at this level."""
     mean, half = float(np.mean(pairs)), float(stats.t.ppf(1 - level / 2, len(pairs) - 1) * stats.sem(pairs))
     return mean, mean - half, mean + half
 
 
 def p_value(pairs: Sequence[float]) -> float:
-    """Of a t test against 0, two-sided; 1 where too few seeds ran."""
+    """Of a two-sided t test against 0; 1 where too few seeds ran or nothing differs."""
     enough = len(pairs) >= FEWEST_SEEDS and any(pairs)
     return float(stats.ttest_1samp(pairs, 0.0).pvalue) if enough else 1.0
 

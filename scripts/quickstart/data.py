@@ -27,7 +27,7 @@ WORDS = "apple bread cloud dream eagle flame grape house light mango north ocean
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-# An image, or None, and the turns: what is asked and answered. `<image>` and a line's end are put before the first.
+# An image, or None, and the turns, each a question and its answer. `make_record` puts `<image>` before the first.
 Drawn = tuple[Image.Image | None, list[tuple[str, str]]]
 
 
