@@ -47,6 +47,7 @@ SMALLER = {
     "--per_task 200": "--per_task 5",
     "--per_task 1000": "--per_task 9",
     "NUM_CHUNKS=64 bash": "NUM_CHUNKS=4 bash",
+    "EPOCHS=4 bash": "EPOCHS=2 bash",
     "\nbash finetune_lora.sh\n": "\nBATCH_SIZE=2 bash finetune_lora.sh\n",
 }
 
@@ -96,15 +97,13 @@ def some_records(source: Path, rows: slice) -> Callable[[Path], None]:
     return write
 
 
-def linked(folder: Path, **more: Path) -> Callable[[Path], None]:
-    """A folder whose entries are those of another, and more."""
+def linked(folder: Path) -> Callable[[Path], None]:
+    """A folder whose entries are those of another."""
 
     def link(target: Path) -> None:
         target.mkdir(parents=True)
         for source in folder.iterdir():
             (target / source.name).symlink_to(source)
-        for name, source in more.items():
-            (target / f"{name}.json").symlink_to(source)
 
     return link
 
@@ -173,7 +172,6 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
     names |= {"openai/clip-vit-large-patch14-336": folder / "model" / "clip"}
     names |= {"data.json": folder / "data.json", "images": folder / "images", "quickstart": folder}
     copied = {"selected": linked(folder / "selected")}
-    warm_up = linked(folder / "images", warm_up=folder / "warm_up.json")
     of_page: dict[str, dict[str, Path | Callable[[Path], None]]] = {
         "README.md": {"llava_v1_5_mix665k.json": small_mixture},
         "data.md": {
@@ -206,9 +204,10 @@ def given(page: str) -> dict[str, Path | Callable[[Path], None]]:
         "evaluation.md": {f"checkpoints/llava-{name}": tuned for name in ("all", "random", "tive")}
         | {"checkpoints/llava-warm-up-lora": reference},
         "less.md": {
-            "data.json": some_records(folder / "data.json", slice(0, None, 9)),
-            "target.json": some_records(folder / "data.json", slice(1, None, 60)),
-            "playground/data": warm_up,
+            "data.json": some_records(folder / "data.json", slice(0, None, 18)),
+            "target.json": some_records(folder / "data.json", slice(1, None, 90)),
+            "playground/data": linked(folder / "images"),
+            "playground/data/warm_up.json": some_records(folder / "warm_up.json", slice(0, None, 6)),
         },
     }
     return names | of_page.get(page, {})
