@@ -23,6 +23,9 @@ fail() {
     exit 2
 }
 
+# Else every process that tests compiles them and the project anew.
+unset PYTHONDONTWRITEBYTECODE
+
 # Style, once: with the first interpreter that has the tools.
 check_style() {
     local shellcheck

@@ -40,6 +40,12 @@ NEEDED["llava"] += (
     "tests.helpers.training",
     "tests.helpers.less",
 )
+LONGEST = (
+    *("features/test_slurm", "training/test_training", "features/test_launch", "features/test_resume"),
+    *("training/test_trl", "models/test_smollm2", "models/test_native_losses", "features/test_adam_gradients"),
+    *("models/test_optimizer_state", "features/test_left_out", "scripts/test_benchmark", "models/test_bunny"),
+    *("data/test_convert", "data/test_labels", "training/test_checks", "scripts/test_setup", "test_cuda"),
+)
 
 
 @functools.cache
@@ -100,8 +106,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What mostly waits starts first, and the others use the processor meanwhile.
-    items.sort(key=lambda item: item.path.stem not in ("test_slurm", "test_training"))
+    # The longest files start first, so that no process works on one while the others have nothing left to do.
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(f"{item.path.parent.name}/{item.path.stem}", len(order)))
 
 
 def pytest_collection_finish() -> None:

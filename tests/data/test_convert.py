@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -15,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from scripts import convert_data
+from tests.helpers.in_process import run_here
 from tests.helpers.records import MEDIA
 from tive.data import shards
 from tive.data.conversations import FORMS, from_llava, image_paths, to_llava
@@ -23,16 +22,12 @@ from tive.data.records import open_records
 from tive.data.shards import schema_of, write_shards
 from tive.data.trained import problem_of
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_data.py"
-
 
 def convert(tmp_path, text, *arguments, source="a.json", target="b.json"):
     """Run the script; the result, and the target's text or None."""
     (tmp_path / source).write_bytes(text if isinstance(text, bytes) else text.encode())
     paths = ["--source_path", str(tmp_path / source), "--target_path", str(tmp_path / target)]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *paths, *arguments], capture_output=True, text=True, check=False
-    )
+    done = run_here(convert_data.main, *paths, *arguments)
     written = tmp_path / target
     return done, written.read_text() if written.exists() else None
 

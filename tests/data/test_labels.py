@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts import label_tasks
+from tests.helpers.in_process import run_here
 from tests.helpers.mixture import BOX, COCO, COUNTS, OPTION_LETTER, REGION, SHORT_ANSWER, example, mixture, record
 from tive.data.conversations import from_llava, to_llava
 from tive.data.records import open_records
@@ -22,15 +22,13 @@ from tive.data.trained import form_problem, problem_of
 from tive.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "label_tasks.py"
 RULE_FILES = sorted((ROOT / "scripts" / "rules").glob("*.yaml"))
 LLAVA = read_rules(ROOT / "scripts" / "rules" / "llava_v1_5.yaml")
 DESCRIBE = "What do you see happening in this image?"
 
 
 def label(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_here(label_tasks.main, *arguments)
 
 
 def run_on(tmp_path, records, *arguments, source="a.json", target="b.json"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 
 import compute_gradient_features
+from tests.helpers.in_process import run_here
 from tive.util.errors import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,17 +54,8 @@ def step_arguments(output: Path, *more: object) -> list[str]:
 
 def run_step(output: Path, *more: object) -> Finished:
     """Run the step in this process, which saves the seconds that the imports take."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [str(SCRIPT), *step_arguments(output, *more)]
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(compute_gradient_features.main)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        sys.argv = before
-    return Finished(code, out.getvalue(), err.getvalue())
+    done = run_here(compute_gradient_features.main, *step_arguments(output, *more))
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def fork_step(output: Path, *more: object, die_at: int | str | None = None) -> BaseProcess:
