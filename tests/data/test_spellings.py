@@ -128,6 +128,17 @@ REFUSED = {
         },
         "`objects`",
     ),
+    "boxes in the system prompt": (
+        {
+            "messages": [says("system", "<ref-object>"), says("user", "x"), says("assistant", "y")],
+            "objects": {"ref": [1]},
+        },
+        "`objects`",
+    ),
+    "a system prompt that cannot be written": (
+        {"messages": [says("user", "x"), says("assistant", "y")], "system": "\udfff"},
+        "`system`",
+    ),
     "a rejected answer": (
         {"messages": [says("user", "x"), says("assistant", "y")], "rejected_response": "z"},
         "`rejected_response`",

@@ -47,12 +47,12 @@ def _followed(record: Any) -> dict[str, Any]:
             f"has `{key}`, which trainers act on and which is not followed here; remove the key, or the record"
         )
     conversation = to_llava(record)
-    turns = conversation["conversations"]
-    if not isinstance(conversation.get("system", ""), str):
-        raise ValueError("has a `system` that is not a text; write the system prompt as one")
+    turns, system = conversation["conversations"], conversation.get("system", "")
+    if not isinstance(system, str) or not is_unicode(system):
+        raise ValueError("has a `system` that is not a text, or not valid Unicode; write the system prompt as one")
     if not is_empty(record.get("objects")):
         for mark in ("<bbox>", "<ref-object>"):
-            if any(mark in turn["value"] for turn in turns):
+            if any(mark in text for text in (system, *(turn["value"] for turn in turns))):
                 raise ValueError(
                     f"has `objects` for {mark} in its text, which ms-swift replaces before it trains; write the names "
                     "and boxes into the text"
