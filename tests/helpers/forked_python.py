@@ -108,9 +108,13 @@ class Server:
     def accept(self) -> list[str] | None:
         """Fork for the next request; returns, in the fork, the script and its arguments."""
         caller, _ = self.listening.accept()
-        header, streams, _, _ = socket.recv_fds(caller, 8, 3)
-        with caller.makefile("rb") as sent:
-            request = json.loads(sent.read(int.from_bytes(header, "big")))
+        try:
+            header, streams, _, _ = socket.recv_fds(caller, 8, 3)
+            with caller.makefile("rb") as sent:
+                request = json.loads(sent.read(int.from_bytes(header, "big")))
+        except (OSError, ValueError):  # the caller was killed before it had said what it wants
+            caller.close()
+            return None
         process = -1
         if self.is_like_here(request):
             if not self.ready:
@@ -213,7 +217,8 @@ def main() -> list[str]:
         return Server(sys.argv[2]).serve()
     code = call(sys.argv[1], sys.argv[2:])
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # of SIGKILL there is no other
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
