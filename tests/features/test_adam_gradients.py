@@ -175,7 +175,7 @@ def test_the_correction_is_that_of_the_next_step() -> None:
     matrices = target_modules(reference)
     kind = gradient_kind(str(path), "adam")
     assert kind.state is not None
-    constants = replace(kind.state.constants, t=kind.state.constants.t - 1)
+    constants = kind.state.constants | {"t": kind.state.constants["t"] - 1}
     kind = replace(kind, state=replace(kind.state, constants=constants))
     transform = transform_of(kind, reference, matrices, str(path))
     assert transform is not None

@@ -178,7 +178,7 @@ def test_an_argument_that_llava_lacks_is_refused(
 
 @pytest.mark.parametrize(
     ("layer", "shape", "part"),
-    [("0", (128, 80), "vision tower: it has width 80"), ("2", (160, 128), "base model: it has width 160")],
+    [("0", (128, 80), "for width 80, the vision tower"), ("2", (160, 128), "for width 160, the base model")],
 )
 def test_a_projector_of_another_model_is_refused(
     layer: str,
@@ -192,7 +192,7 @@ def test_a_projector_of_another_model_is_refused(
     weights = torch.load(settings["PROJECTOR"], weights_only=True)
     torch.save(weights | {f"model.mm_projector.{layer}.weight": torch.zeros(shape)}, tmp_path / "projector.bin")
     refusal = refusal_of_entry(monkeypatch, capsys, settings, pretrain_mm_mlp_adapter=f"{tmp_path}/projector.bin")
-    assert refusal.startswith("error: ") and f"is the projector of another {part}" in refusal
+    assert refusal.startswith("error: ") and part in refusal
 
 
 def test_the_seed_holds_for_what_llava_draws_first(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

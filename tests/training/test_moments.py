@@ -27,7 +27,7 @@ def test_the_moments_of_every_lora_matrix_that_was_stepped_are_saved(tmp_path: P
     save_moments(trainer, str(tmp_path))
     saved = read_optimizer_state(tmp_path / MOMENTS_FILE, 1)
     weight = trainer.model["lora_A"].weight
-    assert list(saved.by_name) == ["lora_A.weight"] and saved.constants.t == 1
+    assert list(saved.by_name) == ["lora_A.weight"] and saved.constants["t"] == 1
     moments = saved.by_name["lora_A.weight"]
     assert torch.equal(moments.m, trainer.optimizer.state[weight]["exp_avg"])
     assert torch.equal(moments.v, trainer.optimizer.state[weight]["exp_avg_sq"])

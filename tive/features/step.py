@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def transform_of(
     if kind.state is None:
         return None
     moments = moments_of_matrices(kind.state, reference.model, matrices, model_path)
-    t, b1, b2, eps = astuple(kind.state.constants)
+    t, b1, b2, eps = (kind.state.constants[name] for name in ("t", "b1", "b2", "eps"))
     print(f"optimizer's state {kind.state.path}: Adam after step {t}, betas {b1:g} and {b2:g}, eps {eps:g}")
     dtype = next(iter(moments.values())).m.dtype
     if dtype != torch.float32:

@@ -238,29 +238,22 @@ def record_losses(reference: Reference, records: Collated | Sequence[Encoded], e
 
 
 def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
-    """The model's inputs by the processor's names, padded on the right.
+    """The model's inputs by the processor's names, of which none is dropped.
 
-    What has the shape of the ids is padded; anything else (images, their sizes) is padded with zeros in its trailing
-    axes and concatenated. No key of the processor is dropped.
+    What a record has for each token is padded on the right, anything else (images, their sizes) with zeros in its
+    trailing axes; then all are concatenated.
     """
-    width = max(record.length for record in records)
-    by_name: dict[str, list[np.ndarray]] = {}
-    for record in records:
-        for name, array in record.inputs.arrays.items():
-            per_token = array.shape == (1, record.length)
-            by_name.setdefault(name, []).append(_padded(array, (width,)) if per_token else array)
     inputs = {}
-    for name, arrays in by_name.items():
-        shape = tuple(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True))
-        joined = np.concatenate([_padded(array, shape) for array in arrays])
+    for name in records[0].inputs.arrays:
+        arrays = [record.inputs.arrays[name] for record in records]
+        shape = [max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
+        joined, row = np.zeros((sum(map(len, arrays)), *shape), arrays[0].dtype), 0
+        for array in arrays:
+            place = (slice(row, row + len(array)), *map(slice, array.shape[1:]))
+            joined[place] = array
+            row += len(array)
         inputs[name] = unpacked(joined, reference.dtype)
-    return collated(inputs, [record.inputs.labels for record in records], width)
-
-
-def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An array with zeros behind its entries, up to `shape` in all axes but the first."""
-    missing = [(0, size - have) for size, have in zip(shape, array.shape[1:], strict=True)]
-    return np.pad(array, [(0, 0), *missing]) if any(behind for _, behind in missing) else array
+    return collated(inputs, [record.inputs.labels for record in records], max(record.length for record in records))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,12 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class AdamConstants:
-    """What Adam's step needs beside the moments: steps taken, decay rates, epsilon."""
-
-    t: int
-    b1: float
-    b2: float
-    eps: float
-
-
-@dataclass(frozen=True)
 class StoredState:
     """An optimizer's state as it is on disk."""
 
     path: Path
     sha256: str  # of the file, or over the moments' files of a converted DeepSpeed state
-    constants: AdamConstants
+    constants: dict[str, Any]  # of Adam's step: `t` steps taken, decay rates `b1` and `b2`, `eps`
     by_name: dict[str, Moments]  # by the trainer's names of the parameters, where the state has names
     in_order: list[Moments | None]  # else those of the first group, in the trainer's order; None: never stepped
 
@@ -134,15 +124,15 @@ def read_optimizer_state(path: Path, step: int) -> StoredState:
 
             tensors = read_tensors(path)
             with safe_open(path, framework="pt") as file:
-                constants = AdamConstants(**json.loads(file.metadata()["adam"]))
+                constants = json.loads(file.metadata()["adam"])
             names = [name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")]
             by_name = {name: Moments(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
             return StoredState(path, sha256_of(path), constants, by_name, [])
         state = _read_optimizer_file(path)
-    if state.constants.t != step:  # a form that holds no weights has nothing else that tells whose it is
+    if state.constants["t"] != step:  # a form that holds no weights has nothing else that tells whose it is
         raise UserError(
-            f"{path} is the state after step {state.constants.t}, the checkpoint is of step {step}; name the state of "
-            "this checkpoint"
+            f"{path} is the state after step {state.constants['t']}, the checkpoint is of step {step}; name the state "
+            "of this checkpoint"
         )
     return state
 
@@ -206,7 +196,7 @@ def moments_of(source: str, state: Mapping[str, Any], weight: Tensor | None = No
     raise UserError(f"{source} is the state of {kind} ({', '.join(sorted(keys))}); {_TRAIN_AGAIN}")
 
 
-def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[Any]) -> AdamConstants:
+def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iterable[Any]) -> dict[str, Any]:
     """What the groups of an optimizer share; a `UserError` where it is not plain Adam, or they disagree."""
     for group in groups:
         keys = set(group)
@@ -224,7 +214,7 @@ def adam_constants(source: str, groups: Sequence[Mapping[str, Any]], steps: Iter
         raise UserError(
             f"{source}: the parameters do not share betas, eps and step, so it is not one step of Adam; {_TRAIN_AGAIN}"
         ) from error
-    return AdamConstants(int(t), b1, b2, eps)
+    return {"t": int(t), "b1": b1, "b2": b2, "eps": eps}
 
 
 # Moments to matrices
@@ -344,4 +334,4 @@ def save_moments(trainer: Any, folder: str) -> None:
             for part, tensor in zip(_PARTS, vars(of).values(), strict=True)
         }
         with whole_file(Path(folder) / MOMENTS_FILE) as file:
-            file.write(save(tensors, {"adam": json.dumps(asdict(constants))}))
+            file.write(save(tensors, {"adam": json.dumps(constants)}))

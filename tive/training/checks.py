@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,108 +36,92 @@ _LONGEST_NAME = 80
 _SWITCHES = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """An argument of LLaVA's trainer that is looked at.
-
-    Attributes:
-        default: LLaVA's own; of a switch True or False.
-        taken: the values that are taken, as one pattern; None for any.
-        with_lora: those that are taken for a LoRA, where they are fewer.
-        why: no other value is taken.
-    """
-
-    default: Any = None
-    taken: str | None = None
-    with_lora: str | None = None
-    why: str = ""
-
-
 _NEEDED = ("data_path", "output_dir", "model_name_or_path")
-_PARTS = ("image_folder", "cache_dir", "vision_tower", "pretrain_mm_mlp_adapter")
-_SETTINGS = {name: _Setting() for name in (*_NEEDED, *_PARTS)} | {
-    "lora_enable": _Setting(False),
-    "version": _Setting(
+_ANY: tuple[Any, ...] = (None, None, None, "")
+_NO_TOKENS = "LLaVA-1.5's projector has no such tokens"
+# The arguments of LLaVA's trainer that are looked at: LLaVA's default, of a switch True or False; the values that are
+# taken, as a pattern, of the whole model and of a LoRA (None for any); why no other is.
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys((*_NEEDED, "image_folder", "cache_dir", "vision_tower", "pretrain_mm_mlp_adapter"), _ANY),
+    "lora_enable": (False, None, None, ""),
+    "version": (
         "v0",
         "|".join((*TEMPLATES, *_OTHER_TEMPLATES)),
         "|".join(TEMPLATES),
         "LLaVA's trainer takes vicuna_v1 for an unknown template, and a reference model can have no other",
     ),
-    "image_aspect_ratio": _Setting(
-        "square", "|".join(ASPECT_RATIOS), why="LLaVA 1.5 trains every other word as square"
+    "image_aspect_ratio": ("square", *["|".join(ASPECT_RATIOS)] * 2, "LLaVA 1.5 trains every other word as square"),
+    "mm_patch_merge_type": ("flat", "flat", "flat", "the others are for images of several tiles"),
+    "mm_projector_type": ("linear", *[r"linear|mlp[1-9]\d*x_gelu"] * 2, "LLaVA-1.5's is mlp2x_gelu"),
+    "mm_vision_select_layer": ("-1", None, None, ""),
+    "mm_vision_select_feature": ("patch", *["patch|cls_patch"] * 2, "LLaVA knows no other"),
+    "mm_use_im_start_end": (False, "False", "False", _NO_TOKENS),
+    "mm_use_im_patch_token": (True, "False", "False", _NO_TOKENS),
+    "bits": ("16", "16", "16", "the gradient step reads the base as it is, not quantized"),
+    "lora_bias": ("none", None, "none", "biases beside the adapter are not supported"),
+    "tune_mm_mlp_adapter": (False, None, "False", "it freezes the adapter; the projector is trained with it anyway"),
+    "freeze_mm_mlp_adapter": (
+        False,
+        None,
+        "False",
+        "no projector would be saved; --mm_projector_lr 0 keeps it as it is",
     ),
-    "mm_patch_merge_type": _Setting("flat", "flat", why="the others are for images of several tiles"),
-    "mm_projector_type": _Setting("linear", r"linear|mlp[1-9]\d*x_gelu", why="LLaVA-1.5's is mlp2x_gelu"),
-    "mm_vision_select_layer": _Setting("-1"),
-    "mm_vision_select_feature": _Setting("patch", "patch|cls_patch", why="LLaVA knows no other"),
-    "mm_use_im_start_end": _Setting(False, "False", why="LLaVA-1.5's projector has no such tokens"),
-    "mm_use_im_patch_token": _Setting(True, "False", why="LLaVA-1.5's projector has no such tokens"),
-    "bits": _Setting("16", "16", why="the gradient step reads the base as it is, not quantized"),
-    "lora_bias": _Setting("none", None, "none", "biases beside the adapter are not supported"),
-    "tune_mm_mlp_adapter": _Setting(
-        False, None, "False", "it freezes the LoRA adapter; the projector is trained with it anyway"
-    ),
-    "freeze_mm_mlp_adapter": _Setting(
-        False, None, "False", "no projector would be saved; --mm_projector_lr 0 keeps it as it is"
-    ),
-    "fsdp": _Setting("", None, "", "LLaVA saves only a part of the adapter under FSDP"),
+    "fsdp": ("", None, "", "LLaVA saves only a part of the adapter under FSDP"),
 }
 
 
 def read_settings(arguments: list[str] | None = None) -> argparse.Namespace:
     """The settings that are looked at, each of its list; of a repeated argument the last one counts, as for LLaVA."""
     parser = argparse.ArgumentParser(prog="tive.training", allow_abbrev=False, add_help=False)
-    for name, setting in _SETTINGS.items():
-        parser.add_argument(f"--{name}", nargs="?", const="True", default=setting.default, required=name in _NEEDED)
+    for name, (default, *_) in _SETTINGS.items():
+        parser.add_argument(f"--{name}", nargs="?", const="True", default=default, required=name in _NEEDED)
     settings, _ = parser.parse_known_args(arguments)
-    for name, setting in _SETTINGS.items():
+    for name, (default, taken, taken_for_lora, why) in _SETTINGS.items():
         value = getattr(settings, name)
-        if isinstance(setting.default, bool):  # what transformers' parser makes of a switch
+        if isinstance(default, bool):  # what transformers' parser makes of a switch
             if str(value).lower() not in _SWITCHES:
                 raise UserError(f"--{name} {value} is neither True nor False")
             value = _SWITCHES[str(value).lower()]
             setattr(settings, name, value)
-        taken = setting.taken if setting.with_lora is None or not settings.lora_enable else setting.with_lora
-        if taken is not None and not re.fullmatch(taken, str(value)):
-            remedy = f"write --{name} {taken.replace('|', ' or ')}" if taken else f"leave --{name} out"
-            raise UserError(f"--{name} {value}: {setting.why}; {remedy}")
+        pattern = taken_for_lora if settings.lora_enable else taken
+        if pattern is not None and not re.fullmatch(pattern, str(value)):
+            remedy = f"write --{name} {pattern.replace('|', ' or ')}" if pattern else f"leave --{name} out"
+            raise UserError(f"--{name} {value}: {why}; {remedy}")
     return settings
 
 
-def model_config(name: str, what: str, variable: str, cache_dir: str | None = None) -> tuple[dict[str, Any], str]:
-    """A model's config.json, and where the model comes from: a folder, or the hub, which is asked for the file.
+def model_config(name: str, what: str, variable: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """A model's config.json, of a folder or of the hub, which is asked for the file.
 
     Args:
         what, variable: the model's part in the training, and the variable that sets it, for messages.
     """
-    folder, source = model_folder(name, cache_dir), "folder" if os.path.isdir(name) else "downloaded before"
+    folder = model_folder(name, cache_dir)
     if folder is None:
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UserError(f"{what}: {name} is not there; set {variable} to a folder or to a name on huggingface.co")
         from huggingface_hub import hf_hub_download
 
-        source = "to be downloaded from huggingface.co"
         try:
             folder = Path(hf_hub_download(name, "config.json", cache_dir=cache_dir)).parent
         except (OSError, ValueError) as error:
-            raise UserError(f"{what}: {name} is no folder, and no model that can be had; set {variable}") from error
+            raise UserError(
+                f"{what}: {name} is no folder, and no model that can be had from huggingface.co; set {variable}"
+            ) from error
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{what}: {name} is a LoRA adapter, not a whole model; merge it into its base with LLaVA's "
             f"merge_lora_weights.py, and set {variable} to the result"
         )
-    return read_object(folder / "config.json"), source
+    return read_object(folder / "config.json")
 
 
-def base_config(settings: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The config.json of the base, which is whole and not quantized, and where it comes from.
+def base_config(settings: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of the base, which is whole and not quantized.
 
     A base that is a LLaVA model keeps its tower and projector: arguments that say something else are refused.
     """
     name = settings.model_name_or_path
-    base, source = model_config(name, "base model", "MODEL", settings.cache_dir)
-    folder = Path(name)  # a hub's model has been downloaded in part at most
-    lacking = lacks_tokenizer(folder) if folder.is_dir() else None
+    base = model_config(name, "base model", "MODEL", settings.cache_dir)
+    lacking = lacks_tokenizer(Path(name)) if os.path.isdir(name) else None  # a hub's model is there in part at most
     if lacking:
         raise UserError(f"base model: {lacking}")
     if base.get("quantization_config"):
@@ -150,7 +133,7 @@ def base_config(settings: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for key in ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature"):
             if key in base and str(base[key]) != getattr(settings, key):
                 raise UserError(f"{name} is a LLaVA model with {key} {base[key]}; add --{key} {base[key]}")
-    return base, source
+    return base
 
 
 def has_projector(base: dict[str, Any]) -> bool:
@@ -160,16 +143,13 @@ def has_projector(base: dict[str, Any]) -> bool:
 
 def projector_of(settings: argparse.Namespace, base: dict[str, Any]) -> str | None:
     """The file that the projector starts from; None where it starts as the base has it, or at random without one."""
-    named = settings.pretrain_mm_mlp_adapter
+    named, own = settings.pretrain_mm_mlp_adapter, has_projector(base)
     if named == "auto":
-        named = None if has_projector(base) else PRETRAINED_PROJECTOR
-    if named == "" and not has_projector(base):
+        named = None if own else PRETRAINED_PROJECTOR
+    if (named == "" and not own) or (named and not os.path.isfile(named)):
         raise UserError(
-            f"{settings.model_name_or_path} has no projector of its own; set PROJECTOR to LLaVA's mm_projector.bin"
-        )
-    if named and not os.path.isfile(named):
-        raise UserError(
-            f"projector: {named} is not there; set PROJECTOR to LLaVA's mm_projector.bin (docs/training.md)"
+            f"projector: {named or 'the base has none of its own, and none'} is there; set PROJECTOR to LLaVA's "
+            "mm_projector.bin (docs/training.md)"
         )
     return named or None
 
@@ -198,23 +178,16 @@ def training_problem(record: Any, template: str = "v1") -> str | None:
 def check_data(path: str, image_folder: str | None, template: str, listing: Path) -> list[str]:
     """Read the whole file and look for every image; what is to be said of it, one line each.
 
-    Args:
-        listing: where the records that cannot be trained on are listed; one of an earlier call is removed.
-
-    Raises:
-        UserError: the file is not one that LLaVA reads, or records cannot be trained on: counts and the first ten are
-            printed.
+    A `UserError` where the file is not one that LLaVA reads, or records cannot be trained on, which `listing` names.
     """
     records = open_records(path)
     if not isinstance(records, JsonRecords) or records.is_lines:
         source = Path(path)
-        options: dict[str, str | Path] = {"source_path": source, "target_path": source.with_suffix(".json")}
+        options = {"source_path": path, "target_path": str(source.with_suffix(".json"))}
         if not isinstance(records, JsonRecords):
-            options |= {"to": "llava", "image_folder": source.with_name(f"{source.stem}_images")}
-        raise UserError(
-            f"{path} is no JSON list, which LLaVA's trainer takes; convert it with "
-            + command("scripts/convert_data.py", **options)
-        )
+            options |= {"to": "llava", "image_folder": str(source.with_name(f"{source.stem}_images"))}
+        convert = command("scripts/convert_data.py", **options)
+        raise UserError(f"{path} is no JSON list, which LLaVA's trainer takes; convert it with {convert}")
     scan = scan_records(records, partial(training_problem, template=template))
     images = {row: paths[0] for row, paths in enumerate(scan.images) if paths}
     if images and not (image_folder and os.path.isdir(image_folder)):
@@ -231,15 +204,15 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
             stand_in = shown(os.path.basename(checked.renamed[row]), _LONGEST_NAME)
             problems[row] = f"{names}, and the file is {stand_in}; rename one of them"
     refuse_bad_records(records, problems, listing)
-    notes = list(checked.notes)
+    notes = [f"              {note}" for note in checked.notes]
     if scan.unanswered:
         notes.append(
-            f"{len(scan.unanswered):,} end with the user's turn: LLaVA's trainer may learn nothing from them (the "
-            f"first: record {scan.unanswered[0]})"
+            f"              {len(scan.unanswered):,} end with the user's turn: LLaVA's trainer may learn nothing from "
+            f"them (the first: record {scan.unanswered[0]})"
         )
     return [
         f"data          {path}: {len(records):,} records, {len(images):,} with an image",
-        *(f"              {note}" for note in notes),
+        *notes,
         f"images        {f'{image_folder}: {len(set(images.values())):,} files, all there' if images else 'none'}",
     ]
 
@@ -269,16 +242,16 @@ def main() -> None:
     output = check_output(settings.output_dir)
     listing = Path(f"{os.path.normpath(settings.output_dir)}_bad_records.json")
     data = check_data(settings.data_path, settings.image_folder, settings.version, listing)
-    base, source = base_config(settings)
+    base = base_config(settings)
     projector = projector_of(settings, base)
     if has_projector(base):
         projector = f"{projector}, in place of the one in the base" if projector else "the base's own"
-    tower = settings.vision_tower
-    tower = f"{tower} ({model_config(tower, 'vision tower', 'VISION_TOWER')[1]})" if tower else "none"
+    if settings.vision_tower:
+        model_config(settings.vision_tower, "vision tower", "VISION_TOWER")
 
     print(*data, sep="\n")
-    print(f"base model    {settings.model_name_or_path} ({source})")
-    print(f"vision tower  {tower}")
+    print(f"base model    {settings.model_name_or_path}")
+    print(f"vision tower  {settings.vision_tower or 'none'}")
     print(f"projector     {projector or 'untrained'}")
     print(f"trains        {'a LoRA adapter and the projector' if settings.lora_enable else 'the whole model'}")
     print(f"template      {settings.version}, images {settings.image_aspect_ratio}")

@@ -104,7 +104,9 @@ class CompleteTrainer(LLaVATrainer):
                 raise UserError(f"{path} is of another model; remove {path.parent} to start anew")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _numpy_state_allowed():
+        # torch's `weights_only` refuses the state of numpy's generator, older torch reads it anyway.
+        allowed = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+        with getattr(torch.serialization, "safe_globals", contextlib.nullcontext)(allowed):
             super()._load_rng_state(checkpoint)
 
     def _trained_beside_lora(self) -> list[str]:
@@ -115,7 +117,7 @@ def record_of(settings: argparse.Namespace, projector: str | None, model: Any) -
     """What this training uses, from the files that it was loaded from."""
     # A LLaVA model loads the tower that its own config names, whatever the argument says.
     tower = model.get_vision_tower() if settings.vision_tower else None
-    start: dict[str, Any] = {"start": "base" if has_projector(base_config(settings)[0]) else "random"}
+    start: dict[str, Any] = {"start": "base" if has_projector(base_config(settings)) else "random"}
     if projector is not None:
         start = {"start": "file", "path": os.path.abspath(projector), "sha256": sha256_of(projector)}
     return TrainingRecord(
@@ -137,20 +139,12 @@ def refuse_other_training(checkpoint: Path, record: TrainingRecord) -> None:
     for name in TrainingRecord.__struct_fields__:
         old, new = getattr(before, name), getattr(record, name)
         if isinstance(old, dict) and isinstance(new, dict):  # the same files may lie elsewhere now
-            old, new = ({key: value for key, value in part.items() if key != "path"} for part in (old, new))
+            old, new = old | {"path": ""}, new | {"path": ""}
         if name != "versions" and old != new:
             raise UserError(
                 f"{checkpoint} was trained with another {name.replace('_', ' ')} ({checkpoint / RECORD_FILE}); "
                 "train with the same, or set another OUTPUT_DIR"
             )
-
-
-def _numpy_state_allowed() -> contextlib.AbstractContextManager[Any]:
-    """Lets `torch.load(weights_only=True)` read the state of numpy's generator; older torch reads it anyway."""
-    if not hasattr(torch.serialization, "safe_globals"):
-        return contextlib.nullcontext()
-    reconstruct = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
-    return torch.serialization.safe_globals([reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))])
 
 
 def load_deepspeed_checkpoint(engine: Any, checkpoint_path: str, **_: Any) -> None:
@@ -180,20 +174,18 @@ def _is_valid(config: GenerationConfig) -> bool:
 
 def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any]) -> None:
     """Fail before the base is loaded when the projector belongs to another base or another vision tower."""
-    weights = read_tensors(Path(path))
-    matrices = [tensor for name, tensor in weights.items() if "mm_projector" in name and tensor.ndim == 2]
+    matrices = [value for name, value in read_tensors(Path(path)).items() if "mm_projector" in name and value.ndim == 2]
     if not matrices:
         raise UserError(f"{path} holds no mm_projector weights; name LLaVA's mm_projector.bin")
-    vision, _ = model_config(settings.vision_tower, "vision tower", "VISION_TOWER")
-    vision_width = vision.get("vision_config", vision).get("hidden_size")
-    for what, name, width, expected in (
-        ("vision tower", settings.vision_tower, vision_width, matrices[0].shape[1]),
-        ("base model", settings.model_name_or_path, base.get("hidden_size"), matrices[-1].shape[0]),
+    vision = model_config(settings.vision_tower, "vision tower", "VISION_TOWER")
+    for part, name, config, expected in (
+        ("vision tower", settings.vision_tower, vision.get("vision_config", vision), matrices[0].shape[1]),
+        ("base model", settings.model_name_or_path, base, matrices[-1].shape[0]),
     ):
-        if width is not None and width != expected:
+        if config.get("hidden_size", expected) != expected:
             raise UserError(
-                f"{path} is the projector of another {what}: it has width {expected}, "
-                f"{name} has {width}; name the one that was trained for both"
+                f"{path} is for width {expected}, the {part} {name} has {config['hidden_size']}; name the projector "
+                "that was trained for both"
             )
 
 
@@ -219,7 +211,7 @@ def main() -> None:
             f"LLaVA's trainer has no argument {unknown[0]}; `python -m llava.train.train --help` lists those it has"
         )
     settings = read_settings()
-    base, _ = base_config(settings)
+    base = base_config(settings)
     projector = projector_of(settings, base)
     if projector is not None and settings.vision_tower:
         check_projector(projector, settings, base)

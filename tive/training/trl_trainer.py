@@ -9,32 +9,20 @@ from pathlib import Path
 from typing import Any
 
 # Before transformers and TRL: it makes a torchvision importable that does not fit the installed torch.
-from tive.models.common import prepare_torchvision
+import tive.models.common  # noqa: F401  # isort: skip
 
-prepare_torchvision()
+import torch
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config  # noqa: E402
-
-from tive.data.conversations import (  # noqa: E402
-    from_llava,
-    image_paths,
-    images_of,
-)
-from tive.data.images import BadImage, read_image  # noqa: E402
-from tive.data.records import name_of, open_records  # noqa: E402
-from tive.data.trained import conversation_of, is_trained_on  # noqa: E402
-from tive.models.optimizer_state import save_moments  # noqa: E402
-from tive.models.training_record import (  # noqa: E402
-    TrainingRecord,
-    lora_of,
-    recorded_model,
-    versions_of,
-    write_record,
-)
-from tive.util.device import leave_a_core  # noqa: E402
-from tive.util.errors import UserError  # noqa: E402
+from tive.data.conversations import from_llava, image_of, image_paths
+from tive.data.images import BadImage, read_image
+from tive.data.records import name_of, open_records
+from tive.data.trained import conversation_of, is_trained_on
+from tive.models.optimizer_state import save_moments
+from tive.models.training_record import TrainingRecord, lora_of, recorded_model, versions_of, write_record
+from tive.util.device import leave_a_core
+from tive.util.errors import UserError
 
 
 @dataclass
@@ -66,7 +54,7 @@ def opened(data: DataArguments) -> Any:
     records = open_records(data.data_path)
     rows = list(range(len(records)))
     columns = {"messages": rows}
-    if any(images_of_any(record) for record in records):
+    if any(image_of(record) is not None for record in records if isinstance(record, dict)):
         columns["images"] = rows
     folder = os.path.abspath(data.image_folder)
 
@@ -86,13 +74,6 @@ def opened(data: DataArguments) -> Any:
         return {name: [pair[number] for pair in pairs] for number, name in enumerate(columns)}
 
     return Dataset.from_dict(columns).with_transform(read)
-
-
-def images_of_any(record: Any) -> tuple[Any, ...]:
-    try:
-        return images_of(record)
-    except ValueError:
-        return ()
 
 
 def record_of(trainer: Any, model: ModelConfig) -> TrainingRecord:
