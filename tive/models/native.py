@@ -244,8 +244,8 @@ def collate(reference: Reference, records: Sequence[Encoded]) -> Collated:
     trailing axes; then all are concatenated.
     """
     inputs = {}
-    for name in records[0].inputs.arrays:
-        arrays = [record.inputs.arrays[name] for record in records]
+    for name in dict.fromkeys(name for record in records for name in record.inputs.arrays):
+        arrays = [record.inputs.arrays[name] for record in records if name in record.inputs.arrays]
         shape = [max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
         joined, row = np.zeros((sum(map(len, arrays)), *shape), arrays[0].dtype), 0
         for array in arrays:
