@@ -167,7 +167,7 @@ def main() -> None:
         with hold(progress / "lock", f"evaluating into {progress.name}"):
             store = Store(progress, range(len(data)), msgspec.to_builtins(conditions), COLUMNS)
             print(f"{name}: {path}")
-            if taken := take_known(store, content, known):
+            if taken := take_known(store, content, known, checked.reasons):
                 print(f"{name}: {taken:,} of {len(data):,} records were evaluated before; their results are taken")
             if store.missing(options.window):
                 evaluate(family, family.load(files, device, dtype), scan, checked, options, store)

@@ -220,6 +220,13 @@ def test_results_belong_to_records_in_data_that_was_relabelled_reordered_and_has
     fewer = evaluate_models(tmp_path / "out", data=data, models=(("fewer", *ADAPTER[1:]),))
     assert fewer.code == 0 and computed == [0], fewer.err
 
+    # Where its image is gone since, a record is left out, whatever is known of it.
+    data.write_text(json.dumps(changed))
+    gone = ("--image_folder", tmp_path, "--on_bad_record", "skip")
+    done = evaluate_models(tmp_path / "out", *gone, data=data, models=(("gone", *ADAPTER[1:]),))
+    model = next(model for model in read_stored(tmp_path / "out", Evaluation).models if model.name == "gone")
+    assert [record.loss is None for record in model.records] == ["image" in record for record in changed], done.err
+
 
 def test_a_record_that_cannot_be_used_stops_the_run_or_is_left_out_with_its_reason(tmp_path):
     bad = [{**RECORDS[0], "image": "nowhere.png"}, {"id": 1, "dataset": "vqa"}, *RECORDS[:3]]

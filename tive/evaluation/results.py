@@ -168,7 +168,6 @@ def tables(evaluation: Evaluation) -> dict[str, list[tuple[str, ...]]]:
     The last two rows are the mean over the tasks, and what the models' values are of the first model's.
     """
     models = evaluation.models
-    by_name = [{task.name: task for task in model.tasks} for model in models]
     records: dict[str, int] = {}
     for task in (task for model in models for task in model.tasks):
         records[task.name] = max(task.records, records.get(task.name, 0))
@@ -178,8 +177,8 @@ def tables(evaluation: Evaluation) -> dict[str, list[tuple[str, ...]]]:
         if measure == "exact_share" and not answered:
             continue
         values = [
-            {name: (getattr(task, measure), getattr(task, f"{measure}_error")) for name, task in tasks.items()}
-            for tasks in by_name
+            {task.name: (getattr(task, measure), getattr(task, f"{measure}_error")) for task in model.tasks}
+            for model in models
         ]
         rows = [("task", "records", *(model.name for model in models))]
         for name, count in records.items():
@@ -220,4 +219,4 @@ def read_stored(path: Path, form: type[_Form]) -> _Form:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except msgspec.MsgspecError as error:
-        raise UserError(f"{path} is no result of scripts/evaluate.py, or of another version of it ({error})") from error
+        raise UserError(f"{path} is no result of scripts/evaluate.py as it is now ({error}); evaluate again") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -49,9 +49,16 @@ class EvaluationOptions:
     skip_bad: bool
 
 
-def take_known(store: Store, content: Sequence[str], known: Mapping[str | None, HeldOutResult]) -> int:
-    """Put the results that are known of records of equal content into the store, and count them."""
-    missing = [row for rows in store.missing(len(content)) for row in rows if content[row] in known]
+def take_known(
+    store: Store, content: Sequence[str], known: Mapping[str | None, HeldOutResult], reasons: Container[int]
+) -> int:
+    """Put the results that are known of records of equal content into the store, and count them.
+
+    Args:
+        reasons: the rows that cannot be used any more, their images being gone for instance.
+    """
+    rows_of_all = (row for rows in store.missing(len(content)) for row in rows)
+    missing = [row for row in rows_of_all if content[row] in known and row not in reasons]
     for _, run in groupby(enumerate(missing), key=lambda pair: pair[1] - pair[0]):  # of consecutive rows
         rows = [row for _, row in run]
         columns = {
