@@ -133,8 +133,6 @@ def load(
     from transformers import AutoModelForCausalLM, SiglipVisionModel
 
     config, kind = library_config(files.base), str(read_config(files.folder).get("mm_projector_type", "mlp2x_gelu"))
-    # A function's argument and no module, so eval mode of modules does not reach it under gradient checkpointing.
-    config.attention_dropout = 0.0
     config.use_cache = False
     language_model = load_pretrained(
         AutoModelForCausalLM, files.base, (device, dtype), config=config, trust_remote_code=False

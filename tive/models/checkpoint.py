@@ -90,11 +90,20 @@ def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def library_config(folder: Path) -> Any:
-    """The config of a model that the installed transformers knows; a `UserError` where it does not."""
+    """The config of a model that the installed transformers knows, without dropout; a `UserError` where it does not."""
     from transformers import AutoConfig
 
+    def turn_off_dropout(config: Any) -> None:
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+            elif hasattr(value, "to_dict"):
+                turn_off_dropout(value)
+
     with loading(folder):
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    turn_off_dropout(config)  # some are functions that no mode of a module ends, in parts of the model too
+    return config
 
 
 def stored_in_4bit(config: dict[str, Any]) -> bool:

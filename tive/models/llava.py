@@ -10,7 +10,6 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,17 +144,12 @@ def check_files(files: ModelFiles) -> None:
     refuse_other(folder, "vision tower", record.vision_tower, tower)
 
 
-def template_of(folder: Path) -> str:
-    """The template that a model was trained with, as far as the training recorded it."""
-    record = read_record(folder)
-    return DEFAULT_TEMPLATE if record is None else record.template
-
-
 def identity(files: ModelFiles) -> str:
     """What tells one reference model from another: adapter, projector, base, tower, and how records are encoded."""
-    folder, config = files.folder, read_config(files.folder)
+    config, record = read_config(files.folder), read_record(files.folder)
     settings = {key: config.get(key) for key in (*_ALLOWED, *_READ, "tokenizer_model_max_length")}
-    return spliced.identity_of(files, settings | {"mm_vision_tower": None, "template": template_of(folder)})
+    template = DEFAULT_TEMPLATE if record is None else record.template
+    return spliced.identity_of(files, settings | {"mm_vision_tower": None, "template": template})
 
 
 def load(
@@ -167,8 +161,8 @@ def load(
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
     from transformers.utils import is_torch_sdpa_available
 
-    folder, base = files.folder, files.base
-    if read_record(folder) is None:
+    folder, base, record = files.folder, files.base, read_record(files.folder)
+    if record is None:
         print(f"{folder} has no {RECORD_FILE}: taken as trained with template {DEFAULT_TEMPLATE}")
         if files.model_base is not None:
             print_named_base(folder, base)
@@ -219,7 +213,7 @@ def load(
     model.to(device=device, dtype=dtype)
     freeze(model, gradient_checkpointing)
     model.config.use_cache = False
-    template = LlavaTemplate(template_of(folder), tokenizer)
+    template = LlavaTemplate(DEFAULT_TEMPLATE if record is None else record.template, tokenizer)
     features = tower.num_patches + (tower.select_feature == "cls_patch")
     processor = spliced.SplicedProcessor(
         template, tower.image_processor, pads_images(files), features, tokenizer.model_max_length, dtype

@@ -109,7 +109,6 @@ def load(
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     options: dict[str, Any] = {"config": library_config(files.base), "trust_remote_code": False}
-    _turn_off_dropout(options["config"])
     if files.load_in_4bit and not stored_in_4bit(read_config(files.base, in_4bit=True)):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -138,15 +137,6 @@ def load(
         model.to(device)  # not to(dtype): that would round the rotary frequencies
     freeze(model, gradient_checkpointing)
     return proven(Reference(model, layers, None, processor, device, dtype))
-
-
-def _turn_off_dropout(config: Any) -> None:
-    """Set every dropout of a model's config and of its parts to 0: some are functions that no mode of a module ends."""
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-        elif hasattr(value, "to_dict"):
-            _turn_off_dropout(value)
 
 
 @torch.no_grad()

@@ -156,20 +156,15 @@ def load_deepspeed_checkpoint(engine: Any, checkpoint_path: str, **_: Any) -> No
 
 def make_savable(model: Any) -> None:
     """Give a model a generation config that transformers agrees to save; the base's files stay as they are."""
-    if not _is_valid(model.generation_config):
-        model.generation_config.do_sample = True
-    if not _is_valid(model.generation_config):
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-
-
-def _is_valid(config: GenerationConfig) -> bool:
+    config = model.generation_config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        try:
-            config.validate()
-        except (UserWarning, ValueError):
-            return False
-    return True
+        for do_sample in (config.do_sample, True):
+            config.do_sample = do_sample
+            with contextlib.suppress(UserWarning, ValueError):
+                config.validate()
+                return
+    model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any]) -> None:
@@ -191,7 +186,7 @@ def check_projector(path: str, settings: argparse.Namespace, base: dict[str, Any
 
 def llava_arguments(arguments: list[str], settings: argparse.Namespace, projector: str | None) -> list[str]:
     """The arguments as LLaVA's trainer gets them: the projector as it was settled, paths that hold from any folder."""
-    parts = {"model_name_or_path": settings.model_name_or_path, "vision_tower": settings.vision_tower}
+    parts = {name: getattr(settings, name) for name in ("model_name_or_path", "vision_tower")}
     parts["pretrain_mm_mlp_adapter"] = projector
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in parts:
