@@ -157,42 +157,31 @@ def _places(content: mmap.mmap | bytes, position: int, is_lines: bool) -> np.nda
 
 
 def _places_slowly(path: Path, content: mmap.mmap | bytes, position: int, is_lines: bool) -> np.ndarray:
-    """`_places` by Python's reader, of the whole file as text; a `UserError` says what is wrong with it, and where."""
-    undecoded: UnicodeDecodeError | None = None
-    try:
-        text = str(memoryview(content)[position:], "utf-8")
-    except UnicodeDecodeError as error:
-        undecoded, text = error, str(memoryview(content)[position : position + error.start], "utf-8")
-    spans: list[tuple[int, int]] = []
+    """`_places` by Python's reader; a `UserError` says what is wrong with the file, and where."""
+    text = str(memoryview(content), "latin-1")  # a letter a byte; UTF-8 is asked for when a record is parsed
+    places: list[tuple[int, int]] = []
 
     def after_space(at: int) -> int:
         return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
 
-    def damaged(what: str | Exception, at: int) -> UserError:
-        return _damaged(path, undecoded or what, len(spans), position + len(text[:at].encode()))
-
-    at = after_space(0 if is_lines else 1)
+    at = after_space(position + (not is_lines))
     is_closed = not is_lines and text[at : at + 1] == "]"
     at = after_space(at + is_closed)
     while at < len(text) if is_lines else not is_closed:
         try:
             end = _parse_leniently(text, at)[1]
         except (RecursionError, ValueError) as error:
-            raise damaged(error, at) from error
-        spans.append((at, end))
+            raise _damaged(path, error, len(places), at) from error
+        places.append((at, end - at))
         at = after_space(end)
         if not is_lines:
             is_closed = text[at : at + 1] == "]"
             if not is_closed and text[at : at + 1] != ",":
-                raise damaged("not JSON: a comma or the closing bracket is missing, or the file breaks off", at)
+                what = "not JSON: a comma or the closing bracket is missing, or the file breaks off"
+                raise _damaged(path, what, len(places), at)
             at = after_space(at + 1)
-    if undecoded or at < len(text):
-        raise damaged("text stands after the end of the list", at)
-    places, last = [], 0
-    for start, end in spans:
-        position += len(text[last:start].encode())
-        places.append((position, len(text[start:end].encode())))
-        position, last = position + places[-1][1], end
+    if at < len(text):
+        raise _damaged(path, "text stands after the end of the list", len(places), at)
     return np.array(places, np.int64).reshape(-1, 2)
 
 
