@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tive.util.errors import UserError, run
-from tive.util.files import refuse_same_file
+from tive.util.files import refuse_same_file, whole_file
 
 EXAMPLE = """
 example:
@@ -52,7 +52,7 @@ def main() -> None:
     import numpy as np
 
     from tive.data.problems import listing_beside
-    from tive.data.records import open_records, write_records, write_rows
+    from tive.data.records import open_records, write_records
     from tive.data.scan import refuse_problems, scan_records, tag_notes
     from tive.data.tasks import rows_by_task
     from tive.data.trained import form_problem
@@ -83,7 +83,9 @@ def main() -> None:
     rows = np.sort(np.concatenate(drawn))
     if not arguments.rows_only:
         write_records(target, records, rows)
-    rows_path = write_rows(target, rows)
+    rows_path = target.with_name(f"{target.stem}_rows.npy")
+    with whole_file(rows_path) as file:
+        np.save(file, rows)
 
     print_table(
         [

@@ -91,21 +91,20 @@ def labels_of(arguments: argparse.Namespace, records: Records, rules: Rules) -> 
     """
     key, labels, problems = arguments.task_key, Labels(), {}
     for row, record in enumerate(records):
-        task, named, problem = None, None, ""
+        task, named = None, None
         try:
             task = rules.task_of(record, arguments.split_llava)
+            if arguments.existing == "keep":
+                named, problem = task_or_problem(record, key)
+                if problem and problem != no_task(key):
+                    raise ValueError(f"{problem}; correct it, or give --existing replace")
+            if key in record:
+                labels.with_key.add(row)
         except ValueError as error:
-            problem = str(error)
-        if not problem and not is_empty(record.get(key)) and arguments.existing == "stop":
+            problems[row] = str(error)
+        if arguments.existing == "stop" and row in labels.with_key and not is_empty(record[key]):
             name = f"{records.path}: {name_of(row, record)}"
             raise UserError(f"{name} has a `{key}` already; add --existing keep or replace, or another --task_key")
-        if not problem and arguments.existing == "keep":
-            named, problem = task_or_problem(record, key)
-            problem = "" if problem == no_task(key) else f"{problem}; correct it, or give --existing replace"
-        if problem and named is None:
-            problems[row] = problem
-        elif key in record:
-            labels.with_key.add(row)
         if named is not None:
             labels.kept.add(row)
         elif task is None:

@@ -254,14 +254,6 @@ def _write_texts(file: BinaryIO, texts: Iterable[bytes | memoryview], lines: boo
         file.write(b"[]\n" if empty else b"\n]\n")
 
 
-def write_rows(path: str | os.PathLike[str], rows: np.ndarray) -> Path:
-    """Write the numbers of the rows that a file of records is made of, beside it as `{stem}_rows.npy`."""
-    target = Path(path).with_name(f"{Path(path).stem}_rows.npy")
-    with whole_file(target) as file:
-        np.save(file, rows)
-    return target
-
-
 def name_of(row: int, record: Any) -> str:
     """How a message names a record of a file: its row, and the id where there is one."""
     identity = record.get("id") if isinstance(record, dict) else None
