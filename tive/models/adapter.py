@@ -130,13 +130,11 @@ def fingerprint(files: ModelFiles, read: Iterable[Path], folders: Iterable[Path]
 def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:
     """Put LoRA layers into the model where the adapter's file has matrices, and every tensor in its place.
 
+    A `UserError` as of `place_tensors`; or the configuration names a module that has no tensor, or every B is zero.
+
     Args:
         layers: the language model's decoder layers.
         dtype: of the LoRA matrices; what was trained whole (`modules_to_save`, biases) gets its parameter's.
-
-    Raises:
-        UserError: a tensor has no place in the model, or more than one; the configuration names a module that has no
-            tensor; a shape differs; a number is not finite; every B matrix is zero.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -176,14 +174,10 @@ def attach_adapter(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype:
 
 
 def place_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, lora_dtype: torch.dtype) -> set[str]:
-    """Make each tensor the parameter of its canonical path; returns the names of these parameters.
+    """Make each tensor of a file the parameter of its canonical path; returns the names of these parameters.
 
-    Args:
-        path: the tensors' file, for errors.
-        lora_dtype: of LoRA matrices, which may have another rank than the parameter; others get the parameter's dtype.
-
-    Raises:
-        UserError: a tensor has no place in the model or more than one, a shape differs, or a number is not finite.
+    A LoRA matrix may have another rank than the parameter and gets `lora_dtype`, others get the parameter's dtype. A
+    `UserError` where a tensor has no place or more than one, a shape differs, or a number is not finite.
     """
     # Parameters that are tied stand under both names: what was trained apart has to get a place of its own.
     parameters = dict(model.named_parameters(remove_duplicate=False))

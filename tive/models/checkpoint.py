@@ -49,13 +49,9 @@ def loading(place: str | Path) -> Iterator[None]:
 
 
 def read_config(folder: Path, in_4bit: bool = False) -> dict[str, Any]:
-    """A model's config.json, of weights that are not quantised.
+    """A model's config.json, of weights that are not quantised, or `in_4bit` by bitsandbytes.
 
-    Args:
-        in_4bit: they may be quantised to 4 bits by bitsandbytes.
-
-    Raises:
-        UserError: there is none, it is no JSON object, or it or a file of weights says that weights are quantised.
+    A `UserError` where there is none, it is no JSON object, or it or a file of weights says that weights are quantised.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -164,12 +160,11 @@ def load_pretrained(
 ) -> Any:
     """A model of one of transformers' classes, each weight from the folder's files; it prints those of no parameter.
 
+    A `UserError` where it cannot be loaded, lacks weights, or has what belongs to quantised ones.
+
     Args:
         place: where its weights go, each as it is read, and in which precision.
         apart: prefixes of weights that come from another place, or that the class leaves out on purpose.
-
-    Raises:
-        UserError: it cannot be loaded, lacks weights, or has what belongs to quantised ones.
     """
     from transformers.utils import logging
 

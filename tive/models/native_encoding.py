@@ -223,14 +223,8 @@ def text_message(role: str, text: str) -> Message:
 def answer_spans(render: Callable[[list[Message]], str], messages: Sequence[Message]) -> tuple[str, list[Span]]:
     """The rendered conversation, and where each answer's characters stand in it.
 
-    A template may strip an answer's outer white space, and print something in front of it or behind it.
-
-    Args:
-        render: applies the chat template.
-        messages: the content of an assistant's message is one text part.
-
-    Raises:
-        LeftOut: the template prints an answer otherwise than it is, not at all, or more than once.
+    A template (`render`) may strip an answer's outer white space, and print something in front of it or behind it. A
+    `LeftOut` where it prints an answer otherwise than it is, not at all, or more than once.
     """
     answers = [message["content"][0]["text"] for message in messages if message["role"] == "assistant"]
 
@@ -298,12 +292,11 @@ def align(ids: np.ndarray, expanded: np.ndarray, spans: Sequence[Span]) -> list[
     Each span is searched behind the one before it, with as many of the tokens in front of it as are there: all of them,
     back to the last image. That includes the template's opening of an answer, so no other text is taken for it.
 
+    A `LeftOut` where a span is not there.
+
     Args:
         ids: int64 `[t]`, with placeholders.
         expanded: int64 `[T]`, as the processor returns it.
-
-    Raises:
-        LeftOut: a span is not there.
     """
     text, whole = ("".join(map(chr, row.tolist())) for row in (ids, expanded))  # a token a character, to search in
     aligned = []

@@ -225,9 +225,8 @@ def moments_of_matrices(
 ) -> dict[str, Moments]:
     """The moments of `matrices` (canonical name -> LoRA matrix `[out, in]` of `model`), on the CPU, as they were kept.
 
-    Raises:
-        UserError: names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
-            below zero), or the state's weights are not the adapter's.
+    A `UserError` where names, counts or shapes do not fit, a matrix has no moments, they are no moments (not finite, v
+    below zero), or the state's weights are not the adapter's.
     """
     stored = state.by_name or _named(state, model, Path(model_path))
     places, names = Names(stored), {id(weight): name for name, weight in model.named_parameters()}

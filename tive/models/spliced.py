@@ -69,13 +69,10 @@ def tower_of(files: ModelFiles) -> tuple[str, Path | None]:
 
 
 def check_parts(files: ModelFiles, remedy: str) -> dict[str, Any]:
-    """Check adapter, projector and base; returns the model's config.
+    """The model's config; a `UserError` where an option is not read here, a part is missing or does not fit the others.
 
     Args:
         remedy: what to do where the trained projector is not there.
-
-    Raises:
-        UserError: an option is set that is not read here; a part is missing, or does not fit the others.
     """
     refuse_options(files, "chat_template", "max_length", "max_pixels", "load_in_4bit")
     if files.model_base is not None:
@@ -104,9 +101,8 @@ def identity_of(files: ModelFiles, settings: dict[str, Any]) -> str:
 def attach_trained(model: nn.Module, folder: Path, layers: nn.ModuleList, dtype: torch.dtype) -> None:
     """Put what was trained into a model of base and tower; the projector may lack numbers.
 
-    Raises:
-        UserError: as `attach_adapter`; or the file beside the adapter lacks a part of the projector, or of a vision
-            tower that the training tuned.
+    A `UserError` as of `attach_adapter`; or the file beside the adapter lacks a part of the projector, or of a vision
+    tower that the training tuned.
     """
     path = folder / TRAINED_FILE
     placed = place_tensors(model, read_tensors(path), path, dtype)

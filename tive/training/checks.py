@@ -220,13 +220,10 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
 def check_output(folder: str) -> str:
     """Where the model goes; a trained model that is there already is not overwritten."""
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; set OUTPUT_DIR to a folder")
-    for name in TRAINED:
-        if (path / name).exists():
-            raise UserError(
-                f"{path} already holds a trained model ({name}); set another OUTPUT_DIR, or remove this one"
-            )
+    there = [name for name in TRAINED if (path / name).exists()]
+    if there or path.is_file():
+        what = f"already holds a trained model ({there[0]})" if there else "is a file"
+        raise UserError(f"{path} {what}; set another OUTPUT_DIR, or remove this one")
     checkpoints = [entry for entry in path.glob("checkpoint-*") if entry.name.split("-")[-1].isdigit()]
     if not checkpoints:
         return f"{path}"

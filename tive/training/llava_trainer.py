@@ -52,11 +52,7 @@ _WARNED_IN_VAIN = (
 
 
 class CompleteTrainer(LLaVATrainer):
-    """LLaVA's trainer; what it saves and loads is completed, the training is not touched.
-
-    Args:
-        describe: what `record_of` makes of the model, to be written beside it.
-    """
+    """LLaVA's trainer; what it saves and loads is completed, the training is not touched. `describe` is `record_of`."""
 
     def __init__(self, *args: Any, describe: Callable[[Any], TrainingRecord], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

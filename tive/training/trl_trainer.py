@@ -46,11 +46,7 @@ class RecordingTrainer(SFTTrainer):
 
 
 def opened(data: DataArguments) -> Any:
-    """TRL's data set of records in any form and any kind of file; a record and its images are read when they are used.
-
-    Raises:
-        UserError: the records cannot be read.
-    """
+    """TRL's data set of records in any form; each is read with its images when it is used, else a `UserError`."""
     records = open_records(data.data_path)
     rows = list(range(len(records)))
     columns = {"messages": rows}
