@@ -231,7 +231,7 @@ def _chunks(numbers: Sequence[int], form: str = "chunk {}") -> str:
 
 def _read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
     """What a chunk's manifest says: its match, and all, of which `left_out` is checked."""
-    with _said_of(path):
+    with _errors_name(path):
         content = read_json(path)
         match = match_of_manifest(content)
         left_out = msgspec.convert(content["left_out"], list[LeftOutRecord])
@@ -243,7 +243,7 @@ def _read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _said_of(path: Path) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
     """Turn every error in the block into a `UserError` that names the file: damaged bytes raise nearly every kind."""
     try:
         yield
@@ -259,7 +259,7 @@ def _said_of(path: Path) -> Iterator[None]:
 
 
 def _open_chunk(path: Path, match: Match, made: dict[str, Any]) -> Chunk:
-    with _said_of(path):
+    with _errors_name(path):
         content = _load(path)
         # Older versions have fewer keys here than in the manifest.
         inside = msgspec.convert(asdict(match) | content["match"], Match)
@@ -280,12 +280,12 @@ def _open_chunk(path: Path, match: Match, made: dict[str, Any]) -> Chunk:
 
 
 def _open_release_chunk(path: Path, start: int) -> Chunk:
-    with _said_of(path):
+    with _errors_name(path):
         blocks = list(_load(path))
         for block in blocks:
             _check_tensor("features", block, _FLOATS, (None, None))
     records = sum(map(len, blocks))
-    with _said_of(norm_path := path.with_name(path.name.replace("output_", "output_norm_") + ".json")):
+    with _errors_name(norm_path := path.with_name(path.name.replace("output_", "output_norm_") + ".json")):
         norms = msgspec.convert(read_json(norm_path), list[float | None])
         if len(norms) != records:
             raise ValueError(f"{len(norms)} norms of {records} records")

@@ -148,10 +148,10 @@ def _by_group(span: Span, groups: np.ndarray, device: torch.device) -> Iterator[
     gathered = torch.empty(BLOCK_ROWS, block.shape[1], dtype=block.dtype, device=device)
     converted = torch.empty(BLOCK_ROWS, block.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(order), BLOCK_ROWS):
-        rows, found = order[start : start + BLOCK_ROWS], codes[start : start + BLOCK_ROWS]
+        rows, labels = order[start : start + BLOCK_ROWS], codes[start : start + BLOCK_ROWS]
         part = torch.index_select(block, 0, torch.from_numpy(rows).to(device), out=gathered[: len(rows)])
         # By way of float32, which is exact, the conversion takes two thirds of the time.
         features = converted[: len(rows)].copy_(part.float())
-        edges = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
+        edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
         for first, last in pairwise(edges):
-            yield span.start + rows[first:last], int(found[first]), features[first:last]
+            yield span.start + rows[first:last], int(labels[first]), features[first:last]
