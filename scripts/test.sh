@@ -52,8 +52,9 @@ run_tests() {
     "$PYTHON" -c 'import hypothesis, pytest' 2>/dev/null ||
         fail "$PYTHON lacks pytest or hypothesis; run \`$PYTHON -m pip install pytest hypothesis\`"
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-        # One more than the cores that it takes: the tests on SLURM and those of launchers mostly wait.
-        parallel=(--numprocesses 3 --dist loadfile)
+        # One more than the cores that it takes: the tests on SLURM and those of launchers mostly wait. In the order of
+        # tests/conftest.py: xdist's starts with the files of the most tests, and ends with the longest.
+        parallel=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
     fi
     "$PYTHON" -m pytest --quiet --durations 5 "${parallel[@]}" "$@" || code=$?
     ((code == 5)) || found=1
