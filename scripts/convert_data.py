@@ -11,10 +11,10 @@ The target's name chooses the container: .jsonl is JSON Lines, anything else a J
 
 From Parquet or Arrow, --image_folder takes the images that lie in the rows, one file for equal ones. Both ways go on
 where they were stopped.
-The form of each source record is seen from its keys, and roles may have their other names (user, assistant, chatgpt).
-No key is lost, and back again gives the same record. LLaVA's
-template has its own system prompt: a system turn becomes the key `system`, which LLaVA does not train on, and the key
-becomes the first turn again in messages and parts.
+
+The script tells the form of each source record from its keys; roles may have their other names (user, assistant,
+chatgpt). No key is lost, and the way back gives the same record. LLaVA's template has a system prompt of its own: a
+system turn becomes the key `system`, on which LLaVA does not train, and in messages and parts the first turn again.
 """
 
 from __future__ import annotations
@@ -30,15 +30,7 @@ from tive.data.conversations import FORMS, from_llava, image_paths, to_llava
 from tive.data.images import format_and_size, store_image
 from tive.data.media import IMAGE_TAG
 from tive.data.problems import kept_rows, listing_beside, refuse_bad_records
-from tive.data.records import (
-    Records,
-    TableRecords,
-    name_of,
-    open_records,
-    whole_records,
-    write_records,
-    write_texts,
-)
+from tive.data.records import Records, TableRecords, name_of, open_records, whole_records, write_records, write_texts
 from tive.data.scan import check_chunk, scan_records
 from tive.data.shards import schema_of, write_shards
 from tive.data.trained import form_problem

@@ -89,7 +89,7 @@ class Facts(NamedTuple):
     """What the rules tell a task from: the record, its (first) image's path, and the texts of its human turns."""
 
     record: dict[str, Any]
-    image: str | None
+    image: str
     questions: list[str]
 
     def text_at(self, key: str) -> str:
@@ -110,7 +110,7 @@ _Count = Annotated[int, Meta(ge=0)]
 # as a tuple, one key and its texts as a pair.
 CONDITIONS: dict[str, tuple[Any, Callable[[Facts, Any], bool]]] = {
     "image": (Literal["present", "absent"], lambda facts, wanted: bool(facts.image) == (wanted == "present")),
-    "image_prefix": (_Texts, lambda facts, texts: (facts.image or "").startswith(texts)),
+    "image_prefix": (_Texts, lambda facts, texts: facts.image.startswith(texts)),
     "any_question_contains": (
         _Texts,
         lambda facts, texts: any(text in one for one in facts.questions for text in texts),
@@ -170,8 +170,8 @@ class Rules:
         """The task of a record by the first rule that matches, or None; a `ValueError` as of `to_llava`."""
         conversation = to_llava(record)
         questions = [turn["value"] for turn in conversation["conversations"] if turn["from"] == "human"]
-        image = next(iter(image_paths(conversation)), None)
-        facts = Facts(record, None if image is None else name_of_image(image), questions)
+        image = next(map(name_of_image, image_paths(conversation)), "")
+        facts = Facts(record, image, questions)
         rule = next((rule for rule in self.rules if rule.matches(facts)), None)
         if rule is not None and split and rule.split:
             rule = next((part for part in rule.split if part.matches(facts)), None)
