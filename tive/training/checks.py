@@ -32,7 +32,6 @@ TRAINED += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _OTHER_TEMPLATES = ("v0", "v0.5", "default", "plain", "v0_plain", "mpt", "chatml_direct", "mistral_direct")
 # With these the system's words go before the first question, which must not be empty.
 _LLAMA_2 = ("llama_2", "llava_llama_2", "mistral_instruct")
-_LONGEST_NAME = 80
 _SWITCHES = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
 
@@ -197,11 +196,11 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
     checked = check_chunk(scan, range(len(records)), image_folder or "")
     problems = dict(scan.problems)
     for row, image in images.items():
-        names = f"names {shown(image, _LONGEST_NAME)} below {image_folder}"
+        names = f"names {shown(image, 80)} below {image_folder}"
         if row in checked.reasons:
             problems[row] = f"{names}: {checked.reasons[row]}"
         elif row in checked.renamed:  # step 3 takes it, the trainer opens a path and nothing else
-            stand_in = shown(os.path.basename(checked.renamed[row]), _LONGEST_NAME)
+            stand_in = shown(os.path.basename(checked.renamed[row]), 80)
             problems[row] = f"{names}, and the file is {stand_in}; rename one of them"
     refuse_bad_records(records, problems, listing)
     notes = [f"              {note}" for note in checked.notes]
