@@ -25,6 +25,7 @@ from tests.conftest import here
 from tests.helpers import hub_sets
 from tests.helpers.forked_python import PYTHON
 from tests.helpers.mixture import mixture
+from tests.helpers.parse_only import TRAINERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -228,13 +229,18 @@ def workspace(page: str, folder: Path) -> dict[str, str]:
             source(target)
     stand_ins = folder / "parse_only"
     stand_ins.mkdir()
-    for program in ("python", "torchrun", "sbatch"):
+    for program in ("python", "torchrun", "sbatch", *TRAINERS):
         named = "" if program == "python" else f"{program} "
         command = f'exec {PYTHON} {ROOT}/tests/helpers/parse_only.py {named}"$@"'
         (stand_ins / program).write_text(f"#!/bin/sh\n{command}\n")
         (stand_ins / program).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": PYTHON, "WORKERS": "0"}
+    places = [str(ROOT)]
+    if page == "native.md":
+        places.append(str(folder / "trainers"))
+        fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", places[-1]]
+        subprocess.run([*fetch, "llamafactory==0.9.5", "ms-swift==4.6.0"], check=True, capture_output=True)
+    environment |= {"PYTHONPATH": ":".join(places), "PYTHON": PYTHON, "WORKERS": "0"}
     programs = [Path(program).parent for program in (PYTHON, sys.executable)]
     return environment | {"PATH": ":".join([*map(str, programs), os.environ["PATH"]])}
 

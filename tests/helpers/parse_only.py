@@ -1,19 +1,30 @@
 """Run a program up to where its own parser has taken the arguments: `python parse_only.py SCRIPT ARGUMENT...`.
 
-It stands in for `python`, `torchrun` and `sbatch` where a page's command cannot run: without GPUs, a cluster or the
-real data. Exit code 0 says that the parser took every argument.
+It stands in for `python`, `torchrun`, `sbatch` and other trainers' programs where a page's command cannot run: without
+GPUs, a cluster, the real data or that trainer. Exit code 0 says that the parser took every argument.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parents[2]
+# Programs of other trainers, which are fetched without what they stand on: where their arguments are declared.
+TRAINERS = {
+    "llamafactory-cli": ("llamafactory.hparams.parser", "_TRAIN_ARGS"),
+    "swift": ("swift.arguments", "SftArguments"),
+}
+# What those files import and the parser does not need; it is in neither environment.
+ABSENT = ("omegaconf", "modelscope", "json_repair", "aiohttp")
 _parse_known_args = argparse.ArgumentParser.parse_known_args
 
 
@@ -38,6 +49,8 @@ def run(program: str, arguments: list[str]) -> None:
 
         launched = parse_args(arguments)
         run(launched.training_script, launched.training_script_args)
+    elif name in TRAINERS:
+        parse_as_trainer(*TRAINERS[name], arguments[1:])
     elif name == "sbatch":
         (script,) = [place for place, word in enumerate(arguments) if word.endswith(".sbatch")]
         run(str(ROOT / "compute_gradient_features.py"), arguments[script + 1 :])
@@ -54,6 +67,33 @@ def run(program: str, arguments: list[str]) -> None:
         argparse.ArgumentParser.parse_known_args = parsed  # type: ignore[method-assign, assignment]
         runpy.run_path(program, run_name="__main__")
         sys.exit(f"{program} parsed no arguments")
+
+
+class Absent(MetaPathFinder, Loader):
+    """Makes empty modules of what is in `ABSENT` and below."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in ABSENT else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return MagicMock(__spec__=spec, __path__=[], __version__="0")
+
+    def exec_module(self, module: Any) -> None:
+        pass
+
+
+def parse_as_trainer(module: str, name: str, arguments: list[str]) -> None:
+    """Have another trainer's own parser take the arguments of its program."""
+    from transformers import HfArgumentParser
+
+    import tive.models.common  # noqa: F401 - makes torchvision importable
+
+    sys.meta_path.append(Absent())
+    os.environ["DISABLE_VERSION_CHECK"] = "1"  # LLaMA-Factory's, of the libraries beside it
+    _, unknown = HfArgumentParser(getattr(importlib.import_module(module), name)).parse_known_args(arguments)
+    if unknown:
+        sys.exit(f"{module} has no argument {unknown[0]}")
+    print("parsed:", *arguments)
 
 
 if __name__ == "__main__":
