@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tive.evaluation.run import is_exact, normalised
+from tive.evaluation.answers import is_exact, normalised
 
 
 @pytest.mark.parametrize(
