@@ -44,7 +44,7 @@ LONGEST = (
     *("features/test_slurm", "training/test_training", "features/test_launch", "features/test_resume"),
     *("training/test_trl", "models/test_smollm2", "models/test_native_losses", "features/test_adam_gradients"),
     *("models/test_optimizer_state", "features/test_left_out", "scripts/test_benchmark", "models/test_bunny"),
-    *("data/test_convert", "data/test_labels", "training/test_checks", "scripts/test_setup", "test_cuda"),
+    *("data/test_convert", "data/test_labels", "training/test_checks", "scripts/test_setup", "tests/test_cuda"),
 )
 
 
