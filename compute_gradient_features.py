@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input_file", required=True, help="records: a JSON list or JSON Lines")
+    add("--input_file", required=True, help="records: a JSON list, JSON Lines, Parquet or a folder")
     add("--model_path", required=True, help="reference model: the folder that finetune_lora.sh wrote")
     add("--model_base", required=True, help="the base that it was trained from: a folder, or a downloaded name")
     add("--output_file", required=True, metavar="DIR", help="folder for the features, one set of files a chunk")

@@ -36,9 +36,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data_path", required=True, help="records to select from: a JSON list or JSON Lines")
+    add("--data_path", required=True, help="records to select from: a JSON list, JSON Lines, Parquet or a folder")
     add("--train", required=True, nargs="+", metavar="DIR", help="their features, a folder a checkpoint, or several")
-    add("--target_data", required=True, help="records of the target: a JSON list or JSON Lines")
+    add("--target_data", required=True, help="records of the target: a JSON list, JSON Lines, Parquet or a folder")
     add("--target", required=True, nargs="+", metavar="DIR", help="the target's features at the same checkpoints")
     add("--save_path", required=True, metavar="DIR", help="folder for the subset, the scores and the summary")
     add("--p", type=float, default=0.05, help="share of all records to select, above 0 and up to 1 (0.05)")

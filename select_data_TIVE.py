@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data_path", required=True, help="records the gradients were taken of: a JSON list or JSON Lines")
+    add("--data_path", required=True, help="records of the gradients: a JSON list, JSON Lines, Parquet or a folder")
     add(
         "--gradient_path",
         required=True,

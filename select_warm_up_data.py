@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tive.util.errors import UserError, run
-from tive.util.files import refuse_same_file, whole_file
+from tive.util.files import refuse_target, whole_file
 
 EXAMPLE = """
 example:
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--per_task {arguments.per_task} draws nothing; give a number from 1 up")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed} is negative; give a number from 0 up")
-    refuse_same_file(arguments.source_path, arguments.target_path)
+    refuse_target(arguments.source_path, arguments.target_path)
     if arguments.rows_only and Path(arguments.target_path).exists():
         raise UserError(f"{arguments.target_path} has the records of an earlier sample; remove it")
     return arguments

@@ -35,8 +35,8 @@ from tive.data.scan import check_chunk, scan_records
 from tive.data.shards import schema_of, write_shards
 from tive.data.trained import form_problem
 from tive.util.errors import UserError, run
-from tive.util.files import refuse_same_file
-from tive.util.text import is_unicode, listed
+from tive.util.files import refuse_target
+from tive.util.text import is_unicode, listed, plural
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -107,7 +107,7 @@ def write_parquet(target: Path, records: Records, image_folder: str) -> None:
     schema, problems = schema_of(records)
     refuse_bad_records(records, problems | checked.reasons, listing_beside(target))
     files = write_shards(target, records, schema, image_folder)
-    print(f"{files:,} files, which datasets.load_dataset and scripts/train_trl.py read as they are")
+    print(f"{plural(files, 'file')}, to be read as they are by datasets.load_dataset and scripts/train_trl.py")
 
 
 def unpacked(record: dict[str, Any], folder: str | None) -> dict[str, Any]:
@@ -141,8 +141,9 @@ def text_of(record: dict[str, Any]) -> bytes:
 def main() -> None:
     arguments = parse_arguments()
     target = Path(arguments.target_path)
-    refuse_same_file(arguments.source_path, target)
-    if arguments.to == "parquet" and arguments.drop:
+    if arguments.to != "parquet":
+        refuse_target(arguments.source_path, target)
+    elif arguments.drop:
         raise UserError("--drop goes without --to parquet; write the data without them first, then convert that")
     records = open_records(arguments.source_path)
     has_images = isinstance(records, TableRecords) and records.image_columns

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tive.util.errors import UserError, run
+from tive.util.files import refuse_target
 
 EXAMPLE = """
 examples:
@@ -28,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=int, default=3, metavar="N", help="records of each task on the page (3)")
     add("--task_key", default="dataset", help="where a record names its task: KEY, KEY.KEY or KEY:SEPARATOR (dataset)")
     arguments = parser.parse_args()
+    refuse_target(arguments.source_path, arguments.target_path)
     if arguments.samples < 0:
         raise UserError(f"--samples {arguments.samples} is negative; give 0 for none")
     if arguments.image_folder and not Path(arguments.image_folder).is_dir():

@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input_file", required=True, help="held-out records: a JSON list or JSON Lines")
+    add("--input_file", required=True, help="held-out records: a JSON list, JSON Lines, Parquet or a folder")
     add("--image_folder", default="", help="folder that the records' image paths start from")
     add(
         "--model",

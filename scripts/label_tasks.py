@@ -20,7 +20,7 @@ from tive.data.records import Records, TableRecords, check_suffix, name_of, open
 from tive.data.scan import described_keys
 from tive.data.tasks import Rules, add_key, no_task, read_rules, replace_key, task_or_problem
 from tive.util.errors import UserError, run
-from tive.util.files import refuse_same_file
+from tive.util.files import refuse_target
 from tive.util.text import listed, print_table, shown, shown_value
 
 DEFAULT_RULES = Path(__file__).resolve().parent / "rules" / "llava_v1_5.yaml"
@@ -57,7 +57,7 @@ key, a dotted path (meta.source), or the first part of a value (image:/ is the i
         help="what happens to a record that has the key already (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    refuse_same_file(arguments.source_path, arguments.target_path)
+    refuse_target(arguments.source_path, arguments.target_path)
     if arguments.task_key in OWN_KEYS or ":" in arguments.task_key or not arguments.task_key:
         raise UserError(
             f"--task_key {shown_value(arguments.task_key)} cannot hold the task; name a key of its own, such as dataset"

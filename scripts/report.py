@@ -14,6 +14,7 @@ from tive.report.page import Samples, write_page
 from tive.report.sections import selection_sections
 from tive.selection.output import SUMMARY_END, Selection, find_summaries, read_selection
 from tive.util.errors import UserError, run
+from tive.util.files import refuse_target
 from tive.util.text import percent, plural, shown
 
 EXAMPLE = """\
@@ -130,6 +131,8 @@ def parse_arguments() -> argparse.Namespace:
         help="records shown at each end of a task, or of a subtask of a target (default: 3)",
     )
     arguments = parser.parse_args()
+    if arguments.output:
+        refuse_target(arguments.out, arguments.output)
     if arguments.all and (arguments.name or arguments.evaluation):
         raise UserError("--all compares all selections; leave --name and --evaluation out, or --all")
     if arguments.samples < 0:

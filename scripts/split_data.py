@@ -59,8 +59,8 @@ def main() -> None:
     small = [task for task, rows in groups.items() if len(rows) <= arguments.per_task]
     if small:
         raise UserError(
-            f"{len(small):,} tasks have no more than --per_task {arguments.per_task} records and would keep none "
-            f"({listed(small)}); lower it, or merge them with scripts/label_tasks.py"
+            f"tasks with no more than --per_task {arguments.per_task} records would keep none: {listed(small)}; "
+            "lower it, or merge them with scripts/label_tasks.py"
         )
     held_out = np.zeros(len(records), bool)
     for task, rows in groups.items():

@@ -37,6 +37,27 @@ def test_the_readme_is_one_sitting_and_names_every_page():
     assert not [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_that_a_page_names_is_there(page):
+    text = page.read_text()
+    paths = re.findall(r"`((?:tive|scripts|tests)/[\w./-]+\.\w+)`(?! of)", text)  # `of` another project
+    named = [path for path in paths if not (ROOT / path).exists()]
+    for path, names in re.findall(r"`(tive/[\w/]+\.py)`: ((?:`\w+`(?:, |; )?)+)", text):
+        named += [f"{path}: {name}" for name in re.findall(r"\w+", names) if not defines(ROOT / path, name)]
+    for dotted in re.findall(r"\btive(?:\.\w+)+", text):
+        module, _, name = dotted.rpartition(".")
+        path = (ROOT / module.replace(".", "/")).with_suffix(".py")
+        if not (ROOT / dotted.replace(".", "/")).with_suffix(".py").exists() and not defines(path, name):
+            named.append(dotted)
+    assert not named
+
+
+def defines(module: Path, name: str) -> bool:
+    return (
+        module.exists() and re.search(rf"^(?:def|class) {name}\b|^{name}\b.* =", module.read_text(), re.M) is not None
+    )
+
+
 def test_programs_name_pages_that_exist():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(ROOT / "tive").rglob("*.py"), *(ROOT / "scripts").rglob("*.*")]
     texts = {source: source.read_text() for source in sources if source.suffix in (".py", ".sh", ".sbatch", ".yaml")}

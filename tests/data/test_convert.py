@@ -317,6 +317,7 @@ def test_a_list_of_other_data_drops_nothing(tmp_path, listing, said):
 
 MISTAKES = {
     "the same file": ("[]", ["--target_path", "{folder}/a.json"], "the source itself"),
+    "a target that is a folder": ("[]", ["--target_path", "."], "name a file"),
     "no such source": ("[]", ["--source_path", "{folder}/none.json"], "none.json"),
     "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') has no `conversations`"),
     "a number that is not finite": ('[{"conversations": [], "x": NaN}]', ["--to", "llava"], "not finite"),

@@ -485,6 +485,7 @@ def test_an_existing_task_is_kept_or_replaced_as_told(tmp_path, existing, tasks)
 MISTAKES = {
     "source and target the same": ("[]", ["--target_path", "{folder}/a.json"], "the source itself"),
     "target a link's other name": ("[]", ["--target_path", "{folder}/./a.json"], "the source itself"),
+    "a target that is a folder": ("[]", ["--target_path", "."], "name a file"),
     "no such source": ("[]", ["--source_path", "{folder}/none.json"], "none.json"),
     "no such rules": ("[]", ["--rules", "{folder}/none.yaml"], "none.yaml"),
     "a key that the record needs": ("[]", ["--task_key", "image"], "--task_key"),

@@ -194,6 +194,11 @@ def test_the_source_is_never_the_target(source, capsys, tmp_path):
     assert source.read_text() == text
 
 
+def test_a_folder_is_no_target(source, capsys):
+    for target in (".", source.parent):
+        assert "name a file" in refusal(capsys, main, "--source_path", source, "--target_path", target)
+
+
 def test_the_script_runs_by_itself(source):
     script = Path(select_warm_up_data.__file__)
     target = source.with_name("sample.json")

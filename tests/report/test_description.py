@@ -108,5 +108,6 @@ def test_what_cannot_be_described_ends_in_one_line(tmp_path, capsys):
     paths = ["--source_path", tmp_path / "a.json", "--target_path", tmp_path / "a.html"]
     assert "a.json" in refusal(capsys, describe_data.main, *paths)
     assert "--samples" in refusal(capsys, describe_data.main, *paths, "--samples", -1)
+    assert "the source itself" in refusal(capsys, describe_data.main, *paths, "--target_path", tmp_path / "a.json")
     assert "--image_folder" in refusal(capsys, describe_data.main, *paths, "--image_folder", tmp_path / "none")
     assert not (tmp_path / "a.html").exists()

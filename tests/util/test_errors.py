@@ -74,6 +74,13 @@ def test_an_error_keeps_its_exit_code_where_it_cannot_be_shown(tmp_path: Path) -
     assert ended(tmp_path, ">&- 2>&-", "file x")[0] == 2
 
 
+@pytest.mark.parametrize("word", ["~/my data", "--save_path=~/my data"])
+def test_a_home_that_the_shell_did_not_expand_is_no_folder_of_that_name(tmp_path: Path, word: str) -> None:
+    code, _, err = ended(tmp_path, "", word, HOME="/home/ada")
+    assert code == 2 and err.count("\n") == 1 and "'/home/ada/my data'" in err
+    assert not (tmp_path / "written").exists()
+
+
 def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
     code, out, err = ended(tmp_path, "", "Größe", PYTHONIOENCODING="ascii")
     assert code == 2 and "line 0 \\xe4\\xe4" in out and "note\\x1b[2J 0" in err

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from shlex import quote
 from typing import Any, TextIO
 
 from tive.util.text import shown
@@ -28,11 +29,17 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` becomes one line on standard error and exit code 2.
 
-    With `--version` alone it prints the project's version instead.
+    With `--version` alone it prints the project's version instead. A path whose `~` the shell left is refused: it would
+    be a folder of that name.
     """
     if sys.argv[1:] == ["--version"]:
         print(f"tive {version('tive')}")
         return
+    for word in sys.argv[1:]:
+        if (path := re.sub("^--[^=]+=", "", word)).startswith("~/"):
+            _fail(
+                f"{word}: a shell keeps ~ as it is within quotes and after =; write {quote(os.path.expanduser(path))}"
+            )
     # A file that is opened next must not get the number of a closed terminal (`>&-`), and what is written to it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

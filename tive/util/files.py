@@ -68,10 +68,12 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
         file.write(b"\n")
 
 
-def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raise a `UserError` when the target is the source, by whatever path."""
+def refuse_target(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise a `UserError` when the file to write is the source, by whatever path, or is a folder."""
     if os.path.realpath(source) == os.path.realpath(target):
         raise UserError(f"the target {target} is the source itself; name another file")
+    if os.path.isdir(target):
+        raise UserError(f"the target {target} is a folder; name a file in it")
 
 
 @contextlib.contextmanager
