@@ -302,6 +302,13 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_once_there_is_room(w
         assert visible(folder) == CHUNK_FILES
 
 
+def test_a_disk_that_is_too_small_is_told_before_the_model_is_loaded_and_nothing_is_begun(tmp_path):
+    with small_disk(tmp_path / "disk", 400) as disk:
+        stopped = run_step(disk / "features", "--proj_dim", 8192)
+        assert stopped.code == 2 and "free space" in stopped.err and "reference model" not in stopped.out
+        assert run_step(disk / "features").code == 0
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -34,9 +34,15 @@ def test_the_moments_of_every_lora_matrix_that_was_stepped_are_saved(tmp_path: P
     assert moments.weight is not None and torch.equal(moments.weight, weight)
 
 
+@pytest.mark.parametrize("deepspeed", [False, True])
 @pytest.mark.parametrize("optimizer", [torch.optim.RAdam, torch.optim.SGD, torch.optim.Adamax])
 def test_of_another_optimizer_nothing_is_saved_and_a_line_says_so(
-    optimizer: type[torch.optim.Optimizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    optimizer: type[torch.optim.Optimizer], deepspeed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_moments(trainer_after_a_step(optimizer), str(tmp_path))
+    trainer = trainer_after_a_step(optimizer)
+    if deepspeed:
+        pytest.importorskip("deepspeed")
+        trainer.is_deepspeed_enabled = True
+        trainer.model_wrapped = SimpleNamespace(global_steps=1, skipped_steps=0)
+    save_moments(trainer, str(tmp_path))
     assert not list(tmp_path.iterdir()) and MOMENTS_FILE in capsys.readouterr().out

@@ -88,6 +88,17 @@ def test_an_image_that_the_processor_refuses_leaves_its_record_out(tmp_path: Pat
         )
 
 
+def test_a_lack_of_memory_is_no_reason_to_leave_a_record_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = loaded("qwen2_5_vl").processor
+
+    def without_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(processor.library), "__call__", without_memory)
+    with pytest.raises(MemoryError):
+        native.encode(processor, conversation("Hello.", "Hello!"), "")
+
+
 def test_records_above_the_maximum_length_are_left_out_and_none_is_cut() -> None:
     item = encoded("qwen2_5_vl")[0]
     record, images = records_of("qwen2_5_vl")[0], str(GOLDEN / "qwen2_5_vl" / "images")

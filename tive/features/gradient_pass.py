@@ -35,7 +35,7 @@ from tive.features.chunk import CONTENT, LeftOutRecord, Match, write_chunk
 from tive.features.launch import hold
 from tive.features.loader import Loader, usable, workers_beside
 from tive.features.step import FLOAT16_LOSS_SCALES, GradientStep
-from tive.features.store import Store, begin_chunk, is_complete, refuse_other_runs
+from tive.features.store import Store, begin_chunk, is_complete, refuse_full_disk, refuse_other_runs
 from tive.models import NOT_FINITE, UNSUPERVISED
 from tive.models.training_record import versions_of
 from tive.util.device import device_name, peak_memory
@@ -93,6 +93,7 @@ def compute_chunk(name: str, scan: Scan, match: Match, options: PassOptions, loa
             if is_complete(options.folder, match.chunk_idx):
                 print(f"{name} is complete in {options.folder}")
                 return
+        refuse_full_disk(options.folder, match)
         listing = options.folder / f"bad_records_{match.chunk_idx}.json"
         checked = check_records(scan, match.rows, options, listing)
         step = load()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -63,10 +62,7 @@ class Store:
     def _reserve(self) -> IO[bytes]:
         """Take the space of all features now, so that a full disk stops the run before it begins."""
         path, size = self.folder / "features.f16", len(self.rows) * self.dimension * 2
-        needed = 2 * size - (path.stat().st_blocks * 512 if path.is_file() else 0)  # finishing writes them once more
         try:
-            if shutil.disk_usage(self.folder).free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if not path.is_file() or path.stat().st_size != size:
                 with open(path, "wb") as file:
                     if size and hasattr(os, "posix_fallocate"):  # not on macOS
@@ -75,8 +71,8 @@ class Store:
             return open(path, "r+b", buffering=0)
         except OSError as error:
             raise UserError(
-                f"cannot reserve {needed / 1e9:.3g} GB in {self.folder}, which the features take twice while they are "
-                f"made: {error.strerror}; free space or name another folder; the same command continues"
+                f"cannot reserve {size / 1e9:.3g} GB in {self.folder}: {error.strerror}; free space or name another "
+                "folder; the same command continues"
             ) from error
 
     def _read(self, path: Path) -> bool:
@@ -201,6 +197,19 @@ def refuse_other_runs(folder: Path, match: Match) -> None:
                 f"{path} is of a run that differs: {', '.join(differences)}; give the same arguments, name another "
                 "folder, or start afresh (overwrite)"
             )
+
+
+def refuse_full_disk(folder: Path, match: Match) -> None:
+    """Raise a `UserError` where a chunk's features have no room twice, as finishing them takes."""
+    # Space that is taken already: by those of the windows, and by files that make room for the new ones.
+    there = [folder / f"progress_{match.chunk_idx}" / "features.f16", *folder.glob(f"*output_{match.chunk_idx}.pt*")]
+    taken = sum(path.stat().st_blocks * 512 for path in there if path.is_file())
+    needed, free = 4 * len(match.rows) * match.proj_dim - taken, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.3g} GB free, and this chunk needs {needed / 1e9:.3g} GB more while it is made "
+            "(its features twice); free space or name another folder; the same command continues"
+        )
 
 
 def begin_chunk(folder: Path, match: Match, overwrite: bool) -> Store:

@@ -151,11 +151,10 @@ def encode_turns(
         outputs = library(
             text=[text], images=[shown] if shown else None, return_tensors="pt", add_special_tokens=add_first
         )
-    except LeftOut:
+    except (LeftOut, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # they raise what they like: at a role out of turn, an image of a shape that is not taken
+    # They raise what they like: at a role out of turn, at an image of a shape that is not taken.
+    except Exception as error:
         raise LeftOut(f"the chat template or the processor refuses it: {first_line(error)}") from error
     spans = [span for span, counts in zip(spans, trained, strict=True) if counts]
     arrays = {name: np.asarray(value) for name, value in outputs.items()}

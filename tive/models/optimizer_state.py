@@ -309,19 +309,20 @@ def save_moments(trainer: Any, folder: str) -> None:
         if trainer.is_deepspeed_enabled:
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+            # Steps whose gradients overflowed in float16 are counted by the trainer and not taken by Adam.
+            steps = [trainer.model_wrapped.global_steps - trainer.model_wrapped.skipped_steps]
+            constants = adam_constants(source, groups, steps)  # first: another optimizer has nothing to gather
             moments = {}
             for name, parameter in matrices.items():
                 m, v = (safe_get_full_optimizer_state(parameter, key).cpu() for key in _PARTS[:2])
                 moments[name] = Moments(m, v, safe_get_full_fp32_param(parameter).to(parameter.dtype).cpu())
-            # Steps whose gradients overflowed in float16 are counted by the trainer and not taken by Adam.
-            steps = [trainer.model_wrapped.global_steps - trainer.model_wrapped.skipped_steps]
         else:
             groups = [group for group in groups if group["params"]]  # DeepSpeed's hold their parameters elsewhere
             # A matrix without a gradient so far has no state: one of the vision tower, where no record had an image.
             states = {name: trainer.optimizer.state.get(parameter) for name, parameter in matrices.items()}
             moments = {name: moments_of(source, of, matrices[name]) for name, of in states.items() if of}
             steps = [of["step"] if "step" in of else groups[0].get("step") for of in states.values() if of]
-        constants = adam_constants(source, groups, steps)
+            constants = adam_constants(source, groups, steps)
     except UserError as error:
         if trainer.is_world_process_zero():
             print(f"no {MOMENTS_FILE} is written: {error}")
