@@ -86,7 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dry_run", type=int, metavar="N", help="compute N records, say what the whole run costs, write no features")
     add("--overwrite", action="store_true", help="start afresh where another run's files are")
     arguments = parser.parse_args()
-    for name in ("batch_size", "max_batch_tokens", "window", "proj_dim", "dry_run", "max_length", "max_pixels"):
+    counts = "num_chunks batch_size max_batch_tokens window proj_dim dry_run max_length max_pixels"
+    for name in counts.split():
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is not a positive number")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from tive.util.errors import UserError, run
+from tive.util.text import of_project
 
 
 def main() -> None:
@@ -23,8 +24,8 @@ def main() -> None:
         from tive.training.trl_trainer import train
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{sys.executable} has no {error.name}; `bash scripts/setup.sh native` makes an environment that has, and "
-            "`source .venv-native/bin/activate` takes it (docs/native.md)"
+            f"{sys.executable} has no {error.name}; `bash {of_project('scripts/setup.sh')} native` makes an "
+            f"environment that has, and `source {of_project('.venv-native/bin/activate')}` takes it (docs/native.md)"
         ) from error
     train()
 

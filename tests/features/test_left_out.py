@@ -394,6 +394,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_no_features(tmp_path):
         (["--vision_tower", "./nowhere"], "the vision tower ./nowhere is not there"),
         (["--output_file", GOLDEN / "data.json"], "cannot write to the folder"),
         (["--num_chunks", 2], "num_chunks 2 without chunk_idx"),
+        (["--num_chunks", 0], "--num_chunks 0 is not a positive number"),
         (["--chunk_idx", 3, "--num_chunks", 2], "chunk 3 (arguments) is not one of 0 .. 1"),
         (["--device", "tpu"], "'tpu' is not a device"),
     ],

@@ -167,7 +167,7 @@ def family_of(files: ModelFiles) -> Family:
     is_adapter = (folder / "adapter_config.json").is_file()
     content = read_object(config) if config.is_file() else {}
     if not is_adapter and not content:
-        raise UserError(f"{folder} holds no model: neither adapter_config.json nor config.json")
+        raise UserError(f"{folder} holds no model, neither adapter_config.json nor config.json; check the path")
     if is_adapter and files.model_base is None:
         raise UserError(f"{folder} holds an adapter, which is no whole model; name its base with it")
     model_type = str(content.get("model_type"))
@@ -180,6 +180,6 @@ def family_of(files: ModelFiles) -> Family:
         return native
     raise UserError(
         f"{folder} is of no family that is known: neither LLaVA's nor Bunny's (model type {model_type!r} in its "
-        f"config.json), and {whole.parent} is no vision-language model of transformers; name an adapter's base, or of "
-        "LLaVA's the folder that finetune_lora.sh writes when training ends"
+        f"config.json), and {whole.parent} is no vision-language model of transformers; name the folder that "
+        "finetune_lora.sh writes when training ends, or an adapter and its base"
     )

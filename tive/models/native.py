@@ -38,6 +38,7 @@ from tive.models.native_encoding import encode_turns, load_processor, processor_
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.models.training_record import RECORD_FILE, read_record, versions_of
 from tive.util.errors import UserError
+from tive.util.text import of_project
 
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
 encode, answers, record_problem = native_encoding.encode, native_encoding.answers, native_encoding.record_problem
@@ -60,8 +61,8 @@ def check_files(files: ModelFiles) -> None:
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
         raise UserError(
             f"this reference model needs transformers {'.'.join(map(str, OLDEST))} or newer, and this environment has "
-            f"{transformers.__version__}; make the other environment with `bash scripts/setup.sh native` and run the "
-            "same command with .venv-native/bin/python"
+            f"{transformers.__version__}; `bash {of_project('scripts/setup.sh')} native` makes one that has: run the "
+            f"same command with {of_project('.venv-native/bin/python')}"
         )
     if files.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("load_in_4bit needs the package bitsandbytes; install it with `pip install bitsandbytes`")

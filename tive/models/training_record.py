@@ -22,6 +22,7 @@ import msgspec
 
 from tive.util.errors import UserError
 from tive.util.files import read_object, sha256_of, write_json
+from tive.util.text import of_project
 
 RECORD_FILE = "tive_training.json"
 # What LLaVA's trainer (llava-torch 1.2.2) trains a LLaMA model with and the gradient step computes the same way. Its
@@ -146,8 +147,8 @@ def check_llava() -> tuple[Path, str]:
     spec = importlib.util.find_spec("llava")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{sys.executable} has no LLaVA; `bash scripts/setup.sh` makes an environment that has: run the same "
-            "command with .venv/bin/python"
+            f"{sys.executable} has no LLaVA; `bash {of_project('scripts/setup.sh')}` makes an environment that has: "
+            f"run the same command with {of_project('.venv/bin/python')}"
         )
     folder, known = Path(next(iter(spec.submodule_search_locations))).resolve(), None
     for name in ("llava-torch", "llava"):  # from PyPI, or from its repository

@@ -25,7 +25,7 @@ from tive.data.conversations import image_of, to_llava
 from tive.data.images import BadImage, read_image
 from tive.data.records import Records
 from tive.util.files import whole_file
-from tive.util.text import DASH, short, shown
+from tive.util.text import DASH, plural, short, shown
 
 _HERE = Path(__file__).parent
 _STYLE = _HERE / "page.mplstyle"
@@ -169,7 +169,7 @@ def write_page(
     content = _FORBIDDEN.sub("\ufffd", html).lstrip().encode() + b"\n"
     with whole_file(output) as file:
         file.write(content)
-    print(f"{output} ({len(content) / 2**20:.1f} MiB) and {len(drawn)} plots in {folder}")
+    print(f"{output} ({len(content) / 2**20:.1f} MiB) and {plural(len(drawn), 'plot')} in {folder}")
 
 
 @matplotlib.rc_context(fname=_STYLE)

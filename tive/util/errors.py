@@ -16,7 +16,7 @@ from importlib.metadata import version
 from shlex import quote
 from typing import Any, TextIO
 
-from tive.util.text import shown
+from tive.util.text import of_project, shown
 
 # The longest line that is shown whole, in characters: longer ones are data that got into a message.
 LINE_LIMIT = 2000
@@ -61,8 +61,8 @@ def run(main: Callable[[], None]) -> None:
 def refuse_python(lacking: str) -> None:
     """End the script: this Python lacks a library."""
     _fail(
-        f"{sys.executable} has no {lacking}; `bash scripts/setup.sh` makes an environment that has, "
-        "and `source .venv/bin/activate` takes it (docs/install.md)"
+        f"{sys.executable} has no {lacking}; `bash {of_project('scripts/setup.sh')}` makes an environment that has, "
+        f"and `source {of_project('.venv/bin/activate')}` takes it (docs/install.md)"
     )
 
 

@@ -97,6 +97,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def of_project(path: str) -> str:
+    """A path below the project's folder as it can be pasted into a command, in any folder."""
+    return shlex.quote(str(_PROJECT / path))
+
+
 def command(script: str, **options: str | os.PathLike[str]) -> str:
     """The command line that runs one of the project's scripts in this environment, between backquotes.
 
