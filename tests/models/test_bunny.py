@@ -307,6 +307,12 @@ def other_tokenizer(model: SimpleNamespace, **changes: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def without_padding(model: SimpleNamespace) -> None:
+    edit(model.base / "tokenizer_config.json", unk_token=None)
+    words = json.loads((model.base / "tokenizer.json").read_text())["model"]["vocab"]
+    other_tokenizer(model, vocab=words | {"None": len(words)})  # a word like any other
+
+
 def as_eva(model: SimpleNamespace) -> None:
     (model.folder / "EVA02_CLIP_L_336_psz14_s6B.pt").write_bytes(b"weights")
     edit(model.reference / "config.json", mm_vision_tower=str(model.folder / "EVA02_CLIP_L_336_psz14_s6B.pt"))
@@ -361,7 +367,7 @@ CANNOT_SERVE: dict[str, tuple[Callable[[SimpleNamespace], Any], str, str]] = {
         "<|endoftext|>",
     ),
     "a tokenizer without padding": (
-        lambda m: edit(m.base / "tokenizer_config.json", unk_token=None),
+        without_padding,
         "base/tokenizer_config.json",
         "unk_token",
     ),

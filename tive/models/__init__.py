@@ -95,9 +95,8 @@ class Reference:
 
     model: Any  # an `nn.Module` of the family's own class, with the adapter's LoRA layers in it
     layers: nn.ModuleList  # the language model's decoder layers, which the target modules lie in
-    head: (
-        Callable[[Tensor], Tensor] | None
-    )  # last hidden states to logits; None where the model does more than is known
+    # Last hidden states to logits; None where the model does more than is known.
+    head: Callable[[Tensor], Tensor] | None
     processor: Any  # what a loader's worker needs to encode records; holds no weights
     device: torch.device
     dtype: torch.dtype

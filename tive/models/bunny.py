@@ -302,7 +302,7 @@ def read_template(base: Path, model_type: str, maximum: int) -> BunnyTemplate:
         special |= read_object(older)
     tokens = [special.get(f"{name}_token") for name in ("pad", "unk", "eos")]
     pad, unk, eos = (token.get("content") if isinstance(token, dict) else token for token in tokens)
-    number = tokenizer.token_to_id(str(pad or unk))
+    number = tokenizer.token_to_id(pad or unk) if isinstance(pad or unk, str) else None
     if number is None or eos is None:
         raise UserError(
             f"{settings_file} names no eos_token, or no pad_token or unk_token of tokenizer.json, one of which Bunny "

@@ -109,11 +109,9 @@ def check_files(files: ModelFiles) -> None:
         "it (the same OUTPUT_DIR) and name that OUTPUT_DIR as the model",
     )
     for key, value in config.items():
-        another = key.startswith("mm_") and key not in (
-            *_READ,
-            *_OF_THE_TRAINING,
-        )  # another LLaVA's setting, when it is on
-        known = _ALLOWED.get(key, (None, False) if another else (value,))
+        # What starts with mm_ and is not known here is another LLaVA's setting: it has to be off.
+        is_another = key.startswith("mm_") and key not in (*_READ, *_OF_THE_TRAINING)
+        known = _ALLOWED.get(key, (None, False) if is_another else (value,))
         if value not in known:
             taken = ", ".join(str(one) for one in known if one is not None)
             raise UserError(

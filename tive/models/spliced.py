@@ -206,7 +206,8 @@ def record_losses(reference: Reference, records: Collated | Sequence[Encoded], e
     embeddings = embed(reference, batch.inputs)
     hidden = language_model_of(reference).model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
     assert reference.head is not None
-    return losses_at_supervised(hidden.flatten(0, 1)[batch.positions], reference.head, batch, el2n)
+    states = hidden.flatten(0, 1).index_select(0, batch.positions)
+    return losses_at_supervised(states, reference.head, batch, el2n)
 
 
 @torch.no_grad()
