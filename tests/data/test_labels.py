@@ -275,6 +275,8 @@ BAD_RULES = {
     "two keys": ("rules: [{task: a, key_is: {b: c, d: e}}]", "rule 1", "key_is"),
     "a key without texts": ("rules: [{task: a, key_is: {b: 1}}]", "rule 1", "key_is"),
     "a condition twice": ("rules:\n  - task: a\n    image: absent\n    image: present", "line 4", "stands twice"),
+    "a condition left empty": ("rules: [{task: a, image: absent, image_prefix: }]", "rule 1", "image_prefix"),
+    "a split left empty": ("rules: [{task: a, image: absent, split: }]", "rule 1", "split"),
     "an empty split": ("rules: [{task: a, image: absent, split: []}]", "rule 1", "split"),
     "a split in a split": (
         "rules: [{task: a, image: absent, split: [{task: b, image: absent, split: [{task: c, image: absent}]}]}]",

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 import yaml
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from tive.data.containers import entries_of
 from tive.data.conversations import image_of, image_paths, to_llava
@@ -130,8 +130,8 @@ _Entry = msgspec.defstruct(
     "_Entry",
     [
         ("task", _Text),
-        *((name, kind | None, None) for name, (kind, _) in CONDITIONS.items()),
-        ("split", Annotated[list[Any], Meta(min_length=1)] | None, None),
+        *((name, kind | UnsetType, UNSET) for name, (kind, _) in CONDITIONS.items()),  # null is no value of one
+        ("split", Annotated[list[Any], Meta(min_length=1)] | UnsetType, UNSET),
     ],
     forbid_unknown_fields=True,
 )
@@ -216,7 +216,7 @@ def _rule(where: str, entry: Any, is_part: bool = False) -> Rule:
         if isinstance(value, dict):
             ((key, texts),) = value.items()
             conditions.append((name, (key, (texts,) if isinstance(texts, str) else texts)))
-        elif value is not None:
+        elif value is not UNSET:
             conditions.append((name, (value,) if isinstance(value, str) and name != "image" else value))
     where = f"{where} ({read.task})"
     if not conditions:
