@@ -57,6 +57,8 @@ def schema_of(records: Records) -> tuple[Any, dict[int, str]]:
                 rows[row] = packed(record) | {"images": None}
             except ValueError as error:
                 problems[row] = str(error)
+        if not rows:
+            continue
         try:
             schema = joined([*rows.values()])
         except refused:
