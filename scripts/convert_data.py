@@ -157,6 +157,8 @@ def main() -> None:
     elif isinstance(records, TableRecords):
         write_records(target, records, rows)
     else:
+        for _ in records:  # a record that no step could read ends the script
+            pass
         write_texts(target, records.texts(rows), lines=target.suffix == ".jsonl")
     print(f"Wrote {len(rows):,} records to {target}.")
     if arguments.drop:

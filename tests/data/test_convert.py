@@ -322,6 +322,12 @@ MISTAKES = {
     "a record of no form": ('[{"id": "x"}]', ["--to", "llava"], "record 0 (id 'x') has no `conversations`"),
     "a number that is not finite": ('[{"conversations": [], "x": NaN}]', ["--to", "llava"], "not finite"),
     "a number that overflows": ('[{"conversations": [], "x": 1e999}]', ["--to", "messages"], "not finite"),
+    "bytes that are no UTF-8": (b'[{"id": 1}, {"id": "\xe9"}]', [], "(record 1, byte 12)"),
+    "records of no form for Parquet": (
+        '[{"id": "x"}, 3]',
+        ["--to", "parquet"],
+        "record 0 (id 'x') has no `conversations`",
+    ),
     "a damaged source": ('[{"conversations": []}, {', ["--to", "llava"], "record 1"),
 }
 

@@ -82,6 +82,7 @@ BROKEN = {
     "line breaks off": (b'{"id": 1}\n{"id": "x', "record 1"),
     "garbage line": (b'{"id": 1}\n<html>\n', "record 1"),
     "not UTF-8": (b'[{"id": "\xff"}]', "UTF-8"),
+    "half of a surrogate pair, not escaped": (b'[{"id": 1}, {"id": "\xed\xa0\x80"}]', "UTF-8"),
     "UTF-16 in UTF-8": (b'[{"id": 1}, \xff\xfe[', "record 1"),
     "cut inside a character": ('[{"id": "é'.encode()[:-1], "breaks off"),
     "bare line break in a string": (b'[{"id": "a\nb"}]', "not JSON"),

@@ -97,11 +97,13 @@ Records = JsonRecords | TableRecords
 
 
 def parse_record(raw: bytes | memoryview) -> Any:
-    """The value of a record's text; a `ValueError` where it is not JSON, a `RecursionError` where it is too deep."""
+    """The value of a record's text; a `ValueError` where it is not JSON in UTF-8, a `RecursionError` where it nests too
+    deep.
+    """
     try:
         return _parse_strictly(raw)
     except _REFUSED:
-        return json.loads(bytes(raw))
+        return json.loads(str(raw, "utf-8"))  # bytes could hold half of a surrogate pair, which is no UTF-8
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
