@@ -6,6 +6,7 @@ SECONDS=0
 # ROOT, PYTHON and folder: the argument, or FOLDER in the project's.
 begin() {
     ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+    [[ ${3:-} != -* ]] || fail "$3 is no folder; \`bash $0 --help\` shows what can be given"
     # shellcheck disable=SC2034 # the scripts use it
     folder=$(realpath -m "${3:-$ROOT/$1}")
     cd "$ROOT" || exit

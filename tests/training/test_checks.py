@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ BAD_ARGUMENTS = {
     "frozen adapter": ("tune_mm_mlp_adapter", "True"),
     "frozen projector": ("freeze_mm_mlp_adapter", "True"),
     "sharded": ("fsdp", "full_shard"),
+    "an empty batch": ("per_device_train_batch_size", "0"),
     "neither true nor false": ("lora_enable", "maybe"),
 }
 
@@ -114,6 +116,18 @@ def test_a_lora_adapter_is_no_base(settings: dict[str, str], parts: Path, tmp_pa
 def test_a_part_that_is_missing_is_named_with_its_variable(variable: str, settings: dict[str, str]) -> None:
     refusal = assert_refused(launch("finetune_lora.sh", settings | {variable: BAD_VARIABLES[variable]}), variable)
     assert BAD_VARIABLES[variable] in refusal
+
+
+def test_a_projector_that_is_missing_is_said_to_be_missing(settings: dict[str, str]) -> None:
+    refusal = assert_refused(launch("finetune_lora.sh", settings | {"PROJECTOR": "nowhere.bin"}), "nowhere.bin")
+    assert "not there" in refusal
+
+
+def test_an_archive_in_place_of_the_images_is_named_with_its_command(settings: dict[str, str], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.png", "")
+    ended = launch("finetune_lora.sh", settings | {"IMAGE_FOLDER": f"{tmp_path}/images.zip"})
+    assert_refused(ended, f"-m zipfile -e {tmp_path}/images.zip")
 
 
 def test_data_that_are_not_there_are_named(settings: dict[str, str]) -> None:

@@ -34,7 +34,7 @@ _OTHER_TEMPLATES = ("v0", "v0.5", "default", "plain", "v0_plain", "mpt", "chatml
 _LLAMA_2 = ("llama_2", "llava_llama_2", "mistral_instruct")
 _SWITCHES = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
-
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length")
 _NEEDED = ("data_path", "output_dir", "model_name_or_path")
 _ANY: tuple[Any, ...] = (None, None, None, "")
 _NO_TOKENS = "LLaVA-1.5's projector has no such tokens"
@@ -74,7 +74,12 @@ def read_settings(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tive.training", allow_abbrev=False, add_help=False)
     for name, (default, *_) in _SETTINGS.items():
         parser.add_argument(f"--{name}", nargs="?", const="True", default=default, required=name in _NEEDED)
+    for name in _COUNTS:
+        parser.add_argument(f"--{name}", default="1")
     settings, _ = parser.parse_known_args(arguments)
+    for name in _COUNTS:
+        if not re.fullmatch(r"0*[1-9]\d*", getattr(settings, name)):
+            raise UserError(f"--{name} {getattr(settings, name)} is no whole number from 1 up")
     for name, (default, taken, taken_for_lora, why) in _SETTINGS.items():
         value = getattr(settings, name)
         if isinstance(default, bool):  # what transformers' parser makes of a switch
@@ -146,10 +151,8 @@ def projector_of(settings: argparse.Namespace, base: dict[str, Any]) -> str | No
     if named == "auto":
         named = None if own else PRETRAINED_PROJECTOR
     if (named == "" and not own) or (named and not os.path.isfile(named)):
-        raise UserError(
-            f"projector: {named or 'the base has none of its own, and none'} is there; set PROJECTOR to LLaVA's "
-            "mm_projector.bin (docs/training.md)"
-        )
+        problem = f"{named} is not there" if named else "the base has none of its own"
+        raise UserError(f"projector: {problem}; set PROJECTOR to LLaVA's mm_projector.bin (docs/training.md)")
     return named or None
 
 
@@ -189,7 +192,7 @@ def check_data(path: str, image_folder: str | None, template: str, listing: Path
         raise UserError(f"{path} is no JSON list, which LLaVA's trainer takes; convert it with {convert}")
     scan = scan_records(records, partial(training_problem, template=template))
     images = {row: paths[0] for row, paths in enumerate(scan.images) if paths}
-    if images and not (image_folder and os.path.isdir(image_folder)):
+    if images and not (image_folder and os.path.exists(image_folder)):  # a file in its place is told below
         raise UserError(
             f"{path} names {len(images):,} images, and the folder {image_folder} is not there; set IMAGE_FOLDER"
         )
