@@ -64,8 +64,9 @@ def main() -> None:
     from tive.method.target import subtask_scores
     from tive.selection import less, printing
     from tive.selection.mixture import bar, read_mixture, reasons_left_out, record_scores
-    from tive.selection.output import check_writable, files_of, write_selection
+    from tive.selection.output import files_of, write_selection
     from tive.util.device import usable_device
+    from tive.util.files import check_writable
 
     device = usable_device(arguments.device)
     check_writable(arguments.save_path)

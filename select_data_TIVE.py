@@ -94,9 +94,10 @@ def main() -> None:
     from tive.method.influence import group_means, products
     from tive.selection import mixture as read
     from tive.selection.choose import choose, is_excluded
-    from tive.selection.output import check_writable, files_of, write_selection
+    from tive.selection.output import files_of, write_selection
     from tive.selection.printing import print_choice, print_files
     from tive.util.device import usable_device
+    from tive.util.files import check_writable
 
     device = usable_device(arguments.device)
     check_writable(arguments.save_path)
@@ -106,7 +107,7 @@ def main() -> None:
     read.refuse_gradients(features, ("sgd", "none"), "TIVE selects by plain ones (select_data_LESS.py takes Adam's)")
     if not options.from_sample:
         missing = Path(arguments.save_path) / "missing" / "records.json"
-        read.refuse_missing(features, mixture, missing, "; or select from_sample")
+        read.refuse_missing(features, mixture, missing, "; or add --from_sample, with which these give the budgets")
     options = replace(options, exclude_tasks=excluded_tasks(options.exclude_tasks, mixture.task_names))
     stem = stem_of(options, arguments.task_key, mixture.task_names)
     files = files_of(arguments.save_path, stem, arguments.data_path, arguments.rows_only)

@@ -20,14 +20,13 @@ from tive.selection.options import TiveOptions, stem_of
 from tive.selection.output import (
     Chosen,
     Task,
-    check_writable,
     files_of,
     find_summaries,
     read_selection,
     write_selection,
 )
 from tive.util.errors import UserError
-from tive.util.files import sha256_of
+from tive.util.files import check_writable, sha256_of
 
 main = select_data_TIVE.main
 

@@ -151,6 +151,10 @@ def test_a_trained_model_is_never_overwritten(name: str, settings: dict[str, str
     assert (tmp_path / "trained" / name).read_text() == "weights"
 
 
+def test_an_output_folder_that_cannot_be_written_is_told_before_the_training(settings: dict[str, str]) -> None:
+    assert_refused(launch("finetune.sh", settings | {"OUTPUT_DIR": "/proc/trained"}), "cannot write /proc/trained")
+
+
 def test_a_checkpoint_that_broke_off_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "trained" / "checkpoint-9").mkdir(parents=True)
     assert_refused(launch("finetune.sh", settings), "checkpoint-9")

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -117,17 +116,6 @@ class Chosen:
     reasons: Mapping[int, str]  # why records cannot be drawn, by row; those of excluded tasks are not among them
     method: str = "TIVE"
     details: Mapping[str, Any] = field(default_factory=dict)  # what the method alone has to say in the summary
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Try to write where a selection will go, before anything is computed; a `UserError` where that fails."""
-    path = Path(os.path.abspath(folder))
-    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {nearest}: {error.strerror}; name another folder") from error
 
 
 def files_of(

@@ -21,7 +21,7 @@ from tive.data.scan import check_chunk, scan_records
 from tive.data.trained import problem_of
 from tive.models.training_record import ASPECT_RATIOS, TEMPLATES, check_llava, lacks_tokenizer, model_folder
 from tive.util.errors import UserError, run
-from tive.util.files import read_object
+from tive.util.files import check_writable, read_object
 from tive.util.text import command, shown
 
 PRETRAINED_PROJECTOR = "./checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_projector.bin"
@@ -226,6 +226,7 @@ def check_output(folder: str) -> str:
     if there or path.is_file():
         what = f"already holds a trained model ({there[0]})" if there else "is a file"
         raise UserError(f"{path} {what}; set another OUTPUT_DIR, or remove this one")
+    check_writable(path)
     checkpoints = [entry for entry in path.glob("checkpoint-*") if entry.name.split("-")[-1].isdigit()]
     if not checkpoints:
         return f"{path}"

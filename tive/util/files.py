@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,6 +67,17 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False).encode())
         file.write(b"\n")
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Try to write where results will go, before anything is computed; a `UserError` where that fails."""
+    path = Path(os.path.abspath(folder))
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {nearest}: {error.strerror}; name another folder") from error
 
 
 def refuse_target(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
