@@ -243,10 +243,14 @@ def test_damage_to_what_describes_the_run_costs_no_window(whole, begun):
     assert content(begun) == content(whole)
 
 
-@pytest.mark.parametrize("name", ["output_0.pt", "manifest_0.json"])
-def test_a_damaged_chunk_is_found_and_computed_again(whole, tmp_path, name):
+@pytest.mark.parametrize("damaged", [None, b"{", b"match", b"chunk_idx", b"left_out", b"sha256"])
+def test_a_damaged_chunk_is_found_and_computed_again(whole, tmp_path, damaged):
     folder = shutil.copytree(whole, tmp_path / "features")
-    flip(folder / name, 0 if name == "manifest_0.json" else 20_000)
+    if damaged is None:
+        flip(folder / "output_0.pt", 20_000)
+    else:
+        manifest = folder / "manifest_0.json"
+        flip(manifest, manifest.read_bytes().index(damaged))
     done = run_step(folder)
     assert done.code == 0 and "damaged" in done.out and "48 features" in done.out
     assert content(folder) == content(whole)

@@ -194,7 +194,7 @@ def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) ->
             f"{folder} holds feature files of two kinds (output_{present[0]}.pt and output_{of_release[0]}); keep one "
             "kind in the folder"
         )
-    manifests = {number: _read_manifest(folder / f"manifest_{number}.json", number) for number in finished}
+    manifests = {number: read_manifest(folder / f"manifest_{number}.json", number) for number in finished}
     for key in COMMON_KEYS:
         values: dict[Any, list[int]] = {}
         for number, (match, _) in manifests.items():
@@ -229,7 +229,7 @@ def _chunks(numbers: Sequence[int], form: str = "chunk {}") -> str:
     return listed([form.format(number) for number in numbers])
 
 
-def _read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
+def read_manifest(path: Path, number: int) -> tuple[Match, dict[str, Any]]:
     """What a chunk's manifest says: its match, and all, of which `left_out` is checked."""
     with _errors_name(path):
         content = read_json(path)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tive.features.chunk import COLUMNS, COMMON_KEYS, Match, match_of_manifest
+from tive.features.chunk import COLUMNS, COMMON_KEYS, Match, match_of_manifest, read_manifest
 from tive.util.errors import UserError
 from tive.util.files import sha256_of, whole_file, write_json
 from tive.util.text import shown
@@ -163,10 +163,10 @@ def is_complete(folder: Path, chunk_idx: int) -> bool:
     if not manifest.is_file():
         return False
     try:
-        checksum = json.loads(manifest.read_bytes())["sha256"]
-    except (ValueError, LookupError, TypeError):
-        checksum = None
-    if not output.is_file() or sha256_of(output) != checksum:
+        _, made = read_manifest(manifest, chunk_idx)
+    except UserError:
+        made = {}
+    if not output.is_file() or sha256_of(output) != made.get("sha256"):
         print(f"{output} or its manifest is damaged or missing: computed again")
         return False
     if (progress := folder / f"progress_{chunk_idx}").is_dir():
