@@ -15,7 +15,7 @@ from scripts import describe_data
 from tests.helpers.feature_files import call, refusal
 from tive.data.records import open_records
 from tive.data.tasks import NO_TASK
-from tive.report.description import describe, look_at_images
+from tive.report.description import describe, look_at_images, table_of_tasks
 
 
 def picture(number: int) -> bytes:
@@ -76,6 +76,13 @@ def test_images_with_equal_bytes_and_broken_ones_are_told_where_all_are_read(dat
     assert sorted(map(tuple, looks.sizes.tolist()))[-1] == (31, 20)
     # A file that two records name is read once; in rows each has its own bytes.
     assert looks.repeated == (1 if path.suffix == ".json" else 2)
+
+
+def test_a_task_that_is_called_all_has_its_line_beside_that_of_all_records(tmp_path):
+    records = [{"conversations": turns("x"), "dataset": task} for task in ("all", "all", "b")]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    lines = table_of_tasks(describe(open_records(tmp_path / "data.json"), "dataset"))
+    assert [line[:2] for line in lines[1:]] == [("all", "2"), ("b", "1"), ("all", "3")]
 
 
 @pytest.mark.parametrize("images", [[], ["--images"]], ids=["texts", "images"])

@@ -126,7 +126,7 @@ def table_of_tasks(description: Description) -> list[tuple[str, ...]]:
     broken[list(description.problems)] = True
     header = ("task", "records", "no image", "one", "more", "answers a record", "characters an answer: median", "95%")
     lines: list[tuple[str, ...]] = [(*header, "repeated texts", "broken")]
-    for task, rows in {**description.tasks, "all": np.arange(len(description.images))}.items():
+    for task, rows in [*description.tasks.items(), ("all", np.arange(len(description.images)))]:
         images, lengths = description.images[rows], description.lengths_of(rows)
         bad = int(broken[rows].sum())
         counts = (len(rows), (images == 0).sum() - bad, (images == 1).sum(), (images > 1).sum())
