@@ -314,6 +314,13 @@ def as_it_is(step: int) -> Change:
     return lambda folder: write(folder, "train", step, 10, gradient="sgd", rates=RATES[step])
 
 
+def long_subtask(folder: Path) -> None:
+    records = json.loads((folder / "target.json").read_text())
+    records[3]["dataset"] = "c" * 5000
+    (folder / "target.json").write_text(json.dumps(records))
+    write(folder, "target", 105, 20, left_out={3: "unreadable image"})
+
+
 BAD: dict[str, tuple[Change, list[str | float], str]] = {
     "adam as target": (
         lambda folder: write(folder, "target", 211, 21, gradient="adam"),
@@ -349,6 +356,11 @@ BAD: dict[str, tuple[Change, list[str | float], str]] = {
         lambda folder: write(folder, "target", 105, 20, left_out={3: "unreadable image"}),
         [],
         "no record of the target's subtask c has a gradient (record 3: unreadable image)",
+    ),
+    "empty subtask of a long name": (
+        long_subtask,
+        [],
+        "...ccccccccccccccc has a gradient (record 3: unreadable image)",
     ),
     "weights below zero": (lambda folder: None, ["--weights", -1, 2], "weights (-1.0, 2.0) cannot be"),
     "weights not a number": (lambda folder: None, ["--weights", "nan", 2], "weights (nan, 2.0)"),

@@ -34,6 +34,7 @@ from tive.selection.mixture import (
 from tive.selection.options import LessOptions
 from tive.selection.output import Chosen, Task
 from tive.util.errors import UserError
+from tive.util.text import LABEL_LIMIT, shown, shown_value
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,9 @@ def target_groups(
         for row, reason in sorted(here.items()):
             if row not in left_out or reason == "not finite":
                 raise UserError(
-                    f"{checkpoint.target.folder}: the gradient of target record {row} (id {target.ids[row]!r}) is zero "
-                    f"or not finite ({reason}), so it has no direction; remove the record from the target, or take "
-                    "another checkpoint"
+                    f"{checkpoint.target.folder}: the gradient of target record {row} "
+                    f"(id {shown_value(target.ids[row])}) is zero or not finite ({reason}), so it has no "
+                    "direction; remove the record from the target, or take another checkpoint"
                 )
         reasons |= here
     groups = target.task.copy()
@@ -152,8 +153,8 @@ def target_groups(
         if not (groups == number).any():
             row = int(np.flatnonzero(target.task == number)[0])
             raise UserError(
-                f"no record of the target's subtask {name} has a gradient (record {row}: {reasons[row]}); repair them, "
-                "or remove the subtask from the target"
+                f"no record of the target's subtask {shown(name, LABEL_LIMIT)} has a gradient "
+                f"(record {row}: {reasons[row]}); repair them, or remove the subtask from the target"
             )
     return groups, reasons
 
