@@ -17,4 +17,8 @@ if __name__ == "__main__":
     package = sys.argv[0].split(".")[0]
     if importlib.util.find_spec(package) is None:
         sys.exit(f"error: {sys.executable} has no {package}; run `bash scripts/setup.sh` (PYTHONPATH is not looked at)")
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while the module imports what it needs
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

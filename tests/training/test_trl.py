@@ -143,3 +143,22 @@ def test_an_answer_that_is_taken_out_of_training_is_refused(tmp_path: Path) -> N
     (tmp_path / "data.json").write_text(json.dumps([{"messages": messages}]))
     with pytest.raises(UserError, match=r"record 0.*every answer"):
         opened(DataArguments(str(tmp_path / "data.json")))[0]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--foo", "3"), ("--model_name_or_path", "./nowhere"), ("--image_folder", "nowhere"), ("--data_path", "nowhere")],
+    ids=lambda more: more[0],
+)
+def test_a_mistake_ends_in_one_line_that_names_it(trained: Path, tmp_path: Path, more: tuple[str, str]) -> None:
+    paths = {
+        "data_path": trained.parent / "data",
+        "output_dir": tmp_path,
+        "model_name_or_path": trained.parent / "model",
+    }
+    words = [word for name, path in paths.items() for word in (f"--{name}", path)]
+    options = ["--use_cpu", "--bf16", "false", "--max_steps", "1", "--report_to", "none"]
+    command = [PYTHON, ROOT / "scripts" / "train_trl.py", *words, *options, *more]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2 and more[more[0] != "--foo"] in line and "Traceback" not in ended.stderr

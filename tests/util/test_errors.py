@@ -81,6 +81,17 @@ def test_a_home_that_the_shell_did_not_expand_is_no_folder_of_that_name(tmp_path
     assert not (tmp_path / "written").exists()
 
 
+def test_a_stop_that_a_library_catches_is_no_error(tmp_path: Path) -> None:
+    """As `except: pass` around an import does, which then fails for what was not imported."""
+    (tmp_path / "script.py").write_text(
+        "import os, signal\nfrom tive.util.errors import run\n"
+        "def main():\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    except:\n        pass\n"
+        "    raise ImportError('cannot import a name')\nrun(main)\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
     code, out, err = ended(tmp_path, "", "Größe", PYTHONIOENCODING="ascii")
     assert code == 2 and "line 0 \\xe4\\xe4" in out and "note\\x1b[2J 0" in err

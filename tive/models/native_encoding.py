@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ def load_processor(files: ModelFiles) -> NativeProcessor:
         raise UserError(f"{source}: a tokenizer without tokenizer.json is not supported; convert it with transformers")
     given = _template_in(files.folder)
     if files.chat_template is not None:
+        if not os.path.isfile(files.chat_template):
+            raise UserError(f"the chat template {files.chat_template} is not there; check the path (chat_template)")
         with loading(files.chat_template):
             given = Path(files.chat_template).read_text(encoding="utf-8")
     processor.chat_template = given or processor.chat_template or processor.tokenizer.chat_template

@@ -19,6 +19,7 @@ from tive.data.conversations import from_llava, image_of, image_paths
 from tive.data.images import BadImage, read_image
 from tive.data.records import name_of, open_records
 from tive.data.trained import conversation_of, is_trained_on
+from tive.models.checkpoint import first_line
 from tive.models.optimizer_state import save_moments
 from tive.models.training_record import TrainingRecord, lora_of, recorded_model, versions_of, write_record
 from tive.util.device import leave_a_core
@@ -47,6 +48,8 @@ class RecordingTrainer(SFTTrainer):
 
 def opened(data: DataArguments) -> Any:
     """TRL's data set of records in any form; each is read with its images when it is used, else a `UserError`."""
+    if data.image_folder and not os.path.isdir(data.image_folder):
+        raise UserError(f"--image_folder {data.image_folder} is not a folder; name the one that images lie in")
     records = open_records(data.data_path)
     rows = list(range(len(records)))
     columns = {"messages": rows}
@@ -86,15 +89,17 @@ def record_of(trainer: Any, model: ModelConfig) -> TrainingRecord:
 
 def train() -> None:
     """Train as the arguments of the command line say: `DataArguments`, and TRL's own."""
-    data, training, model = TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config()
-    training.model_init_kwargs = {
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "revision": model.model_revision,
-    }
-    trainer = RecordingTrainer(
-        model=model.model_name_or_path, args=training, train_dataset=opened(data), peft_config=get_peft_config(model)
-    )
+    try:
+        data, training, model = TrlParser((DataArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+        training.model_init_kwargs = {
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+            "revision": model.model_revision,
+        }
+        name, adapter = model.model_name_or_path, get_peft_config(model)
+        trainer = RecordingTrainer(model=name, args=training, train_dataset=opened(data), peft_config=adapter)
+    except (OSError, ValueError) as error:  # arguments that TRL or peft refuses, a model or a folder that is not there
+        raise UserError(f"{first_line(error)}; check the arguments (--help lists them)") from error
     trainer.record = record_of(trainer, model)
     if training.device.type == "cpu":
         leave_a_core(trainer.model.config.get_text_config().hidden_size)

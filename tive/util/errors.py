@@ -10,10 +10,12 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from shlex import quote
+from types import FrameType
 from typing import Any, TextIO
 
 from tive.util.text import of_project, shown
@@ -45,17 +47,26 @@ def run(main: Callable[[], None]) -> None:
         pass
     os.close(descriptor)
     sys.stdout, sys.stderr = _terminal(sys.stdout, 1), _terminal(sys.stderr, 2)
+    stops: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stops.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     try:
         main()
-    except UserError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        if (error.name or "tive").startswith("tive"):
-            raise
-        refuse_python(str(error.name))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        # A library that is stopped while it is imported may catch that, and fail later for what it then lacks.
+        if stops or isinstance(error, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            _fail(str(error))
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "tive").startswith("tive"):
+            refuse_python(str(error.name))
+        raise
 
 
 def refuse_python(lacking: str) -> None:
