@@ -274,6 +274,8 @@ def test_the_command_converts_there_and_back(tmp_path, form):
     done, back = convert(tmp_path, there, "--to", "llava", source="b.jsonl", target="c.json")
     assert done.returncode == 0, done.stderr
     assert json.loads(back) == [LLAVA, bare]
+    keys, keys_back = ([key for key in one if key != "system"] for one in (LLAVA, json.loads(back)[0]))
+    assert keys_back == keys  # in their order
     assert "Hé." in there.splitlines()[1] or "\\u00e9" in there.splitlines()[1]
     assert "1 have a system prompt under `system`" in done.stdout
 

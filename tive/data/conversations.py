@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tive.data.media import IMAGE_TAG, Image, images_in, is_empty, path_in, plain_path
+from tive.data.media import IMAGE_KEYS, IMAGE_TAG, Image, images_in, is_empty, path_in, plain_path
 from tive.util.text import listed, shown, shown_value
 
 FORMS = ("llava", "sharegpt", "messages", "parts")
@@ -63,13 +63,15 @@ def to_llava(record: Any) -> dict[str, Any]:
         turns[first] = turns[first] | {"value": IMAGE_TAG * len(images) + turns[first]["value"]}
 
     converted: dict[str, Any] = {}
+    image = {"image": images[0] if len(images) == 1 else images} if images else {}
     for name, value in record.items():
         if name in keys:
             converted["conversations"] = turns
-        elif name not in (*_LISTS, "image", "images") and not (name == "system" and is_empty(value)):
+        elif name in IMAGE_KEYS:
+            converted |= image  # where it stood
+        elif name not in _LISTS and not (name == "system" and is_empty(value)):
             converted[name] = value
-    if images:
-        converted["image"] = images[0] if len(images) == 1 else images
+    converted |= image
     if parts:
         images_in(converted)  # theirs are to be paths too
     if turns and turns[0]["from"] == "system":
