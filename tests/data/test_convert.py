@@ -241,6 +241,7 @@ REFUSED = {
     "a late system turn": ({"messages": [says("user", "x"), says("system", "y")]}, "not the first"),
     "two system prompts": ({"messages": [says("system", "x")], "system": "y"}, "and a key `system`"),
     "a system turn with more": ({"messages": [{**says("system", "x"), "name": "y"}]}, "more keys"),
+    "a text beside question and answer": ({"texts": [{"user": "a", "assistant": "b", "content": "c"}]}, "both forms"),
     "a turn of both forms": ({"messages": [{**says("user", "x"), "value": "y"}]}, "both forms"),
 }
 

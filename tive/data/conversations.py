@@ -166,7 +166,8 @@ def _raw_turns(record: dict[str, Any], keys: tuple[str, ...]) -> list[Any]:
         if not isinstance(entry, dict):
             raise ValueError("has `texts` that are not a list of `user` and `assistant`")
         notes = {key: value for key, value in entry.items() if key not in ("user", "assistant")}
-        turns += [{"role": role, "content": entry.get(role), **notes} for role in ("user", "assistant")]
+        # Last, so that no note stands for a text.
+        turns += [notes | {"from": role, "value": entry.get(_MESSAGE_ROLES[role])} for role in ROLES]
     return turns
 
 
