@@ -8,6 +8,7 @@ import pytest
 from tive.evaluation import results
 from tive.evaluation.results import Conditions, Evaluation, HeldOutResult, ModelResult, tables
 from tive.util.errors import UserError
+from tive.util.text import DASH
 
 MATCH = Conditions("sha", 4, "identity", "float32", 8, "dataset")
 TASKS = ["vqa", "vqa", "vqa", "chat"]
@@ -63,7 +64,7 @@ def test_tables_say_which_way_is_better_and_how_far_a_mean_may_be_off():
     assert "lower is better" in losses and "higher is better" in exact
     error = ALL.tasks[0].loss_error
     assert rows[1] == ("vqa", "3", f"2.0000 ± {1.96 * error:.4f}", "1.0000")
-    assert [row[0] for row in rows[-2:]] == ["mean over tasks", "relative to all"] and rows[-2][3] == "-"
+    assert [row[0] for row in rows[-2:]] == ["mean over tasks", "relative to all"] and rows[-2][3] == DASH
 
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path):

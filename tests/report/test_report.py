@@ -26,7 +26,7 @@ from tive.data.records import open_records
 from tive.evaluation.results import Conditions, Evaluation, ModelResult, TaskResult, write_result
 from tive.report import page as page_module
 from tive.report.page import Samples, card_of
-from tive.util.text import short
+from tive.util.text import DASH, short
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "report.py"
@@ -663,9 +663,9 @@ def test_an_evaluation_is_shown_by_task_and_model_and_relative_to_the_first(copy
     assert losses == [
         ["task", "records", "all", "<b>ours</b>", "none"],
         ["<i>vqa</i>", "4", "2.0000", "2.0000", "2.0000"],
-        ["chat", "4", "1.0000", "1.5000", "-"],
-        ["mean over tasks", "8", "1.5000", "1.7500", "-"],
-        ["relative to all", "", "100.0%", "125.0%", "-"],
+        ["chat", "4", "1.0000", "1.5000", DASH],
+        ["mean over tasks", "8", "1.5000", "1.7500", DASH],
+        ["relative to all", "", "100.0%", "125.0%", DASH],
     ]
     assert exact[2:] == [
         ["chat", "4", "100.0%", "50.0%", "0.0%"],

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from tive.util.errors import UserError
 from tive.util.files import write_json
+from tive.util.text import DASH, percent
 
 EVALUATION_FILE = "evaluation.json"
 Measure = Literal["loss", "exact_share"]
@@ -191,15 +192,15 @@ def tables(evaluation: Evaluation) -> dict[str, list[tuple[str, ...]]]:
                 None if mean is None else relative(model, models[0], measure)
                 for model, (mean, _) in zip(models, means, strict=True)
             ]
-            cells = ("-" if part is None else f"{part:.1%}" for part in parts)
+            cells = (DASH if part is None else percent(part) for part in parts)
             rows.append((f"relative to {models[0].name}", "", *cells))
         result[title] = rows
     return result
 
 
 def _cell(measure: Measure, value: float | None, error: float | None) -> str:
-    form = "{:.4f}".format if measure == "loss" else "{:.1%}".format
-    return "-" if value is None else form(value) + ("" if error is None else f" ± {form(1.96 * error)}")
+    form = "{:.4f}".format if measure == "loss" else percent
+    return DASH if value is None else form(value) + ("" if error is None else f" ± {form(1.96 * error)}")
 
 
 def write_result(path: Path, result: ModelResult | Evaluation) -> None:
