@@ -157,7 +157,7 @@ def main() -> None:
                 )
         scan = scan_records(data, family.record_problem, arguments.task_key)
         checked = check_chunk(scan, range(len(data)), options.image_folder)
-        if checked.reasons and not options.skip_bad:
+        if not options.skip_bad:
             remedy = form_remedy(data, checked.reasons) or (
                 "repair them, name the key that holds the task (task_key), or leave such records out (on_bad_record "
                 "skip)"

@@ -240,6 +240,13 @@ def test_a_record_that_cannot_be_used_stops_the_run_or_is_left_out_with_its_reas
     assert [record.left_out is None for record in model.records] == [False, False, True, True, True]
     assert model.records[0].left_out == "missing image" and "2 of 5 records are left out" in done.out
 
+    # The list of them goes when all can be used.
+    listing = tmp_path / "out" / "bad_records.json"
+    assert [entry["row"] for entry in json.loads(listing.read_text())] == [0, 1]
+    data.write_text(json.dumps(bad[2:]))
+    done = evaluate_models(tmp_path / "out", data=data)
+    assert done.code == 0 and not listing.exists(), done.err
+
 
 @pytest.mark.parametrize(
     ("model", "message"),
