@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tive.models.optimizer_state import MOMENTS_FILE, read_optimizer_state, save_moments
+from tive.util.errors import UserError
 
 
 def trainer_after_a_step(optimizer: type[torch.optim.Optimizer]) -> SimpleNamespace:
@@ -46,3 +47,12 @@ def test_of_another_optimizer_nothing_is_saved_and_a_line_says_so(
         trainer.model_wrapped = SimpleNamespace(global_steps=1, skipped_steps=0)
     save_moments(trainer, str(tmp_path))
     assert not list(tmp_path.iterdir()) and MOMENTS_FILE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [rb"t\"", rb"b1\"", rb"b2\"", rb"eps\"", b'adam"'])
+def test_a_file_without_a_number_that_adams_step_needs_is_refused(name: bytes, tmp_path: Path) -> None:
+    save_moments(trainer_after_a_step(torch.optim.AdamW), str(tmp_path))
+    path = tmp_path / MOMENTS_FILE
+    path.write_bytes(path.read_bytes().replace(name, b"x" + name[1:], 1))
+    with pytest.raises(UserError, match=MOMENTS_FILE):
+        read_optimizer_state(path, 1)

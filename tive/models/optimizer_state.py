@@ -124,7 +124,8 @@ def read_optimizer_state(path: Path, step: int) -> StoredState:
 
             tensors = read_tensors(path)
             with safe_open(path, framework="pt") as file:
-                constants = json.loads(file.metadata()["adam"])
+                stored = json.loads(file.metadata()["adam"])
+            constants = {name: stored[name] for name in ("t", "b1", "b2", "eps")}
             names = [name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")]
             by_name = {name: Moments(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names}
             return StoredState(path, sha256_of(path), constants, by_name, [])
