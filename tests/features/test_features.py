@@ -192,6 +192,9 @@ def test_an_empty_folder_a_missing_one_and_one_of_two_kinds_are_refused(case, ma
     folder, records = case
     (tmp_path / "empty").mkdir()
     assert "no finished chunk" in refusal(tmp_path / "empty", records)
+    (tmp_path / "empty" / "105").mkdir()
+    (tmp_path / "empty" / "105" / "manifest_0.json").touch()
+    assert f"name one below it, as {tmp_path}/empty/105" in refusal(tmp_path / "empty", records)
     assert "cannot read the feature folder" in refusal(tmp_path / "nowhere", records)
     write_release_features(folder, made[1], made[2], 1)
     assert "two kinds" in refusal(folder, records)

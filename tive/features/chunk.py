@@ -188,7 +188,9 @@ def open_chunks(folder: str | os.PathLike[str], chunk_num: int | None = None) ->
     )
     finished = [number for number in present if f"manifest_{number}.json" in names]
     if not finished and not of_release:
-        raise UserError(f"{folder} holds no finished chunk (output_0.pt ...); run compute_gradient_features.py first")
+        below = sorted(folder.glob("*/manifest_*.json"))
+        remedy = f"name one below it, as {below[0].parent}" if below else "run compute_gradient_features.py first"
+        raise UserError(f"{folder} holds no finished chunk (output_0.pt ...); {remedy}")
     if present and of_release:
         raise UserError(
             f"{folder} holds feature files of two kinds (output_{present[0]}.pt and output_{of_release[0]}); keep one "

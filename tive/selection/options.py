@@ -61,9 +61,9 @@ class TiveOptions:
         draws_alike = self.instance_score == "random" or (self.instance_score == "influence" and self.q <= UNIFORM_Q)
         if self.from_sample and not (draws_alike and self.sampling == "weighted" and self.drop_below is None):
             raise UserError(
-                f"from_sample draws every record of a task alike, which goes with instance_score random, or influence "
-                f"with q up to {UNIFORM_Q}, and neither with another sampling than weighted nor with drop_below: those "
-                "need the scores of all records; leave it or them out"
+                f"from_sample draws every record of a task alike; leave it out, or what needs every record's scores: "
+                f"q above {UNIFORM_Q}, instance_score other than influence and random, sampling other than weighted, "
+                "drop_below"
             )
 
     @property
