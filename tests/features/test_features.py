@@ -258,6 +258,7 @@ def bad_contents(match, features, norms):
         "random": bytes(range(256)) * 40,
         "truncated": saved(good)[:-200],
         "half": saved(good)[:700],
+        "cut before its last page": saved(good | {"features": torch.zeros(26, 4096).half()})[:5000],
         "a list": saved([features]),
         "no norms": saved({"features": features, "match": match}),
         "match of a tensor": saved({**good, "match": {**match, "proj_seed": torch.zeros(3)}}),
@@ -285,7 +286,8 @@ def test_a_file_that_holds_something_else_is_refused_and_nothing_in_it_runs(case
     monkeypatch.chdir(folder.parent)
     match = json.loads((folder / "manifest_0.json").read_text())["match"]
     (folder / "output_0.pt").write_bytes(bad_contents(match, made[1][:26].clone(), made[2][:26].clone())[name])
-    assert "output_0.pt" in refusal(folder, records)
+    line = refusal(folder, records)
+    assert "output_0.pt" in line and "make this chunk again" in line
     assert not Path("owned").exists()
 
 

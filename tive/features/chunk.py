@@ -251,9 +251,9 @@ def _errors_name(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except Exception as error:
+    except Exception as error:  # an OSError too: a file that was cut cannot be mapped
         reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise UserError(
             f"{path} is not what a gradient step writes ({reason}); it may be damaged or renamed: make this chunk again"
