@@ -115,8 +115,8 @@ def check_files(files: ModelFiles) -> None:
         if value not in known:
             taken = ", ".join(str(one) for one in known if one is not None)
             raise UserError(
-                f"{folder}/config.json: {key} {value!r} is not supported ({taken}); train a reference model with "
-                "finetune_lora.sh"
+                f"{folder}/config.json: {key} {value!r} is not supported, only {taken}; train a reference model "
+                "with finetune_lora.sh"
             )
     lacking = lacks_tokenizer(base)
     if lacking:
