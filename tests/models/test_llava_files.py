@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Callable[[SimpleNamespace], object], str]] = {
     "anyres": (lambda m: edit(m.lora / "config.json", image_aspect_ratio="anyres"), "'anyres' is not supported"),
     "anyres_max_9": (
         lambda m: edit(m.lora / "config.json", image_aspect_ratio="anyres_max_9"),
-        "'anyres_max_9' is not supported (pad, square)",
+        "'anyres_max_9' is not supported, only pad, square",
     ),
     "tiles": (lambda m: edit(m.lora / "config.json", mm_patch_merge_type="spatial_unpad"), "'spatial_unpad'"),
     "image tokens": (lambda m: edit(m.lora / "config.json", mm_use_im_start_end=True), "mm_use_im_start_end"),
