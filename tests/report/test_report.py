@@ -702,6 +702,12 @@ def test_selections_of_the_same_data_are_compared(copy: Path, capsys: pytest.Cap
     drawn = [float(row[3]) for row in rows if row[6] == "1"]
     assert ["2", f"{np.mean(drawn):.2f}"] in [row[:2] for row in page.rows]
 
+    change_summary(copy, "arguments", "from_sample", value=True, stem=other)
+    report(copy, "--all")
+    assert ["2", DASH] in [row[:2] for row in Page(copy / "comparison.html").rows]  # a sample alone has scores
+    report(copy, "--name", other)
+    assert "the other records have no features" in Page(copy / f"{other}_report.html").text
+
     change_summary(copy, "inputs", "data_sha256", value="cd" * 32, stem=other)
     assert "different data" in error_of(capsys, copy, "--all")
     assert "--name" in error_of(capsys, copy, "--all", "--name", STEM)

@@ -60,11 +60,11 @@ def comparison(selections: Sequence[Selection]) -> list[Section]:
     overlaps = Table(title, ["selection", *numbers], [[number, *map(percent, row)] for number, row in rows])
 
     columns, everyone = {}, np.ones((1, len(first.ids)), bool)
+    whole = min(selections, key=is_of_sample)  # the first that has the scores of all records, where one has
     for key in MEANS:
-        if all(key in one.columns for one in selections):
-            groups = zip([first, *selections], [*everyone, *drawn], strict=True)
-            known = [values[np.isfinite(values)] for values in (one.columns[key][members] for one, members in groups)]
-            columns[key.replace("_", " ")] = [column.mean() if len(column) else None for column in known]
+        if all(key in one.columns or is_of_sample(one) for one in selections):
+            groups = zip([whole, *selections], [*everyone, *drawn], strict=True)
+            columns[key.replace("_", " ")] = [mean_of(one, key, members) for one, members in groups]
     means = by_name("Mean over the records of each selection", "selection", ["all records", *numbers], columns)
     return [
         Section("selections", "The selections", described),
@@ -72,6 +72,20 @@ def comparison(selections: Sequence[Selection]) -> list[Section]:
         Section("overlap", "Overlap", [overlaps]),
         Section("means", "Means", [means]),
     ]
+
+
+def is_of_sample(selection: Selection) -> bool:
+    """Whether only a sample of the records has scores, so that means over others are not known."""
+    return bool(selection.summary.arguments.get("from_sample"))
+
+
+def mean_of(selection: Selection, key: str, members: np.ndarray) -> float | None:
+    """The mean score of records, those that have one; None where it is not known."""
+    if is_of_sample(selection):
+        return None
+    values = selection.columns[key][members]
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def evaluations(results: Sequence[Evaluation]) -> Section:

@@ -195,7 +195,9 @@ def distributions(selection: Selection, column: str) -> Section:
                 f"rank correlation of norm and supervised tokens is {np.median(inside):.2f} "
                 f"(median of the tasks, {min(inside):.2f} to {max(inside):.2f})."
             )
-    return Section(column, title, [Plot(column, numbers.title, figure, numbers, caption)])
+    of_sample = selection.summary.arguments.get("from_sample")
+    sample = ["Of the sample: the other records have no features."] if of_sample else []
+    return Section(column, title, [*sample, Plot(column, numbers.title, figure, numbers, caption)])
 
 
 def _spread(
@@ -244,6 +246,8 @@ def choice_curves(selection: Selection) -> tuple[list[int], np.ndarray, np.ndarr
 
 def choice(selection: Selection) -> Section:
     title, arguments = "How much choice the weights make", selection.summary.arguments
+    if arguments.get("from_sample"):
+        return Section("choice", title, ["Every record of a task was as likely as any other."])
     q = float(arguments["q"])
     indices, sizes, curves = choice_curves(selection)
     if not indices:
@@ -290,7 +294,7 @@ def left_out(selection: Selection) -> Section:
     """Records without a gradient: how many for each reason and task, and one of them."""
     entries = selection.summary.left_out
     if not entries:
-        return Section("left-out", "Records left out", ["None: every record has a gradient."])
+        return Section("left-out", "Records left out", ["None."])
     cases = Counter((entry.reason, str(entry.task)) for entry in entries)
     examples = {(entry.reason, str(entry.task)): entry for entry in reversed(entries)}
     lines = []
