@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tive.data.media import IMAGE_KEYS, StoredImage
 from tive.util.errors import UserError
 from tive.util.files import read_object, sha256_of
-from tive.util.text import listed
+from tive.util.text import first_line, listed
 
 GROUP_BYTES = 100 << 20
 _BATCH_ROWS = 128
@@ -310,10 +310,9 @@ def write_table(
                 try:
                     table = table.select(source.names).cast(source)
                 except pyarrow.ArrowException as error:
-                    what = str(error).splitlines()[0]
                     raise UserError(
-                        f"{records.files[number]} has columns of other types than {records.files[0]} ({what}); select "
-                        "from each by itself"
+                        f"{records.files[number]} has columns of other types than {records.files[0]} "
+                        f"({first_line(error)}); select from each by itself"
                     ) from error
             values = {name: table.column(name) for name in source.names}
             values |= {name: texts[written : written + len(table)] for name, texts in columns.items()}

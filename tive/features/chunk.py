@@ -25,7 +25,7 @@ import torch
 from tive.data.trained import HASH_BYTES
 from tive.util.errors import UserError
 from tive.util.files import HashingFile, read_json, whole_file, write_json
-from tive.util.text import listed, shown
+from tive.util.text import first_line, listed, shown
 
 # The column of the records' hashes, by which a feature is found again in other data; uint8 `[n, 16]`.
 CONTENT = "content"
@@ -254,9 +254,9 @@ def _errors_name(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except Exception as error:  # an OSError too: a file that was cut cannot be mapped
-        reason = next(iter(str(error).splitlines()), "")[:120] or type(error).__name__
         raise UserError(
-            f"{path} is not what a gradient step writes ({reason}); it may be damaged or renamed: make this chunk again"
+            f"{path} is not what a gradient step writes ({first_line(error)[:120]}); it may be damaged or "
+            "renamed: make this chunk again"
         ) from error
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from tive.models import ModelFiles
-from tive.models.checkpoint import first_line, loading, stored_tensors
+from tive.models.checkpoint import loading, stored_tensors
 from tive.util.errors import UserError
 from tive.util.files import read_object, sha256_of
+from tive.util.text import first_line
 
 CONFIG_FILE = "adapter_config.json"
 # What LLaVA and Bunny train beside the LoRA matrices: the projector, and the vision tower where it was tuned.

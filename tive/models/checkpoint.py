@@ -15,17 +15,13 @@ from tive.models import ModelFiles
 from tive.models.training_record import difference, model_folder
 from tive.util.errors import UserError
 from tive.util.files import read_json, read_object
+from tive.util.text import first_line
 
 # What stands in a file beside quantised weights, or in their place, in the names of the common libraries; scales are no
 # such thing where they are CLIP's (`logit_scale`) or those of a cache of keys and values (`k_scale`).
 _QUANTIZED = re.compile(
     r"(?<!logit_)(?<!\.[kv]_)scale|zero_point|qweight|qzeros|g_idx|packed|absmax|quant_(state|map)|SCB$|W_q$"
 )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, or its kind where it has no text."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

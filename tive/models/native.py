@@ -24,7 +24,6 @@ from tive.data.media import IMAGE_TAG
 from tive.models import Collated, Encoded, ModelFiles, RecordLosses, Reference, native_encoding
 from tive.models.adapter import attach_adapter, check_adapter, fingerprint
 from tive.models.checkpoint import (
-    first_line,
     library_config,
     load_pretrained,
     print_named_base,
@@ -38,7 +37,7 @@ from tive.models.native_encoding import encode_turns, load_processor, processor_
 from tive.models.optimizer_state import MOMENTS_FILE
 from tive.models.training_record import RECORD_FILE, read_record, versions_of
 from tive.util.errors import UserError
-from tive.util.text import of_project
+from tive.util.text import first_line, of_project
 
 LIBRARIES: tuple[str, ...] = ("transformers", "tokenizers", "peft", "accelerate", "pillow", "torchvision")
 encode, answers, record_problem = native_encoding.encode, native_encoding.answers, native_encoding.record_problem

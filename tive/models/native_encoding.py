@@ -19,10 +19,11 @@ from tive.data.images import BadImage, read_image
 from tive.data.media import IMAGE_TAG, StoredImage
 from tive.data.trained import conversation_of, is_trained_on
 from tive.models import Encoded, LeftOut, ModelFiles
-from tive.models.checkpoint import first_line, loading
+from tive.models.checkpoint import loading
 from tive.models.common import IGNORE, packed, supervised_runs
 from tive.util.errors import UserError
 from tive.util.files import read_object
+from tive.util.text import first_line
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 

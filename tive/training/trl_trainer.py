@@ -19,11 +19,11 @@ from tive.data.conversations import from_llava, image_of, image_paths
 from tive.data.images import BadImage, read_image
 from tive.data.records import name_of, open_records
 from tive.data.trained import conversation_of, is_trained_on
-from tive.models.checkpoint import first_line
 from tive.models.optimizer_state import save_moments
 from tive.models.training_record import TrainingRecord, lora_of, recorded_model, versions_of, write_record
 from tive.util.device import leave_a_core
 from tive.util.errors import UserError
+from tive.util.text import first_line
 
 
 @dataclass

@@ -30,6 +30,11 @@ def shown(text: str, limit: int) -> str:
     return _without_middle("".join(escaped), limit)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it has no text."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written: JSON's escapes can hold half of a surrogate pair."""
     try:
