@@ -8,11 +8,9 @@ are read too.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 
 from tive.data.trained import HASH_BYTES
 from tive.util.errors import UserError
-from tive.util.files import HashingFile, read_json, whole_file, write_json
+from tive.util.files import HashingFile, read_json, read_torch, whole_file, write_json
 from tive.util.text import first_line, listed, shown
 
 # The column of the records' hashes, by which a feature is found again in other data; uint8 `[n, 16]`.
@@ -38,8 +36,6 @@ COLUMNS = {
     "el2n": np.float32,
     "visual_gain": np.float32,
 }
-# LLaVA's own environment has torch 2.0, which reads a file into memory instead.
-_CAN_MAP = "mmap" in inspect.signature(torch.load).parameters
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -262,7 +258,7 @@ def _errors_name(path: Path) -> Iterator[None]:
 
 def _open_chunk(path: Path, match: Match, made: dict[str, Any]) -> Chunk:
     with _errors_name(path):
-        content = _load(path)
+        content = read_torch(path)
         # Older versions have fewer keys here than in the manifest.
         inside = msgspec.convert(asdict(match) | content["match"], Match)
         if differing := [key.name for key in fields(Match) if getattr(inside, key.name) != getattr(match, key.name)]:
@@ -283,7 +279,7 @@ def _open_chunk(path: Path, match: Match, made: dict[str, Any]) -> Chunk:
 
 def _open_release_chunk(path: Path, start: int) -> Chunk:
     with _errors_name(path):
-        blocks = list(_load(path))
+        blocks = list(read_torch(path))
         for block in blocks:
             _check_tensor("features", block, _FLOATS, (None, None))
     records = sum(map(len, blocks))
@@ -293,16 +289,6 @@ def _open_release_chunk(path: Path, start: int) -> Chunk:
             raise ValueError(f"{len(norms)} norms of {records} records")
     values = np.array([math.nan if norm is None else norm for norm in norms], np.float64)
     return Chunk(path, start, start + records, blocks, {"norms": values})
-
-
-def _load(path: Path) -> Any:
-    """A file of tensors, memory-mapped where its format allows; nothing in it is executed."""
-    with open(path, "rb") as file:
-        # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
-        mapped = {"mmap": True} if file.read(4) == b"PK\x03\x04" and _CAN_MAP else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
 
 
 def _check_tensor(name: str, tensor: Any, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...]) -> None:

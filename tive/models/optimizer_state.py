@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import shlex
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tive.models.adapter import TRAINED_FILE, Names, adapter_file, canonical, read_tensors
 from tive.models.checkpoint import loading
 from tive.util.errors import UserError
-from tive.util.files import read_object, sha256_of, whole_file
+from tive.util.files import read_object, read_torch, sha256_of, whole_file
 
 MOMENTS_FILE = "adam_moments.safetensors"
 _PARTS = ("exp_avg", "exp_avg_sq", "weight")
@@ -176,11 +175,9 @@ def _read_converted(path: Path) -> StoredState:
 
 
 def _torch_file(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """A torch file, memory-mapped; `allowed` is made of what it names beside plain values (`safe_globals`)."""
-    # LLaVA's own environment has torch 2.0, which reads a file into memory and lets nothing be allowed.
-    mapped = {"mmap": True} if "mmap" in inspect.signature(torch.load).parameters else {}
+    """`read_torch`; `allowed` is made of what the file names beside plain values, which torch 2.0 knows no way to."""
     with loading(path), torch.serialization.safe_globals(list(allowed)) if allowed else contextlib.nullcontext():
-        return torch.load(str(path), map_location="cpu", weights_only=True, **mapped)
+        return read_torch(path)
 
 
 # What an optimizer holds

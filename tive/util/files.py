@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,6 +113,19 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; make or download it again")
     return content
+
+
+def read_torch(path: str | os.PathLike[str]) -> Any:
+    """What a torch file holds, memory-mapped where that can be; nothing in it runs. Errors are torch's."""
+    import torch
+
+    # The torch of LLaVA's own environment, 2.0, maps none; a file older than PyTorch 1.6 is no zip archive.
+    with open(path, "rb") as file:
+        can_map = file.read(4) == b"PK\x03\x04" and "mmap" in inspect.signature(torch.load).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapped = {"mmap": True} if can_map else {}
+        return torch.load(os.fspath(path), map_location="cpu", weights_only=True, **mapped)
 
 
 def sha256_of(path: str | os.PathLike[str], sampled: bool = False) -> str:
